@@ -1,0 +1,52 @@
+# `make demo` and `make test` need Python 3.11 to 3.13 and nothing else: the rest goes into .venv, from requirements.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+UV_VERSION := 0.13.9
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format lock up down clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "rcnn needs Python 3.11 to 3.13, and $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "installing into .venv (about a minute, 6 GB: the ordinary build of torch carries CUDA) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: $(READY)  ## the whole pipeline on real digits, offline
+	@$(BIN)/rcnn pipeline --recipe demo
+
+test: $(READY)  ## the tests, but those that take minutes
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that take minutes: full MNIST, the local stack
+	@$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## lint, format, types, and who imports whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy rcnn flows infra
+	@$(BIN)/python -m pytest tests/test_layering.py
+
+format: $(READY)  ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+lock: $(READY)  ## resolve the dependencies anew, for Linux and macOS, Python 3.11 to 3.13
+	@$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --all-extras --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate --output-file requirements.lock
+
+up: $(READY)  ## start the local stack: Prefect, MLflow, Ray, a worker
+	@$(BIN)/python -m infra.local.stack up
+
+down:  ## stop exactly what `make up` started
+	@$(BIN)/python -m infra.local.stack down
+
+clean:  ## remove the environment and caches, but no data
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,134 @@
+"""A stage as a Ray job: submitted, followed, taken up again, stopped.
+
+The job's id is derived from the stage's folder, so a flow that is retried finds the job that is still running and attaches
+to it, and two flows that want the same work share it.
+"""
+
+import asyncio
+import json
+import os
+import shlex
+from typing import Any
+
+from rcnn import errors
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError, RcnnError
+from rcnn.progress import say
+from rcnn.results import StageResult
+from rcnn.stages import Parent, Results, finished, nothing_to_do, stage_folder
+from rcnn.storage import Storage
+
+FLOW_RUN = "rcnn_prefect_flow_run"
+SUBMISSION_TAG = "rcnn.ray_submission"
+
+
+def run_as_job(
+    config: PipelineConfig, name: str, results: Results, *, fresh: bool = False, parent: Parent | None = None
+) -> StageResult:
+    """Runs one stage on the cluster at `ray.address`, like `rcnn.stages.run_stage` does here.
+
+    Raises:
+        ClusterError: the cluster is out of reach, or the job was stopped or lost.
+        RcnnError: whatever the stage itself met.
+    """
+    parent = parent or Parent()
+    target = stage_folder(config, name, results)
+    done = None if fresh else finished(config, name, results)
+    if done is not None:
+        say(nothing_to_do(name, target))
+        return done
+    job_id = f"rcnn-{os.path.basename(target.name)}"
+    client = _connect(config.ray.address)
+    if _status(client, job_id) in ("PENDING", "RUNNING"):
+        say(f"{name}: attaching to Ray job {job_id}, which is running")
+    else:
+        _submit(client, job_id, config, name, results, fresh, parent)
+        say(f"{name}: submitted as Ray job {job_id}")
+    asyncio.run(_follow(client, job_id))
+    return _outcome(client, job_id, config, name, results)
+
+
+def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
+    """Stops what a cancelled or crashed flow run has running on its cluster (a hook of the flow)."""
+    parameters = flow_run.parameters.get("config")
+    config = PipelineConfig.model_validate(parameters or {}).filled_from(os.environ)
+    if not config.ray.address.startswith("http"):
+        return
+    client = _connect(config.ray.address)
+    for job in client.list_jobs():
+        is_ours = (job.metadata or {}).get(FLOW_RUN) == str(flow_run.id)
+        if is_ours and job.status in ("PENDING", "RUNNING"):
+            client.stop_job(job.submission_id)
+
+
+def _connect(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(
+            f"the Ray cluster does not answer ({' '.join(str(error).split())[:200]})",
+            where=f"ray.address = {address}",
+            remedy="Start it with `make up`, or correct the address",
+            retryable=True,
+        ) from error
+
+
+def _status(client: Any, job_id: str) -> str | None:
+    jobs = {job.submission_id: job.status for job in client.list_jobs()}
+    return str(jobs[job_id].value) if job_id in jobs else None
+
+
+def _submit(
+    client: Any, job_id: str, config: PipelineConfig, name: str, results: Results, fresh: bool, parent: Parent
+) -> None:
+    if _status(client, job_id) is not None:
+        client.delete_job(job_id)  # an earlier attempt ended badly; Ray takes each id once
+    storage = Storage(config.storage)
+    storage.delete(_result_folder(job_id))
+    inputs = {
+        "results": {key: result.model_dump(mode="json") for key, result in results.items()},
+        "parent": {"run_id": parent.run_id, "tags": dict(parent.tags) | {SUBMISSION_TAG: job_id}},
+    }
+    on_cluster = config.with_settings({"ray.address": "auto", "storage": storage.root})
+    command = ["rcnn", name, "--config", on_cluster.model_dump_json(), "--inputs", json.dumps(inputs)]
+    command += ["--result", f"{_result_folder(job_id)}/outcome.json"] + (["--fresh"] if fresh else [])
+    client.submit_job(
+        entrypoint=shlex.join(command),
+        submission_id=job_id,
+        metadata={FLOW_RUN: dict(parent.tags).get("rcnn.prefect_flow_run", "")},
+    )
+
+
+def _result_folder(job_id: str) -> str:
+    return f"runs/jobs/{job_id}"
+
+
+async def _follow(client: Any, job_id: str) -> None:
+    async for text in client.tail_job_logs(job_id):
+        for line in text.splitlines():
+            if line.strip():
+                say(f"  | {line}")
+
+
+def _outcome(client: Any, job_id: str, config: PipelineConfig, name: str, results: Results) -> StageResult:
+    status = _status(client, job_id)
+    if status == "SUCCEEDED":
+        result = finished(config, name, results)
+        assert result is not None, f"Ray job {job_id} succeeded and left no result"
+        return result
+    outcome = Storage(config.storage).read_json(f"{_result_folder(job_id)}/outcome.json")
+    if outcome is not None:
+        raise _error_from(outcome["error"])
+    raise ClusterError(
+        f"Ray job {job_id} ended as {status}",
+        where=f"ray.address = {config.ray.address}",
+        remedy=f"See `ray job logs {job_id}`; running the same again takes up where it was",
+        retryable=status == "FAILED",
+    )
+
+
+def _error_from(tree: dict[str, Any]) -> RcnnError:
+    kind = getattr(errors, tree.pop("kind"))
+    return kind(tree.pop("what"), **tree)  # type: ignore[no-any-return]

@@ -1,0 +1,226 @@
+"""The `rcnn` command: a sub-command per stage, the whole pipeline, and what helps around it.
+
+Errors that the user can mend are one line on standard error and exit code 2. Heavy imports wait until a sub-command needs
+them, so that `rcnn --help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rcnn import __version__
+from rcnn.errors import ConfigError, RcnnError
+
+STAGE_HELP = {
+    "ingest": "read the source into Parquet, with a manifest",
+    "tune": "search K, T and the learning rate (after ingest)",
+    "train": "train a model (after ingest, and tune if it is on)",
+    "evaluate": "score a trained model on every test row (after train)",
+    "register": "register a measured model in MLflow (after evaluate)",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one sub-command; returns the exit code (0, or 2 for an error that the user can mend)."""
+    options = _parser().parse_args(arguments)
+    from rcnn.progress import show_on_screen
+
+    show_on_screen()
+    try:
+        run: Callable[[argparse.Namespace], None] = options.run
+        run(options)
+    except RcnnError as error:
+        if options.debug:
+            raise
+        print(f"rcnn: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rcnn: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rcnn", description="Train, tune, compare and ship recurrent convolutional networks."
+    )
+    parser.add_argument("--version", action="version", version=f"rcnn {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add(commands, "pipeline", _pipeline, "run all stages as one Prefect flow", config=True, fresh=True)
+    for name, text in STAGE_HELP.items():
+        stage = _add(commands, name, _stage, text, config=True, fresh=True)
+        stage.set_defaults(stage=name)
+        stage.add_argument("--inputs", metavar="JSON", help="results of the stages before it; the config is then exact")
+        stage.add_argument("--result", metavar="NAME", help="file in the storage for the result or the error, as JSON")
+    predict = _add(commands, "predict", _predict, "tell the class of image files", config=True)
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    predict.add_argument(
+        "--model",
+        metavar="FOLDER",
+        type=Path,
+        help="a folder that `rcnn train` wrote (default: the registry's champion)",
+    )
+    registry = _add(commands, "registry", _registry, "list the versions of a model, or promote one", config=True)
+    registry.add_argument("--promote", type=int, metavar="VERSION", help="make this version the champion")
+    show = _add(commands, "config", _config, "print the resolved config", config=True)
+    show.add_argument("--json", action="store_true", help="as one line of JSON, e.g. for a flow's parameter")
+    show.add_argument("--explain", action="store_true", help="each setting with its meaning and bounds")
+    _add(commands, "recipes", _recipes, "list the named configs, with what each costs and reaches")
+    _add(commands, "sources", _sources, "list the data sets, with what each needs")
+    return parser
+
+
+def _add(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+    *,
+    config: bool = False,
+    fresh: bool = False,
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if config:
+        command.add_argument("--recipe", metavar="NAME", help="named config to start from (default: demo)")
+        command.add_argument("--config", metavar="FILE", help="TOML, YAML or JSON file on top of it")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="one setting on top of that"
+        )
+    if fresh:
+        command.add_argument("--fresh", action="store_true", help="do the work again although its result is there")
+    return command
+
+
+def _resolve(options: argparse.Namespace) -> Any:
+    from rcnn.recipes import resolve_config
+
+    return resolve_config(options.recipe, file=options.config, environ=os.environ, overrides=options.set)
+
+
+def _pipeline(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.progress import say
+
+    say("pipeline: starting Prefect (the first start takes half a minute) ...")
+    # Read by Prefect when it is imported. Its default of 20 s is too short for the first start's database migration.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # our own lines and errors say it all
+    from flows.full_pipeline import full_pipeline
+    from rcnn.summary import print_summary
+
+    trees = full_pipeline(config, fresh=options.fresh)
+    print_summary(config, trees)
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from rcnn import stages
+
+    if options.inputs is None:
+        results = stages.run_pipeline_until(_resolve(options), options.stage, fresh=options.fresh)
+        print(results[options.stage].model_dump_json(indent=2))
+        return
+    from rcnn.config import PipelineConfig
+    from rcnn.storage import Storage
+
+    config = PipelineConfig.model_validate_json(options.config)
+    inputs = json.loads(options.inputs)
+    parent = stages.Parent(inputs["parent"]["run_id"], tuple(inputs["parent"]["tags"].items()))
+    results = stages.results_from_json(inputs["results"])
+    try:
+        stages.run_stage(config, options.stage, results, fresh=options.fresh, parent=parent)
+    except RcnnError as error:
+        told = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
+        Storage(config.storage).write_json(options.result, {"error": told | {"retryable": error.retryable}})
+        raise
+
+
+def _predict(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.evaluate.predict import predict_files
+
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            from rcnn.registry.mlflow_store import download_champion
+
+            options.model = download_champion(config, Path(folder))
+        for prediction in predict_files(options.model, options.images):
+            print(prediction)
+
+
+def _registry(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.tracking import has_store, model_name
+
+    name = model_name(config)
+    versions = []
+    if has_store(config):
+        from rcnn.registry import mlflow_store
+
+        versions = mlflow_store.list_versions(config)
+    if not versions:
+        raise ConfigError(f"there is no registered model {name!r}", remedy="Run `rcnn pipeline` first")
+    if options.promote is None:
+        columns = ("version", "aliases", "test_error", "k", "t", "config_hash", "run_id")
+        _print_table([{column: row[column] for column in columns} for row in versions], title=name)
+        return
+    if str(options.promote) not in [row["version"] for row in versions]:
+        raise ConfigError(
+            f"{name} has no version {options.promote}", where="--promote", remedy="`rcnn registry` lists them"
+        )
+    mlflow_store.set_alias(config, "champion", options.promote)
+    print(f"{name} version {options.promote} is now the champion")
+
+
+def _config(options: argparse.Namespace) -> None:
+    if options.explain:
+        from rcnn.config import explain_settings
+
+        _print_table(explain_settings(), title="settings")
+        return
+    config = _resolve(options)
+    if options.json:
+        print(config.model_dump_json())
+        return
+    import yaml
+
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from rcnn.recipes import RECIPES, describe
+
+    _print_table([describe(name) for name in RECIPES], title="recipes")
+
+
+def _sources(options: argparse.Namespace) -> None:
+    from rcnn.data.sources import SOURCES
+
+    rows = [{"source": name, "what": source.summary, "needs": source.needs} for name, source in SOURCES.items()]
+    _print_table(rows, title="sources")
+
+
+def _print_table(rows: Sequence[dict[str, str]], *, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The errors that a user can mend, each message in three parts: what, where, what to do.
+
+    RcnnError
+    ├── ConfigError      a setting has a value that cannot work
+    ├── DataError        a file or a row of a data set is not what it should be
+    ├── SourceError      a data set's origin is missing, unreachable or altered
+    ├── TrainingError    training or tuning cannot go on
+    └── ClusterError     Ray, MLflow or the storage that they share is out of reach
+
+The command line prints them without a traceback and exits with 2. Everything else is a bug of ours and keeps its
+traceback.
+"""
+
+
+class RcnnError(Exception):
+    """What went wrong, where it was found, and what to do about it, in one line.
+
+    Args:
+        what: the fault, with the value that was found.
+        where: the file, row or setting that holds it.
+        remedy: what the reader can do next.
+        retryable: whether the same call may succeed later (a network that was down, say).
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", retryable: bool = False):
+        self.what, self.where, self.remedy, self.retryable = what, where, remedy, retryable
+        super().__init__(what, where, remedy, retryable)
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}. {self.remedy}" if self.remedy else head
+
+    def __reduce__(self) -> tuple:
+        # Ray and Prefect send errors between processes; keyword-only arguments need a hand to be pickled.
+        return _rebuild, (type(self), self.what, self.where, self.remedy, self.retryable)
+
+
+def _rebuild(kind: type[RcnnError], what: str, where: str, remedy: str, retryable: bool) -> RcnnError:
+    return kind(what, where=where, remedy=remedy, retryable=retryable)
+
+
+class ConfigError(RcnnError):
+    """A setting has a value that cannot work."""
+
+
+class DataError(RcnnError):
+    """A file or a row of a data set is not what it should be."""
+
+
+class SourceError(RcnnError):
+    """A data set's origin is missing, unreachable or altered."""
+
+
+class TrainingError(RcnnError):
+    """Training or tuning cannot go on."""
+
+
+class ClusterError(RcnnError):
+    """Ray, MLflow or the storage that they share is out of reach."""

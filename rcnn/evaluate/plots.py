@@ -1,0 +1,57 @@
+"""Pictures of a training and of its result, as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+BLUE, ORANGE = "#2a6f97", "#d1495b"
+
+
+def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, file: Path) -> None:
+    """Draws a confusion matrix (classes, classes); counts off the diagonal stand out, since they are what one looks for."""
+    mistakes = confusion.float().fill_diagonal_(0)
+    size = max(5.0, 0.45 * len(classes) + 1.5)
+    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    axes.imshow(mistakes, cmap="OrRd", vmin=0, vmax=max(1.0, float(mistakes.max())))
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 3 else 60)
+    axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 30:
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                _write_count(axes, row, column, int(confusion[row, column]), float(mistakes.max()))
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _write_count(axes: plt.Axes, row: int, column: int, count: int, darkest: float) -> None:
+    if count == 0:
+        return
+    on_dark = row != column and count > 0.6 * darkest
+    color = BLUE if row == column else ("white" if on_dark else "black")
+    weight = "bold" if row == column else "normal"
+    axes.text(column, row, str(count), ha="center", va="center", fontsize=9, color=color, weight=weight)
+
+
+def plot_history(history: Sequence[dict[str, float]], title: str, file: Path) -> None:
+    """Draws loss and error over the epochs, side by side."""
+    epochs = [metrics["epoch"] for metrics in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.plot(epochs, [metrics["train/loss"] for metrics in history], color=BLUE, marker="o", ms=3, label="training")
+    left.plot(epochs, [metrics["val/loss"] for metrics in history], color=ORANGE, marker="o", ms=3, label="validation")
+    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    left.legend(frameon=False)
+    right.plot(epochs, [100 * metrics["val/error"] for metrics in history], color=ORANGE, marker="o", ms=3)
+    right.set(xlabel="epoch", ylabel="validation error, %", ylim=(0, None))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,123 @@
+"""The evaluate stage: a finished model and the test rows in, figures, plots and a short report out."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from rcnn.config import PipelineConfig
+from rcnn.data.loader import Rows, load_rows, require_manifest
+from rcnn.data.manifest import Manifest
+from rcnn.evaluate.metrics import Scores, score_logits
+from rcnn.evaluate.plots import plot_confusion, plot_history
+from rcnn.progress import say
+from rcnn.results import EvaluateResult, IngestResult, TrainResult
+from rcnn.storage import StageFolder
+from rcnn.tracking import Tracker
+from rcnn.train.checkpoint import load_model
+from rcnn.train.loop import Metrics, choose_device
+from rcnn.train.step import predict_logits
+
+NUM_SAMPLES = 10
+
+
+def run_evaluate(
+    config: PipelineConfig, data: IngestResult, trained: TrainResult, target: StageFolder, tracker: Tracker
+) -> EvaluateResult:
+    """Scores the model on every test row, once, and writes the report.
+
+    Raises:
+        DataError: the data set or the model is not whole.
+    """
+    storage = target.storage
+    manifest = require_manifest(storage, data.folder)
+    rows = load_rows(storage, data.folder, manifest, "test")
+    scores, images_per_second = _score(config, rows, trained, target)
+    assert scores.num_rows == data.rows["test"], f"{scores.num_rows} of {data.rows['test']} test rows were counted"
+    history = storage.read_json(f"{trained.folder}/history.json")
+    result = EvaluateResult(
+        folder=target.name,
+        test_error=scores.error,
+        test_loss=scores.loss,
+        accuracy_per_class=dict(zip(manifest.classes, scores.accuracy_per_class, strict=True)),
+        rows=scores.num_rows,
+        images_per_second=images_per_second,
+        test_digest=data.test_digest,
+    )
+    tracker.log_metrics(
+        {"test/error": scores.error, "test/loss": scores.loss, "perf/images_per_second": images_per_second}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        _write_report(config, result, trained, scores, manifest, history, Path(folder))
+        _write_samples(rows, manifest.classes, Path(folder))
+        tracker.log_files(Path(folder))
+        storage.upload(Path(folder), target.name)
+    say(f"  test error {100 * scores.error:.2f} % on {scores.num_rows:,} rows; report in {storage.uri(target.name)}")
+    return result
+
+
+def _score(config: PipelineConfig, rows: Rows, trained: TrainResult, target: StageFolder) -> tuple[Scores, float]:
+    """Scores of the finished model on `rows`, and images per second."""
+    with tempfile.TemporaryDirectory() as folder:
+        target.storage.download(f"{trained.folder}/model", Path(folder))
+        model, _ = load_model(Path(folder))
+    device = choose_device(torch.cuda.is_available())
+    model, rows = model.to(device), rows.to(device)
+    started = time.perf_counter()
+    logits = predict_logits(model, rows, batch_size=config.evaluate.batch_size)
+    scores = score_logits(logits, rows.labels)  # brings numbers to the host: the clock below has waited for the device
+    return scores, len(rows) / (time.perf_counter() - started)
+
+
+def _write_report(
+    config: PipelineConfig,
+    result: EvaluateResult,
+    trained: TrainResult,
+    scores: Scores,
+    manifest: Manifest,
+    history: list[Metrics],
+    folder: Path,
+) -> None:
+    name = f"RCNN-{config.model.k}, T = {config.model.t}, {manifest.source.name}"
+    plot_confusion(
+        scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
+    )
+    plot_history(history, f"{name}: training", folder / "training.png")
+    classes = "\n".join(f"| {label} | {100 * share:.2f} |" for label, share in result.accuracy_per_class.items())
+    (folder / "metrics.json").write_text(result.model_dump_json(indent=2) + "\n")
+    (folder / "report.md").write_text(
+        f"""# {name}
+
+| | |
+| --- | --- |
+| test error | {100 * scores.error:.2f} % of {scores.num_rows:,} rows |
+| test loss | {scores.loss:.4f} |
+| validation error | {100 * trained.val_error:.2f} % (best of {trained.epochs} epochs, epoch {trained.best_epoch}) |
+| parameters | {trained.num_parameters:,} |
+| inference | {result.images_per_second:,.0f} images/s, batches of {config.evaluate.batch_size} |
+| training | {trained.images_per_second:,.0f} images/s, {trained.seconds:.0f} s |
+| data digest | `{manifest.digest[:16]}` |
+
+![confusion matrix](confusion.png)
+
+![training](training.png)
+
+| class | accuracy, % |
+| --- | --- |
+{classes}
+"""
+    )
+
+
+def _write_samples(rows: Rows, classes: tuple[str, ...], folder: Path) -> None:
+    """Writes a test image of each of the first classes, named after it, for `rcnn predict` to be tried on."""
+    from PIL import Image
+
+    (folder / "samples").mkdir()
+    for label, name in list(enumerate(classes))[:NUM_SAMPLES]:
+        found = (rows.labels == label).nonzero()
+        if len(found):
+            image_HWC = rows.images[int(found[0])].permute(1, 2, 0).numpy()
+            picture = Image.fromarray(image_HWC.squeeze(2) if image_HWC.shape[2] == 1 else image_HWC)
+            picture.save(folder / "samples" / f"{name}.png")

@@ -1,0 +1,64 @@
+"""The network of Liang and Hu (CVPR 2015), figure 3: images (N, C, H, W) in, logits (N, classes) out.
+
+5x5 convolution -> 3/2 max pool -> RCL -> RCL -> 3/2 max pool -> RCL -> RCL -> global max pool -> linear.
+"""
+
+from torch import Tensor, nn
+
+from rcnn.model.layers import RecurrentConvLayer, lrn_window
+from rcnn.model.lrn import LocalResponseNorm
+
+
+class RCNN(nn.Module):
+    """Recurrent convolutional network with K maps in every hidden layer and T recurrent steps in each of four RCLs.
+
+    Args:
+        num_maps: K.
+        num_steps: T; 0 gives the paper's WCNN, the wide net without recurrence.
+        in_channels: C, channels of an image.
+        num_classes: logits per image.
+        dropout: rate after each RCL but the last. The paper does not state it; re-implementations use 0.2 to 0.5.
+        lrn_alpha, lrn_beta: constants of the local response normalisation (0.001 and 0.75 in the paper).
+
+    Input (N, C, H, W) with H, W >= 1; output (N, num_classes), before the softmax.
+    """
+
+    def __init__(
+        self,
+        num_maps: int,
+        num_steps: int,
+        in_channels: int,
+        num_classes: int,
+        *,
+        dropout: float = 0.2,
+        lrn_alpha: float = 0.001,
+        lrn_beta: float = 0.75,
+    ):
+        super().__init__()
+
+        def recurrent_layer() -> RecurrentConvLayer:
+            return RecurrentConvLayer(num_maps, num_maps, num_steps, lrn_alpha=lrn_alpha, lrn_beta=lrn_beta)
+
+        self.first = nn.Conv2d(in_channels, num_maps, kernel_size=5, padding=2)
+        # One source has a normalisation after the first layer too; none contradicts it.
+        self.first_norm = LocalResponseNorm(num_maps, window=lrn_window(num_maps), alpha=lrn_alpha, beta=lrn_beta)
+        # Padding 1 gives 32 -> 16 -> 8; the paper does not state it, re-implementations do.
+        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.recurrent_layers = nn.ModuleList([recurrent_layer() for _ in range(4)])
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(num_maps, num_classes)
+        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
+        nn.init.zeros_(self.first.bias)  # type: ignore[arg-type]
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """(N, C, H, W) -> logits (N, num_classes)."""
+        one, two, three, four = self.recurrent_layers
+        x_NKHW = self.pool(self.first_norm(self.first(images_NCHW).relu_()))
+        x_NKHW = self.dropout(two(self.dropout(one(x_NKHW))))
+        x_NKHW = four(self.dropout(three(self.pool(x_NKHW))))
+        return self.classifier(x_NKHW.amax(dim=(2, 3)))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers in the model."""
+    return sum(parameter.numel() for parameter in model.parameters())

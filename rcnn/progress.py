@@ -1,0 +1,72 @@
+"""What a person sees while a stage works: lines and bars, on standard error.
+
+On a terminal there is a bar; in a log file a line now and then, since a bar would fill it.
+"""
+
+import logging
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15
+
+_log = logging.getLogger("rcnn")
+
+
+def say(text: str) -> None:
+    """Tells the user a line: on the screen, and in the log of the Prefect run if there is one."""
+    _log.info(text)
+
+
+def show_on_screen() -> None:
+    """Sends what `say` says to standard error, above a bar if there is one; a second call does nothing."""
+    if not any(isinstance(handler, _Screen) for handler in _log.handlers):
+        _log.addHandler(_Screen())
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+
+
+class _Screen(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+class EpochProgress:
+    """Progress of a training run, epoch by epoch and within each.
+
+    Args:
+        num_epochs: epochs of the whole run.
+        unit: what one epoch's line begins with.
+    """
+
+    def __init__(self, num_epochs: int, *, unit: str = "epoch"):
+        self.num_epochs, self.unit = num_epochs, unit
+        self._bar = tqdm(total=num_epochs, unit=unit, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+        self._last_line = time.monotonic()
+
+    def advance(self, epochs_done: float) -> None:
+        """Moves the bar to a fraction of epochs."""
+        self._bar.n = round(epochs_done, 2)
+        self._bar.refresh()
+        if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._line(f"  {self.unit} {epochs_done:.2f} of {self.num_epochs}")
+
+    def finish_epoch(self, metrics: dict[str, float]) -> None:
+        """Prints the epoch's figures."""
+        epoch = int(metrics["epoch"])
+        self._bar.n = epoch
+        self._line(
+            f"  {self.unit} {epoch}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  "
+            f"val error {100 * metrics['val/error']:.2f} %  lr {metrics['learning_rate']:.2g}  "
+            f"{metrics['perf/images_per_second']:.0f} images/s"
+        )
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.close()
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        say(text)

@@ -1,0 +1,263 @@
+"""All that touches MLflow: runs, models, and the registry with its aliases.
+
+The driver alone comes here. Without a server, the store is `mlflow.db` (SQLite) in the storage, with artifacts beside it.
+"""
+
+import contextlib
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+for _noisy in ("alembic", "mlflow"):
+    logging.getLogger(_noisy).setLevel(logging.WARNING)
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError, ConfigError
+from rcnn.registry.gate import CHAMPION, Standing
+from rcnn.storage import Storage
+from rcnn.tracking import experiment_name, has_store, model_name, tracking_uri
+
+PARENT_TAG = "mlflow.parentRunId"
+KEY_TAG = "rcnn.stage_key"
+MAX_PARAMS = 100  # MLflow's limit for one call
+
+
+class MlflowTracker:
+    """A `Tracker` that writes to one MLflow run."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, run_id: str):
+        self.client, self.experiment_id, self.run_id = client, experiment_id, run_id
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Stores settings by name."""
+        entries = [Param(name, str(value)) for name, value in params.items()]
+        for start in range(0, len(entries), MAX_PARAMS):
+            self.client.log_batch(self.run_id, params=entries[start : start + MAX_PARAMS])
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Stores numbers at an absolute step."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Labels the run."""
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_files(self, folder: Path) -> None:
+        """Stores each file of a local folder."""
+        self.client.log_artifacts(self.run_id, str(folder))
+
+    def child(self, name: str) -> "MlflowTracker":
+        """The run of that name under this one, made if it is not there: a resumed search goes on in the same runs."""
+        where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.run_name = '{name}'"
+        found = self.client.search_runs([self.experiment_id], where, max_results=1)
+        run = found[0] if found else self._create(name)
+        return MlflowTracker(self.client, self.experiment_id, run.info.run_id)
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Ends the run."""
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+
+    def _create(self, name: str) -> Any:
+        return self.client.create_run(self.experiment_id, run_name=name, tags={PARENT_TAG: self.run_id})
+
+
+def open_run(
+    config: PipelineConfig,
+    name: str,
+    *,
+    key: str,
+    parent_run_id: str = "",
+    tags: Mapping[str, str] | None = None,
+    fresh: bool = False,
+) -> MlflowTracker:
+    """The run of a stage, with the full config as its parameters.
+
+    A run with the same key that is there already is gone on with, unless `fresh`.
+
+    Raises:
+        ClusterError: the MLflow server is out of reach.
+    """
+    with _reachable(config):
+        client = MlflowClient(tracking_uri(config))
+        experiment_id = _experiment(client, config)
+        found = [] if fresh else client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        if found:
+            tracker = MlflowTracker(client, experiment_id, found[0].info.run_id)
+            client.update_run(tracker.run_id, status="RUNNING")
+            return tracker
+        labels = {KEY_TAG: key, "rcnn.config_hash": config.hash(), "rcnn.recipe": config.recipe, **(tags or {})}
+        if parent_run_id:
+            labels[PARENT_TAG] = parent_run_id
+        if commit := git_commit():
+            labels["mlflow.source.git.commit"] = commit
+        run = client.create_run(experiment_id, run_name=name, tags=labels)
+        tracker = MlflowTracker(client, experiment_id, run.info.run_id)
+        tracker.log_params(_flat(config.model_dump(mode="json", exclude={"ray", "tracking"})))
+        return tracker
+
+
+def register_model(
+    config: PipelineConfig, model_folder: Path, description: Mapping[str, Any], *, run_id: str, figures: Standing
+) -> Standing:
+    """Logs a finished model to its training run and registers it, with the figures that it is judged by.
+
+    Args:
+        config: names the registered model.
+        model_folder: `model.safetensors` and `model.json`.
+        description: the content of `model.json`.
+        run_id: the training run.
+        figures: test error and test digest; the version in it does not count.
+
+    Returns:
+        The figures with the new version.
+    """
+    with _reachable(config):
+        uri = tracking_uri(config)
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(uri)
+        name = model_name(config)
+        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        if found:  # an earlier attempt came as far as this
+            return Standing(int(found[0].version), figures.test_error, figures.test_digest)
+        info = _log_pyfunc(model_folder, description, run_id)
+        with contextlib.suppress(MlflowException):  # it is there already
+            client.create_registered_model(name)
+        version = client.create_model_version(
+            name,
+            info.model_uri,
+            run_id=run_id,
+            tags={
+                "test_error": repr(figures.test_error),
+                "test_digest": figures.test_digest,
+                "data_digest": str(description["data_digest"]),
+                "config_hash": config.hash(),
+                "k": str(config.model.k),
+                "t": str(config.model.t),
+            },
+        )
+        return Standing(int(version.version), figures.test_error, figures.test_digest)
+
+
+def champion_of(config: PipelineConfig) -> Standing | None:
+    """The figures of the version with the alias `champion`, if there is one."""
+    client = MlflowClient(tracking_uri(config))
+    try:
+        version = client.get_model_version_by_alias(model_name(config), CHAMPION)
+    except MlflowException:
+        return None
+    return Standing(int(version.version), float(version.tags["test_error"]), version.tags["test_digest"])
+
+
+def download_champion(config: PipelineConfig, folder: Path) -> Path:
+    """Fetches the champion's model folder to this machine.
+
+    Raises:
+        ConfigError: there is no champion.
+    """
+    if not has_store(config) or champion_of(config) is None:
+        raise ConfigError(
+            f"the model {model_name(config)!r} has no champion",
+            where=f"tracking.uri = {tracking_uri(config)}",
+            remedy="Run `rcnn pipeline` first, or name a model folder with --model",
+        )
+    mlflow.set_tracking_uri(tracking_uri(config))
+    uri = f"models:/{model_name(config)}@{CHAMPION}"
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)), "artifacts", "model")
+
+
+def set_alias(config: PipelineConfig, alias: str, version: int) -> None:
+    """Points an alias at a version."""
+    MlflowClient(tracking_uri(config)).set_registered_model_alias(model_name(config), alias, str(version))
+
+
+def list_versions(config: PipelineConfig) -> list[dict[str, str]]:
+    """Every version of the config's model, the newest first: version, aliases, test_error, k, t, run_id."""
+    client = MlflowClient(tracking_uri(config))
+    rows = []
+    for version in client.search_model_versions(f"name = '{model_name(config)}'"):
+        whole = client.get_model_version(version.name, version.version)  # the search leaves the aliases out
+        rows.append(
+            {"version": str(whole.version), "aliases": ", ".join(whole.aliases), "run_id": whole.run_id or ""}
+            | {name: whole.tags.get(name, "") for name in ("test_error", "k", "t", "config_hash", "test_digest")}
+        )
+    return sorted(rows, key=lambda row: -int(row["version"]))
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, with "-dirty" where files differ from it; empty outside a checkout."""
+    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _experiment(client: MlflowClient, config: PipelineConfig) -> str:
+    name = experiment_name(config)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None if config.tracking.uri else str(Storage(config.storage).local_path(f"mlflow-artifacts/{name}"))
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def _log_pyfunc(model_folder: Path, description: Mapping[str, Any], run_id: str) -> Any:
+    """A pyfunc made of a script and safetensors, with this package's own code inside."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    height, width, channels = description["image_shape"]
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, channels, height, width))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(description["classes"])))]),
+    )
+    package = Path(__file__).parents[1]
+    example = np.random.default_rng(0).integers(0, 256, (2, channels, height, width), dtype=np.uint8)
+    with mlflow.start_run(run_id=run_id):
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(package / "registry" / "served_model.py"),
+            artifacts={"model": str(model_folder)},
+            signature=signature,
+            input_example=example,
+            code_paths=[str(package)],
+            pip_requirements=_requirements(),  # left out, MLflow spends 15 s on guessing them
+        )
+
+
+def _requirements() -> list[str]:
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name)}" for name in ("torch", "numpy", "pydantic", "pyarrow", "safetensors", "tqdm")]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+@contextlib.contextmanager
+def _reachable(config: PipelineConfig) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        raise ClusterError(
+            f"MLflow failed ({str(error).splitlines()[0]})",
+            where=f"tracking.uri = {tracking_uri(config)}",
+            remedy="Check that the server runs and the address is right",
+            retryable=True,
+        ) from error

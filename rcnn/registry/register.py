@@ -1,0 +1,42 @@
+"""The register stage: a finished, measured model in, a version in the registry out, champion if it is better."""
+
+import tempfile
+from pathlib import Path
+
+from rcnn.config import PipelineConfig
+from rcnn.progress import say
+from rcnn.registry import mlflow_store
+from rcnn.registry.gate import Standing, judge
+from rcnn.results import EvaluateResult, RegisterResult, TrainResult
+from rcnn.storage import StageFolder
+from rcnn.train.checkpoint import load_model
+
+
+def run_register(
+    config: PipelineConfig, trained: TrainResult, evaluated: EvaluateResult, target: StageFolder
+) -> RegisterResult:
+    """Registers the model, and gives it an alias by `gate.judge`.
+
+    Raises:
+        ClusterError: MLflow is out of reach.
+        DataError: the model folder is not whole.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target.storage.download(f"{trained.folder}/model", Path(folder))
+        _, description = load_model(Path(folder))
+        champion = mlflow_store.champion_of(config)
+        figures = Standing(0, evaluated.test_error, evaluated.test_digest)
+        new = mlflow_store.register_model(
+            config, Path(folder), description, run_id=trained.mlflow_run_id, figures=figures
+        )
+    verdict = judge(new, champion)
+    mlflow_store.set_alias(config, verdict.alias, new.version)
+    name = mlflow_store.model_name(config)
+    say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
+    return RegisterResult(
+        model_name=name,
+        version=new.version,
+        alias=verdict.alias,
+        reason=verdict.reason,
+        model_uri=f"models:/{name}@{verdict.alias}",
+    )

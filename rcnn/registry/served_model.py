@@ -1,0 +1,32 @@
+"""The model as MLflow serves it: a script that MLflow stores with the weights and runs when the model is loaded.
+
+In: uint8 images (N, C, H, W), 0 to 255. Out: probabilities (N, classes), float32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.pyfunc import PythonModel
+
+
+class ServedClassifier(PythonModel):
+    """Raw pixels in, class probabilities out; the normalisation is a part of the model."""
+
+    def load_context(self, context: Any) -> None:
+        """Reads weights and description; no pickle is involved."""
+        from rcnn.train.checkpoint import load_model
+
+        self.model, self.description = load_model(Path(context.artifacts["model"]))
+
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
+        """Probabilities (N, classes) of uint8 images (N, C, H, W)."""
+        import torch
+
+        with torch.inference_mode():
+            images_NCHW = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.uint8))
+            return self.model(images_NCHW).softmax(1).numpy()
+
+
+mlflow.models.set_model(ServedClassifier())

@@ -1,0 +1,245 @@
+"""The pipeline as a table: which stages there are, what each depends on, and how one is run.
+
+The one place that knows all stages, so that the command line, the Prefect flow and a Ray job run the same thing. A stage's
+folder is named by a key: the hash of its settings, of what it reads, and of the code that makes it. A stage whose folder
+holds a result is done, and a second run says so. Importing this file loads none of the stages.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import ConfigError
+from rcnn.progress import say
+from rcnn.results import (
+    EvaluateResult,
+    IngestResult,
+    RegisterResult,
+    StageResult,
+    TrainResult,
+    TuneResult,
+)
+from rcnn.storage import StageFolder, Storage
+from rcnn.tracking import NoTracker, Tracker, has_store
+
+Results = dict[str, Any]
+"""The results so far, by stage."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        result: the type of what it hands on.
+        run: does the work; imports what it needs when it is called.
+        sections: the parts of the config that its result depends on.
+        code: the packages that make the result; imports only point left, so a stage needs what stands before it.
+        folder: where its folders lie.
+        whole: a file that is there when the stage is done, besides its result.
+        heavy: whether it goes to the cluster as a Ray job, where there is one.
+    """
+
+    result: type[StageResult]
+    run: Callable[[PipelineConfig, Results, StageFolder, Tracker], StageResult]
+    sections: tuple[str, ...]
+    code: tuple[str, ...]
+    folder: str
+    whole: str
+    heavy: bool
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a stage's MLflow run hangs under, and the tags that it gets."""
+
+    run_id: str = ""
+    tags: tuple[tuple[str, str], ...] = ()
+
+
+def _ingest(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
+    from rcnn.data.ingest import run_ingest
+
+    return run_ingest(config, target, tracker)
+
+
+def _tune(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
+    from rcnn.tune.ray_tuner import run_tune
+
+    return run_tune(config, results["ingest"], target, tracker)
+
+
+def _train(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
+    from rcnn.train.ray_trainer import run_train
+
+    return run_train(config, results["ingest"], target, tracker)
+
+
+def _evaluate(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
+    from rcnn.evaluate.report import run_evaluate
+
+    return run_evaluate(config, results["ingest"], results["train"], target, tracker)
+
+
+def _register(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
+    from rcnn.registry.register import run_register
+
+    return run_register(config, results["train"], results["evaluate"], target)
+
+
+_CORE = ("data", "model", "train")
+STAGES: dict[str, Stage] = {
+    "ingest": Stage(IngestResult, _ingest, ("data",), ("data",), "datasets", "manifest.json", heavy=False),
+    "tune": Stage(TuneResult, _tune, ("model", "train", "tune"), (*_CORE, "tune"), "runs", "", heavy=True),
+    "train": Stage(TrainResult, _train, ("model", "train"), _CORE, "runs", "model/model.safetensors", heavy=True),
+    "evaluate": Stage(
+        EvaluateResult, _evaluate, ("evaluate",), (*_CORE, "evaluate"), "reports", "report.md", heavy=True
+    ),
+    "register": Stage(RegisterResult, _register, (), (*_CORE, "evaluate", "registry"), "runs", "", heavy=False),
+}
+
+
+def planned(config: PipelineConfig, last: str = "register") -> list[str]:
+    """The stages up to `last`, without the search where it is off."""
+    names = list(STAGES)
+    return [name for name in names[: names.index(last) + 1] if name != "tune" or config.tune.enabled or last == "tune"]
+
+
+def effective_config(config: PipelineConfig, name: str, results: Results) -> PipelineConfig:
+    """The config of a stage: behind the search, the best trial's settings are in it."""
+    if "tune" in results and name not in ("ingest", "tune"):
+        return results["tune"].best.applied_to(config)  # type: ignore[no-any-return]
+    return config
+
+
+def stage_folder(config: PipelineConfig, name: str, results: Results) -> StageFolder:
+    """Where a stage keeps its result; the name holds its key, the first 12 hex digits of a SHA-256."""
+    stage = STAGES[name]
+    config = effective_config(config, name, results)
+    seed = () if name == "ingest" else ("seed",)
+    depends_on = {
+        "config": config.hash(*stage.sections, *seed),
+        "reads": _identity_of_inputs(config, name, results),
+        "code": code_version(stage.code),
+    }
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
+    label = f"{config.data.source}-{key}" if name == "ingest" else f"{name}-{key}"
+    return StageFolder(Storage(config.storage), f"{stage.folder}/{label}")
+
+
+def finished(config: PipelineConfig, name: str, results: Results) -> StageResult | None:
+    """The result of a stage that has been run, or None if it has not, or what it left is gone."""
+    stage, target = STAGES[name], stage_folder(config, name, results)
+    tree = target.storage.read_json(target.path("result.json"))
+    if tree is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
+        return None
+    if name == "register" and not has_store(config):
+        return None  # somebody deleted the registry
+    return stage.result.model_validate(tree)
+
+
+def run_stage(
+    config: PipelineConfig, name: str, results: Results, *, fresh: bool = False, parent: Parent | None = None
+) -> StageResult:
+    """Runs one stage, or says that it has been run.
+
+    Args:
+        config: the whole config.
+        name: a key of `STAGES`.
+        results: the results of the stages before it.
+        fresh: does the work again.
+        parent: the MLflow run to hang under.
+
+    Raises:
+        RcnnError: whatever the stage meets; nothing half-done is taken for a result later.
+    """
+    target = stage_folder(config, name, results)
+    done = None if fresh else finished(config, name, results)
+    if done is not None:
+        say(nothing_to_do(name, target))
+        return done
+    if fresh:
+        target.storage.delete(target.name)
+    say(f"{name}: {_purpose(config, name, results)}")
+    started = time.perf_counter()
+    result = _run_tracked(effective_config(config, name, results), name, results, target, fresh, parent or Parent())
+    target.storage.write_json(target.path("result.json"), result.model_dump(mode="json"))
+    say(f"{name}: done in {time.perf_counter() - started:.0f} s")
+    return result
+
+
+def nothing_to_do(name: str, target: StageFolder) -> str:
+    """Why a stage is skipped."""
+    return f"{name}: nothing to do, {target.name} has the result for these settings, this data and this code"
+
+
+def run_pipeline_until(config: PipelineConfig, last: str, *, fresh: bool = False) -> Results:
+    """Runs the stages up to `last` in this process, one after another; `fresh` does the last one again."""
+    results: Results = {}
+    for name in planned(config, last):
+        results[name] = run_stage(config, name, results, fresh=fresh and name == last)
+    return results
+
+
+def results_from_json(trees: Mapping[str, Any]) -> Results:
+    """Results by stage, from what JSON made of them."""
+    unknown = set(trees) - set(STAGES)
+    if unknown:
+        raise ConfigError(f"there is no stage {sorted(unknown)[0]!r}", where="--inputs", remedy=f"Use {list(STAGES)}")
+    return {name: STAGES[name].result.model_validate(tree) for name, tree in trees.items()}
+
+
+@cache
+def code_version(packages: tuple[str, ...]) -> str:
+    """A hash over the sources of these packages and of what all of them share."""
+    root = Path(__file__).parent
+    shared = [root / f"{name}.py" for name in ("config", "results", "storage")]
+    files = shared + [file for package in packages for file in sorted((root / package).glob("*.py"))]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _run_tracked(
+    config: PipelineConfig, name: str, results: Results, target: StageFolder, fresh: bool, parent: Parent
+) -> StageResult:
+    from rcnn.registry.mlflow_store import open_run
+
+    if name == "register":  # the model goes to its training run: it needs no run of its own
+        return STAGES[name].run(config, results, target, NoTracker())
+    tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=dict(parent.tags), fresh=fresh)
+    try:
+        result = STAGES[name].run(config, results, target, tracker)
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
+    return result.model_copy(update={"mlflow_run_id": tracker.run_id})
+
+
+def _identity_of_inputs(config: PipelineConfig, name: str, results: Results) -> list[str]:
+    if name == "ingest":
+        return []
+    if name in ("tune", "train"):
+        return [results["ingest"].digest]
+    if name == "evaluate":
+        return [results["train"].folder, results["ingest"].test_digest]
+    return [results["evaluate"].folder, config.tracking.uri, config.tracking.model_name]
+
+
+def _purpose(config: PipelineConfig, name: str, results: Results) -> str:
+    model = effective_config(config, name, results).model
+    return {
+        "ingest": f"reading {config.data.source} into Parquet",
+        "tune": f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
+        "train": f"RCNN-{model.k}, T = {model.t}, {config.train.epochs} epochs on {config.train.num_workers} worker(s)",
+        "evaluate": "scoring every test row",
+        "register": "logging the model to MLflow",
+    }[name]

@@ -1,0 +1,158 @@
+"""One root for all that the pipeline keeps: a folder, or a URI that pyarrow opens (`s3://bucket/prefix`).
+
+In: a root. Out: whole files only. Local files are written under a temporary name and renamed; object stores publish a
+file when it is closed. What marks a piece of work as finished is written last.
+
+    <root>/datasets/  data sets, one folder each       <root>/runs/     one folder a stage, Ray Train and Tune included
+    <root>/reports/   plots and tables                 <root>/mlflow.db tracking, unless a server is set
+"""
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rcnn.errors import ClusterError, ConfigError
+
+
+class Storage:
+    """Files under one root, by paths relative to it.
+
+    Args:
+        root: a folder (created when first written to) or a URI.
+    """
+
+    def __init__(self, root: str):
+        self.is_local = "://" not in root
+        self.root = str(Path(root).expanduser().absolute()) if self.is_local else root.rstrip("/")
+
+    @cached_property
+    def _filesystem_and_base(self) -> tuple[Any, str]:
+        from pyarrow import fs
+
+        if self.is_local:
+            return fs.LocalFileSystem(), self.root
+        try:
+            filesystem, base = fs.FileSystem.from_uri(self.root)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"storage = {self.root!r} cannot be opened ({error})",
+                remedy="Give a folder, or a URI that pyarrow.fs knows, such as s3://bucket/prefix",
+            ) from error
+        return filesystem, base
+
+    @property
+    def filesystem(self) -> Any:
+        """The `pyarrow.fs.FileSystem` that holds the root."""
+        return self._filesystem_and_base[0]
+
+    def path(self, name: str) -> str:
+        """The path of `name` as `filesystem` wants it."""
+        return f"{self._filesystem_and_base[1]}/{name}"
+
+    def uri(self, name: str) -> str:
+        """The path of `name` as a person or another process would write it."""
+        return f"{self.root}/{name}"
+
+    def local_path(self, name: str) -> Path:
+        """`name` as a path on this machine.
+
+        Raises:
+            ConfigError: the root is not a local folder.
+        """
+        if not self.is_local:
+            raise ConfigError(
+                f"storage = {self.root!r} is no local folder, and {name} must be one",
+                remedy="Set tracking.uri to an MLflow server, or storage to a folder",
+            )
+        return Path(self.root, name)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder is there."""
+        from pyarrow import fs
+
+        return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
+
+    def make_folder(self, name: str) -> None:
+        """Makes a folder and those above it.
+
+        Raises:
+            ClusterError: the storage cannot be written.
+        """
+        try:
+            self.filesystem.create_dir(self.path(name), recursive=True)
+        except OSError as error:
+            raise self._unwritable(name, error) from error
+
+    def read_text(self, name: str) -> str:
+        """The whole of a text file."""
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return stream.read().decode()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a whole file or, if that fails, none.
+
+        Raises:
+            ClusterError: the storage cannot be written.
+        """
+        target = self.path(name)
+        draft = f"{target}.{uuid.uuid4().hex[:8]}.part" if self.is_local else target
+        try:
+            self.filesystem.create_dir(os.path.dirname(target), recursive=True)
+            with self.filesystem.open_output_stream(draft) as stream:
+                stream.write(text.encode())
+            if draft != target:
+                self.filesystem.move(draft, target)
+        except OSError as error:
+            raise self._unwritable(name, error) from error
+
+    def read_json(self, name: str) -> Any:
+        """The value in a JSON file, or None where there is no such file."""
+        try:
+            return json.loads(self.read_text(name))
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a whole JSON file, indented for people."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def upload(self, local: Path, name: str) -> None:
+        """Copies a folder of this machine to `name`, file by file."""
+        from pyarrow import fs
+
+        self.make_folder(name)
+        fs.copy_files(str(local), self.path(name), destination_filesystem=self.filesystem)
+
+    def download(self, name: str, local: Path) -> None:
+        """Copies a folder to this machine."""
+        from pyarrow import fs
+
+        fs.copy_files(self.path(name), str(local), source_filesystem=self.filesystem)
+
+    def delete(self, name: str) -> None:
+        """Deletes a folder with all that is in it, if it is there."""
+        if self.exists(name):
+            self.filesystem.delete_dir(self.path(name))
+
+    def _unwritable(self, name: str, error: OSError) -> ClusterError:
+        return ClusterError(
+            f"cannot be written ({error.strerror or error})",
+            where=self.uri(name),
+            remedy="Check its permissions and free space, or set storage elsewhere",
+        )
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The one folder that a stage writes to; its name holds the hash of all that the result depends on."""
+
+    storage: Storage
+    name: str
+
+    def path(self, file: str) -> str:
+        """The name of a file of this folder within the storage."""
+        return f"{self.name}/{file}"

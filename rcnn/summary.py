@@ -1,0 +1,59 @@
+"""What `rcnn pipeline` prints when it is through: the figures, the files, and what to try next."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rcnn.config import PipelineConfig
+from rcnn.stages import results_from_json
+from rcnn.storage import Storage
+from rcnn.tracking import tracking_uri
+
+
+def print_summary(config: PipelineConfig, trees: Mapping[str, Any]) -> None:
+    """Prints a short table of the stages' results, and three commands."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results = results_from_json(trees)
+    storage = Storage(config.storage)
+    table = Table(show_header=False, title=f"rcnn: {config.recipe}", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, value in _rows(results, storage).items():
+        table.add_row(label, value)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print("\nNext:")
+    for command in _next_commands(config, results, storage):
+        print(f"  {command}")
+
+
+def _rows(results: dict[str, Any], storage: Storage) -> dict[str, str]:
+    tuned, trained, evaluated, registered = (results.get(name) for name in ("tune", "train", "evaluate", "register"))
+    rows = {}
+    if tuned is not None:
+        stopped = sum(trial.outcome == "stopped early" for trial in tuned.trials)
+        rows["best trial"] = (
+            f"{tuned.best_trial} of {len(tuned.trials)}: {tuned.best!s}, "
+            f"{100 * tuned.val_error:.2f} % validation error ({stopped} stopped early)"
+        )
+    rows["test error"] = f"{100 * evaluated.test_error:.2f} % of {evaluated.rows:,} rows"
+    rows["parameters"] = f"{trained.num_parameters:,}"
+    rows["images/s"] = f"{trained.images_per_second:,.0f} in training, {evaluated.images_per_second:,.0f} in evaluation"
+    rows["MLflow run"] = trained.mlflow_run_id
+    rows["registered"] = (
+        f"{registered.model_name} version {registered.version}, {registered.alias}: {registered.reason}"
+    )
+    rows["model"] = storage.uri(f"{trained.folder}/model")
+    rows["report"] = storage.uri(f"{evaluated.folder}/report.md")
+    return rows
+
+
+def _next_commands(config: PipelineConfig, results: dict[str, Any], storage: Storage) -> list[str]:
+    samples = storage.uri(f"{results['evaluate'].folder}/samples")
+    ui = f"mlflow ui --backend-store-uri {tracking_uri(config)}"
+    return [
+        f"{ui if not config.tracking.uri else 'open ' + config.tracking.uri}   # compare the runs in a browser",
+        f"rcnn predict {samples}/*.png   # ask the champion",
+        "rcnn recipes   # larger runs; then: rcnn pipeline --recipe NAME",
+    ]

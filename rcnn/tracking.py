@@ -1,0 +1,85 @@
+"""What a stage may say of its progress, whoever listens.
+
+Stages get a `Tracker` handed in and never import MLflow; `registry/mlflow_store.py` holds the one that writes to it. The
+driver alone tracks: workers send their numbers to it (one writer, so SQLite is enough, and no credential leaves the driver).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from rcnn.config import PipelineConfig
+from rcnn.storage import Storage
+
+
+def tracking_uri(config: PipelineConfig) -> str:
+    """Where MLflow keeps runs: the setting, or a SQLite file in the storage.
+
+    Raises:
+        ConfigError: neither can be had, since the storage is no local folder.
+    """
+    return config.tracking.uri or f"sqlite:///{Storage(config.storage).local_path('mlflow.db')}"
+
+
+def has_store(config: PipelineConfig) -> bool:
+    """False where the store is our own SQLite file, and it has not been made or is gone."""
+    return bool(config.tracking.uri) or Storage(config.storage).exists("mlflow.db")
+
+
+def experiment_name(config: PipelineConfig) -> str:
+    """The MLflow experiment."""
+    return config.tracking.experiment or f"rcnn/{config.data.source}"
+
+
+def model_name(config: PipelineConfig) -> str:
+    """The registered model."""
+    return config.tracking.model_name or f"rcnn-{config.data.source}"
+
+
+class Tracker(Protocol):
+    """A run that takes parameters, metrics, tags and files, and may have children."""
+
+    run_id: str
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Stores settings by name."""
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Stores numbers at an absolute step (an epoch)."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Labels the run."""
+
+    def log_files(self, folder: Path) -> None:
+        """Stores each file of a local folder."""
+
+    def child(self, name: str) -> "Tracker":
+        """A run under this one."""
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Ends the run."""
+
+
+class NoTracker:
+    """Listens to nothing: for `fit()` by itself, and for benchmarks."""
+
+    run_id = ""
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Drops them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Drops them."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Drops them."""
+
+    def log_files(self, folder: Path) -> None:
+        """Drops them."""
+
+    def child(self, name: str) -> "NoTracker":
+        """Itself."""
+        return self
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Does nothing."""

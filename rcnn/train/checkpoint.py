@@ -1,0 +1,170 @@
+"""What training keeps on disk: checkpoints to go on from, and the finished model.
+
+A checkpoint is one file that `torch.load(weights_only=True)` opens: tensors and plain values. A model folder is
+`model.safetensors` with `model.json`, which says how to build the network: no pickle, so it can be passed on.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from rcnn.config import PipelineConfig
+from rcnn.data.manifest import Manifest
+from rcnn.errors import DataError, TrainingError
+from rcnn.model import RCNN, Classifier, MeanRemoval
+from rcnn.train.optim import Schedule, build_optimizer
+
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+@dataclass
+class TrainState:
+    """Everything that the next step depends on. Dropout and shuffling are seeded anew each epoch, by (seed, epoch,
+    rank), so the position is all that randomness needs."""
+
+    config: PipelineConfig
+    manifest: Manifest
+    model: Classifier
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    averaged: AveragedModel | None
+    epoch: int = 0
+    """Epochs done."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """The metrics of each epoch done."""
+
+    @property
+    def best_model(self) -> Classifier:
+        """The weights to judge: averaged if averaging is on."""
+        return self.averaged.module if self.averaged is not None else self.model  # type: ignore[return-value]
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint, and the model as it now is, to a folder."""
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+                "epoch": self.epoch,
+                "history": self.history,
+                "config": self.config.model_dump_json(),
+                "data_digest": self.manifest.digest,
+            },
+            folder / CHECKPOINT,
+        )
+        save_model(self.best_model, self.config, self.manifest, folder)
+
+    def load(self, folder: Path) -> None:
+        """Takes up where `save` was called.
+
+        Raises:
+            TrainingError: the checkpoint is damaged, or belongs to another data set.
+        """
+        saved = _read_checkpoint(folder)
+        if saved["data_digest"] != self.manifest.digest:
+            raise TrainingError(
+                "the checkpoint was made on another data set", where=str(folder), remedy="Train again with --fresh"
+            )
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(saved["averaged"])
+        self.epoch, self.history = saved["epoch"], saved["history"]
+
+
+def read_epochs_done(folder: Path) -> int:
+    """The epochs that a checkpoint has behind it."""
+    return int(_read_checkpoint(folder)["epoch"])
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Any]:
+    file = folder / CHECKPOINT
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except Exception as error:  # torch raises whatever the damaged bytes lead it to
+        raise TrainingError(
+            f"the checkpoint cannot be read ({error})", where=str(file), remedy="Train again with --fresh"
+        ) from error
+
+
+def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.device, num_steps: int) -> TrainState:
+    """A model with fresh weights, drawn by the config's seed, and all that trains it for `num_steps` steps."""
+    torch.manual_seed(config.seed)
+    model = build_classifier(config, manifest).to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.train)
+    averaged = None
+    if config.train.ema_decay:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay))
+    schedule = Schedule(optimizer, config.train, num_steps=num_steps)
+    return TrainState(config, manifest, model, optimizer, schedule, averaged)
+
+
+def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
+    """The network that the config and the data set's shape ask for."""
+    network = RCNN(
+        config.model.k,
+        config.model.t,
+        in_channels=manifest.image_shape[2],
+        num_classes=len(manifest.classes),
+        dropout=config.model.dropout,
+        lrn_alpha=config.model.lrn_alpha,
+        lrn_beta=config.model.lrn_beta,
+    )
+    return Classifier(MeanRemoval(manifest.pixel_mean, manifest.pixel_std, manifest.image_shape), network)
+
+
+def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
+    """Writes weights and description; `load_model` reads them."""
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    description = {
+        "network": config.model.model_dump(),
+        "classes": list(manifest.classes),
+        "image_shape": list(manifest.image_shape),
+        "source": manifest.source.name,
+        "data_digest": manifest.digest,
+        "config": config.model_dump(mode="json"),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
+    """A finished model in evaluation mode, and its description (classes, image_shape (H, W, C), config).
+
+    Raises:
+        DataError: the folder holds no model, or its files do not belong together.
+    """
+    remedy = "Give a folder that `rcnn train` wrote"
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        weights = load_file(folder / WEIGHTS)
+    except Exception as error:  # safetensors has its own error type, json another
+        raise DataError(f"holds no model ({error})", where=str(folder), remedy=remedy) from error
+    network = description["network"]
+    height, width, channels = description["image_shape"]
+    model = Classifier(
+        MeanRemoval([0.0] * (height * width * channels), 1.0, (height, width, channels)),
+        RCNN(
+            network["k"],
+            network["t"],
+            in_channels=channels,
+            num_classes=len(description["classes"]),
+            dropout=network["dropout"],
+            lrn_alpha=network["lrn_alpha"],
+            lrn_beta=network["lrn_beta"],
+        ),
+    )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fault = " ".join(str(error).split())[:300]
+        raise DataError(f"weights and description differ ({fault})", where=str(folder), remedy=remedy) from error
+    return model.to(memory_format=torch.channels_last).eval(), description

@@ -1,0 +1,145 @@
+"""`fit`: epochs of training and validation, in plain torch.
+
+In: a config, rows in memory, and a `report` to call after each epoch. It knows nothing of Ray; where a torch process
+group exists, it trains as one rank of it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rcnn.config import PipelineConfig
+from rcnn.data.loader import ResidentLoader, Rows, TrainingData
+from rcnn.errors import ClusterError, TrainingError
+from rcnn.train.checkpoint import TrainState, new_state
+from rcnn.train.step import score, train_step
+
+Metrics = dict[str, float]
+Report = Callable[[Metrics, Callable[[Path], None]], None]
+"""Called on every rank after each epoch, with its metrics and a function that saves a checkpoint to a folder."""
+
+SECONDS_BETWEEN_PROGRESS = 1.0
+
+
+def fit(
+    config: PipelineConfig,
+    data: TrainingData,
+    report: Report,
+    *,
+    resume_from: Path | None = None,
+    on_progress: Callable[[float], None] = lambda epochs_done: None,
+) -> TrainState:
+    """Trains for `config.train.epochs` epochs, or for what is left of them.
+
+    Args:
+        config: the whole config; `model`, `train` and `seed` matter here.
+        data: all rows of both splits; each rank takes its own share of them.
+        report: called after each epoch.
+        resume_from: folder of a checkpoint to go on from.
+        on_progress: called now and then with the epochs done, a fraction.
+
+    Raises:
+        TrainingError: the loss is no longer a number, or the checkpoint cannot be taken up.
+        DataError: there are fewer rows than one batch.
+    """
+    device = choose_device(config.train.use_gpu)
+    rank, num_ranks = process_group()
+    loader = ResidentLoader(
+        data.train.to(device),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        max_shift=config.train.max_shift,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+    state = new_state(config, data.manifest, device=device, num_steps=config.train.epochs * loader.num_steps)
+    if resume_from is not None:
+        state.load(resume_from)
+    network = DistributedDataParallel(state.model) if num_ranks > 1 else state.model
+    val = data.val.share(rank, num_ranks).to(device)
+    while state.epoch < config.train.epochs:
+        # Each epoch's dropout depends on its number alone: a resumed run draws what the first one would have drawn.
+        torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
+        metrics = _train_epoch(state, network, loader, on_progress) | _validate(state, val)
+        state.schedule.after_epoch(metrics["val/error"])
+        state.epoch += 1
+        metrics["epoch"] = state.epoch
+        state.history.append(metrics)
+        report(metrics, state.save)
+    return state
+
+
+def choose_device(use_gpu: bool) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        ClusterError: a GPU was asked for and there is none.
+    """
+    if not use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            "this machine has no GPU that torch can use", where="train.use_gpu = true", remedy="Set it to false"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def process_group() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _train_epoch(
+    state: TrainState, network: nn.Module, loader: ResidentLoader, on_progress: Callable[[float], None]
+) -> Metrics:
+    learning_rate = state.schedule.learning_rate
+    network.train()
+    started = last_progress = time.perf_counter()
+    total_loss = torch.zeros((), device=loader.rows.labels.device)
+    for step, (images_NCHW, labels_N) in enumerate(loader.epoch(state.epoch), start=1):
+        total_loss += train_step(
+            network, state.optimizer, images_NCHW, labels_N, clip_norm=state.config.train.clip_norm
+        )
+        state.schedule.after_step()
+        if state.averaged is not None:
+            state.averaged.update_parameters(state.model)
+        if time.perf_counter() - last_progress > SECONDS_BETWEEN_PROGRESS:
+            last_progress = time.perf_counter()
+            on_progress(state.epoch + step / loader.num_steps)
+    mean_loss = _mean_over_ranks(total_loss / loader.num_steps)  # waits for the device: the time below is whole
+    seconds = time.perf_counter() - started
+    if not math.isfinite(mean_loss):
+        raise TrainingError(
+            f"the training loss is {mean_loss} in epoch {state.epoch + 1}",
+            where=f"train.learning_rate = {state.config.train.learning_rate}",
+            remedy="Lower it by a factor of 3 to 10",
+        )
+    images_per_second = loader.num_steps * loader.batch_size / seconds
+    return {"train/loss": mean_loss, "learning_rate": learning_rate, "perf/images_per_second": images_per_second}
+
+
+def _validate(state: TrainState, val: Rows) -> Metrics:
+    sums = score(state.best_model, val, batch_size=state.config.evaluate.batch_size)
+    if process_group()[1] > 1:
+        dist.all_reduce(sums)
+    wrong, loss, rows = sums.tolist()
+    return {"val/error": wrong / rows, "val/loss": loss / rows}
+
+
+def _mean_over_ranks(value: Tensor) -> float:
+    num_ranks = process_group()[1]
+    if num_ranks > 1:
+        dist.all_reduce(value)
+    return float(value) / num_ranks
+
+
+def _seed_of(seed: int, epoch: int, rank: int) -> int:
+    return (seed * 1_000_003 + epoch) * 4_099 + rank

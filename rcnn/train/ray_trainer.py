@@ -1,0 +1,181 @@
+"""The train stage: `fit` on Ray Train workers, with checkpoints in the storage.
+
+In: a config and a data set. Out: a finished model folder. A run of the same name goes on from its last checkpoint.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from rcnn.train.ray_session import Board, ensure_ray, following, require_room  # isort: skip  (sets what Ray reads)
+
+import ray
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from rcnn.config import PipelineConfig
+from rcnn.data.loader import load_training_data
+from rcnn.errors import RcnnError, TrainingError
+from rcnn.model import count_parameters
+from rcnn.progress import EpochProgress, say
+from rcnn.results import IngestResult, TrainResult
+from rcnn.storage import StageFolder, Storage
+from rcnn.tracking import Tracker
+from rcnn.train.checkpoint import DESCRIPTION, WEIGHTS, load_model, read_epochs_done
+from rcnn.train.loop import Metrics, fit
+
+
+def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TrainResult:
+    """Trains the model that `config` describes, or goes on with it where an earlier run was stopped.
+
+    Raises:
+        TrainingError: the loss is no longer a number, or workers failed more often than `train.max_failures`.
+        ClusterError: Ray or the storage is out of reach, or the cluster is too small.
+        DataError: the data set is not what its manifest says.
+    """
+    ensure_ray(config, target.storage)
+    require_room(config, config.train.num_workers * config.train.cpus_per_worker, "train.num_workers")
+    started = time.perf_counter()
+    trained = _fit_on_workers(config, data, target, tracker)
+    history: list[Metrics] = trained.return_value
+    best = min(history, key=lambda metrics: metrics["val/error"])
+    num_parameters = _publish_model(trained.get_best_checkpoint("val/error", "min"), target)
+    target.storage.write_json(target.path("history.json"), history)
+    tracker.log_params({"num_parameters": num_parameters})
+    return TrainResult(
+        folder=target.name,
+        val_error=best["val/error"],
+        best_epoch=int(best["epoch"]),
+        epochs=len(history),
+        num_parameters=num_parameters,
+        images_per_second=sorted(metrics["perf/images_per_second"] for metrics in history)[len(history) // 2],
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> Any:
+    board = Board.remote()
+    storage = target.storage
+    trainer = TorchTrainer(
+        _train_on_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "storage": storage.root,
+            "data_folder": data.folder,
+            "board": board,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=config.train.use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=os.path.basename(target.name),
+            storage_path=storage.path(os.path.dirname(target.name)),
+            storage_filesystem=None if storage.is_local else storage.filesystem,
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.train.keep_checkpoints,
+                checkpoint_score_attribute="val/error",
+                checkpoint_score_order="min",
+            ),
+        ),
+    )
+    with _showing(board, config.train.epochs, tracker):
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise _as_training_error(error) from error
+
+
+@contextmanager
+def _showing(board: Any, num_epochs: int, tracker: Tracker) -> Iterator[None]:
+    """Sends the workers' notes to the screen and to the tracker while the body runs."""
+    progress = EpochProgress(num_epochs)
+
+    def finish_epoch(metrics: Metrics) -> None:
+        progress.finish_epoch(metrics)
+        tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=int(metrics["epoch"]))
+
+    def resumed(epochs_done: int) -> None:
+        say(f"  resuming after epoch {epochs_done} of {num_epochs}, from the last checkpoint")
+
+    try:
+        with following(board, {"progress": progress.advance, "epoch": finish_epoch, "resumed": resumed}):
+            yield
+    finally:
+        progress.close()
+
+
+def _as_training_error(error: Exception) -> RcnnError:
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    fault = next(iter(failures.values()), error)
+    last_line = str(fault).strip().splitlines()[-1:] or [type(fault).__name__]
+    return TrainingError(
+        f"the workers failed more often than allowed; the last one with: {last_line[0]}",
+        where="train.max_failures",
+        remedy="Run the same command again to go on from the last checkpoint; --debug shows the worker's traceback",
+        retryable=True,
+    )
+
+
+def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
+    """What each worker runs. Returns the history of all epochs, those before a resumption included."""
+    import torch
+
+    config = PipelineConfig.model_validate(settings["config"])
+    torch.set_num_threads(config.train.cpus_per_worker)
+    board = settings["board"]
+    is_first = ray.train.get_context().get_world_rank() == 0
+
+    def note(kind: str, value: Any) -> None:
+        if is_first:
+            board.put.remote(kind, value)
+
+    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
+        note("epoch", metrics)
+        if not is_first:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    try:
+        data = load_training_data(
+            Storage(settings["storage"]), settings["data_folder"], num_rows=config.train.num_rows, seed=config.seed
+        )
+        checkpoint = ray.train.get_checkpoint()
+        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
+            if folder:
+                note("resumed", read_epochs_done(Path(folder)))
+            resume_from = Path(folder) if folder else None
+            state = fit(
+                config,
+                data,
+                report,
+                resume_from=resume_from,
+                on_progress=lambda epochs_done: note("progress", epochs_done),
+            )
+    except RcnnError as error:
+        if error.retryable:
+            raise
+        ray.get(board.put.remote("fault", error))  # the same again on a retry: end here, and let the driver raise it
+        return []
+    return state.history
+
+
+def _publish_model(checkpoint: Any, target: StageFolder) -> int:
+    """Copies the best checkpoint's model to its final place; returns its number of parameters."""
+    with checkpoint.as_directory() as source, tempfile.TemporaryDirectory() as draft:
+        for file in (WEIGHTS, DESCRIPTION):
+            shutil.copyfile(Path(source, file), Path(draft, file))
+        target.storage.upload(Path(draft), target.path("model"))
+        return count_parameters(load_model(Path(draft))[0])

@@ -1,0 +1,168 @@
+"""The tune stage: Ray Tune draws configurations, and ASHA stops the worse ones early.
+
+In: a config and a data set. Out: the best K, T and learning rate, and a table of all trials. A trial is one process that
+calls `fit` itself, without checkpoints: it is short, and an interrupted search repeats only the unfinished ones.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rcnn.train.ray_session import Board, ensure_ray, following, require_room  # isort: skip  (sets what Ray reads)
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import BasicVariantGenerator
+
+from rcnn.config import PipelineConfig
+from rcnn.data.loader import load_training_data
+from rcnn.errors import RcnnError, TrainingError
+from rcnn.progress import say
+from rcnn.results import Choice, IngestResult, Trial, TuneResult
+from rcnn.storage import StageFolder, Storage
+from rcnn.tracking import Tracker
+from rcnn.train.loop import Metrics, fit
+from rcnn.tune.space import own_choice, trial_config
+
+WORST_ERROR = 1.0
+
+
+def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TuneResult:
+    """Searches for the K, T and learning rate with the lowest validation error.
+
+    Raises:
+        TrainingError: every trial failed.
+        ClusterError: Ray or the storage is out of reach, or the cluster is too small for one trial.
+        DataError: the data set is not what its manifest says.
+    """
+    ensure_ray(config, target.storage)
+    require_room(config, config.tune.cpus_per_trial, "tune.cpus_per_trial")
+    board = Board.remote()
+    runs: dict[str, Tracker] = {}
+
+    def show(note: tuple[str, Choice, Metrics]) -> None:
+        name, choice, metrics = note
+        epoch, val_error = int(metrics["epoch"]), metrics["val/error"]
+        say(f"  {name}  {choice!s:<22} epoch {epoch}/{config.tune.epochs}  val error {100 * val_error:.2f} %")
+        if name not in runs:
+            runs[name] = tracker.child(name)
+            runs[name].log_params(choice.model_dump())
+        runs[name].log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=epoch)
+
+    with following(board, {"trial": show}):
+        results = _tuner(config, data, target, board).fit()
+    trials = tuple(sorted((_as_trial(result, config) for result in results), key=lambda trial: trial.name))
+    for trial in trials:
+        if trial.name in runs:
+            runs[trial.name].set_tags({"outcome": trial.outcome})
+            runs[trial.name].finish(failed=trial.outcome == "failed")
+    return _best_of(trials, results, tracker)
+
+
+def _best_of(trials: tuple[Trial, ...], results: Any, tracker: Tracker) -> TuneResult:
+    usable = [trial for trial in trials if trial.outcome in ("finished", "stopped early")]
+    if not usable:
+        faults = [str(result.error).strip().splitlines()[-1] for result in results if result.error]
+        raise TrainingError(
+            f"all {len(trials)} trials failed or diverged" + (f"; the first with: {faults[0]}" if faults else ""),
+            where="tune",
+            remedy="Lower tune.learning_rate_max, or try `rcnn train` alone with --debug",
+        )
+    best = min(usable, key=lambda trial: trial.val_error)
+    tracker.log_params({f"best/{name}": value for name, value in best.choice.model_dump().items()})
+    tracker.log_metrics({"val/error": best.val_error})
+    return TuneResult(best=best.choice, best_trial=best.name, val_error=best.val_error, trials=trials)
+
+
+def _tuner(config: PipelineConfig, data: IngestResult, target: StageFolder, board: Any) -> tune.Tuner:
+    storage, settings = target.storage, config.tune
+    trainable = tune.with_resources(
+        tune.with_parameters(_run_trial, config=config, storage=storage.root, data_folder=data.folder, board=board),
+        {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial},
+    )
+    filesystem = None if storage.is_local else storage.filesystem
+    path = storage.path(target.name)
+    if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
+        say("  going on with the search that was interrupted")
+        return tune.Tuner.restore(path, trainable, storage_filesystem=filesystem, restart_errored=True)
+    return tune.Tuner(
+        trainable,
+        param_space={
+            "k": tune.choice(list(settings.k)),
+            "t": tune.choice(list(settings.t)),
+            "learning_rate": tune.loguniform(settings.learning_rate_min, settings.learning_rate_max),
+        },
+        tune_config=tune.TuneConfig(
+            metric="val/error",
+            mode="min",
+            num_samples=settings.num_trials,
+            max_concurrent_trials=settings.max_concurrent_trials or None,
+            reuse_actors=True,  # a new process would import torch again
+            search_alg=BasicVariantGenerator(
+                points_to_evaluate=[own_choice(config).model_dump()], random_state=config.seed
+            ),
+            scheduler=ASHAScheduler(
+                time_attr="epoch",
+                max_t=settings.epochs,
+                grace_period=settings.grace_epochs,
+                reduction_factor=settings.reduction_factor,
+            ),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=os.path.basename(target.name),
+            storage_path=storage.path(os.path.dirname(target.name)),
+            storage_filesystem=filesystem,
+            verbose=0,
+        ),
+    )
+
+
+def _trial_name(trial: Any) -> str:
+    """trial-00, trial-01, ...: the same on a restored search, unlike Ray's own names."""
+    return f"trial-{int(trial.trial_id.rsplit('_', 1)[-1]):02d}"
+
+
+def _run_trial(drawn: dict[str, Any], *, config: PipelineConfig, storage: str, data_folder: str, board: Any) -> None:
+    """What a trial's process runs."""
+    import torch
+
+    torch.set_num_threads(config.tune.cpus_per_trial)
+    choice = Choice(**drawn)
+    config = trial_config(config, choice)
+    name = tune.get_context().get_trial_name()
+
+    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
+        board.put.remote("trial", (name, choice, metrics))
+        tune.report(metrics)
+
+    try:
+        data = load_training_data(Storage(storage), data_folder, num_rows=config.train.num_rows, seed=config.seed)
+        fit(config, data, report)
+    except TrainingError:
+        # A rate too high is an answer, not a fault: the worst error there is, and the search goes on.
+        tune.report({"epoch": config.train.epochs, "val/error": WORST_ERROR, "diverged": True})
+    except RcnnError as error:
+        ray.get(board.put.remote("fault", error))
+        raise
+
+
+def _as_trial(result: Any, config: PipelineConfig) -> Trial:
+    metrics = result.metrics or {}
+    epochs = int(metrics.get("epoch", 0))
+    if result.error or not epochs:
+        outcome = "failed"
+    elif metrics.get("diverged"):
+        outcome = "diverged"
+    else:
+        outcome = "finished" if epochs >= config.tune.epochs else "stopped early"
+    return Trial(
+        name=os.path.basename(result.path),
+        choice=Choice(**result.config),
+        val_error=metrics.get("val/error", WORST_ERROR),
+        epochs=epochs,
+        outcome=outcome,
+    )
