@@ -1,5 +1,7 @@
 """One thin task per stage: its cache key, its retries, and an artifact for the Prefect UI."""
 
+import hashlib
+import os
 from typing import Any
 
 from prefect import Task
@@ -23,9 +25,10 @@ def _run_one(config: PipelineConfig, name: str, trees: dict[str, Any], fresh: bo
 
 
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
-    """The stage's folder: its name holds the hash of settings, data and code."""
+    """The stage's folder, whose name holds the hash of settings, data and code, and the storage that it lies in."""
     target = stage_folder(parameters["config"], parameters["name"], results_from_json(parameters["trees"]))
-    return target.storage.uri(target.name)
+    root = hashlib.sha256(target.storage.root.encode()).hexdigest()[:8]
+    return f"rcnn-{os.path.basename(target.name)}-{root}"  # Prefect makes it a file name: no slashes
 
 
 def _may_succeed_later(task: Any, task_run: Any, state: Any) -> bool:

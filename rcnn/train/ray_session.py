@@ -4,16 +4,20 @@ Workers leave notes on the board, and the driver reads them: what a person sees 
 writer, and no worker needs a terminal or MLflow.
 """
 
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# Ray reads these when it is imported. Reports take 0.1 s instead of 2; the other two end noise on the driver's screen.
+# Ray reads these when it is imported. Reports take 0.1 s instead of 2; the others end noise on the driver's screen, and
+# files of metrics that nobody reads.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 import ray
 
@@ -44,6 +48,8 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
                 ray.init(address="auto", **quiet)
             else:
                 say("  starting Ray on this machine ...")
+                # Nobody preempts a machine of one's own, and watching for it takes 10 s of each training's start.
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 # Without its dashboard, Ray complains every few seconds that its State API is away.
                 ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=True, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -132,7 +138,8 @@ def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iter
         while not stop.wait(SECONDS_BETWEEN_READS):
             read()
 
-    reader = threading.Thread(target=read_until_stopped, daemon=True)
+    # With the caller's context, in which Prefect keeps the run that the lines belong to.
+    reader = threading.Thread(target=contextvars.copy_context().run, args=(read_until_stopped,), daemon=True)
     reader.start()
     try:
         yield
