@@ -42,7 +42,15 @@ def demo() -> PipelineConfig:
             max_shift=2,
             cpus_per_worker=2,
         ),
-        tune=TuneConfig(num_trials=6, k=(16, 32), t=(1, 2), learning_rate_min=0.01, learning_rate_max=0.06, epochs=3),
+        tune=TuneConfig(
+            num_trials=5,
+            k=(16, 32),
+            t=(1, 2),
+            learning_rate_min=0.01,
+            learning_rate_max=0.06,
+            epochs=3,
+            num_rows=1800,
+        ),
     )
 
 

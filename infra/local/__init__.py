@@ -1,0 +1,1 @@
+"""The whole stack on one machine, on loopback: `make up` and `make down`."""
