@@ -1,0 +1,71 @@
+"""Shared fixtures: one tiny data set of real digits, one Ray, one Prefect server for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Before anything imports them: the tests talk to no telemetry and to no server of the user's.
+os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", RAY_USAGE_STATS_ENABLED="0")
+for name in [name for name in os.environ if name.startswith("RCNN_")] + ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"]:
+    os.environ.pop(name, None)
+
+from rcnn.config import PipelineConfig
+from rcnn.data.manifest import SourceRecord
+from rcnn.data.sources import Images
+from rcnn.recipes import debug_tiny
+from rcnn.results import IngestResult
+from rcnn.stages import run_stage
+
+
+@pytest.fixture(scope="session")
+def digits_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage into which the session ingests the sample digits once; to be read only."""
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(digits_storage: Path) -> PipelineConfig:
+    """`debug_tiny` in the shared storage."""
+    return debug_tiny().with_settings({"storage": str(digits_storage)})
+
+
+@pytest.fixture(scope="session")
+def digits(tiny_config: PipelineConfig) -> IngestResult:
+    """The ingested sample digits."""
+    result = run_stage(tiny_config, "ingest", {})
+    assert isinstance(result, IngestResult)
+    return result
+
+
+@pytest.fixture
+def random_images() -> Images:
+    """60 random colour images of 6x5 pixels in 3 classes, without a test split."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 6, 5, 3), dtype=np.uint8)
+    labels = np.repeat(np.arange(3), 20)
+    return Images({"train": (pixels, labels)}, ("a", "b", "c"), SourceRecord(name="random", url="", files={}))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray of two cores on this machine."""
+    from rcnn.storage import Storage
+    from rcnn.train.ray_session import ensure_ray
+
+    import ray
+
+    ensure_ray(PipelineConfig().with_settings({"ray.num_cpus": 2}), Storage("unused"))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One temporary Prefect server; its first start migrates a database and takes half a minute."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield

@@ -1,0 +1,65 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rcnn.cli import main
+from rcnn.config import PipelineConfig
+from rcnn.recipes import demo
+
+
+def test_config_prints_the_resolved_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--recipe", "demo", "--set", "model.k=12", "--json"]) == 0
+    printed = PipelineConfig.model_validate_json(capsys.readouterr().out)
+    assert printed == demo().with_settings({"model.k": 12})
+
+
+def test_what_config_prints_is_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["config", "--recipe", "mnist_rcnn64"])
+    first = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(first)
+    main(["config", "--config", str(tmp_path / "mine.yaml")])
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["sources"], ["config", "--explain"]])
+def test_lists_are_printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 4
+
+
+def test_a_wrong_setting_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--set", "model.k=0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rcnn: ConfigError: --set: model.k is 0: ")
+    assert error.count("\n") == 1
+
+
+def test_debug_shows_where_it_came_from() -> None:
+    call = [sys.executable, "-m", "rcnn.cli", "config", "--set", "model.k=0", "--debug"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
+
+
+def test_a_stage_prints_its_result_and_skips_it_the_second_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ingest", "--recipe", "debug_tiny", "--set", f"storage={tmp_path}"]
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["rows"] == {"train": 4050, "val": 450, "test": 500}
+    assert main(command) == 0
+    second = capsys.readouterr()
+    assert json.loads(second.out) == first
+    assert "ingest: nothing to do" in second.err
+
+
+@pytest.mark.parametrize("command", [["registry"], ["predict", "x.png"]])
+def test_without_a_registry_the_remedy_is_named(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--set", f"storage={tmp_path}"]) == 2
+    assert "Run `rcnn pipeline` first" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import pytest
+
+from rcnn.config import PipelineConfig, build_config, explain_settings, setting_names
+from rcnn.errors import ConfigError
+from rcnn.recipes import RECIPES, demo, describe, resolve_config
+
+
+def test_layers_apply_in_order_recipe_file_environment_set(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[train]\nepochs = 2\nbatch_size = 8\nmomentum = 0.5\n")
+    config = build_config(
+        demo(),
+        file=file,
+        environ={"RCNN_TRAIN__BATCH_SIZE": "16", "RCNN_TRAIN__MOMENTUM": "0.6", "HOME": "/"},
+        overrides=["train.momentum=0.7"],
+    )
+    assert (config.train.epochs, config.train.batch_size, config.train.momentum) == (2, 16, 0.7)
+    assert config.model == demo().model
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", "recipe = 'debug_tiny'\n[model]\nk = 9\n"),
+        ("a.yaml", "recipe: debug_tiny\nmodel:\n  k: 9\n"),
+        ("a.json", '{"recipe": "debug_tiny", "model": {"k": 9}}'),
+    ],
+)
+def test_a_file_may_name_its_recipe(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    config = resolve_config(file=tmp_path / name)
+    assert config.recipe == "debug_tiny"
+    assert config.model.k == 9
+
+
+def test_json_goes_both_ways() -> None:
+    for recipe in RECIPES.values():
+        config = recipe()
+        assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_hash_follows_what_matters_and_nothing_else() -> None:
+    config = demo()
+    assert config.hash() == config.with_settings({"storage": "elsewhere", "ray.address": "auto"}).hash()
+    assert config.hash() != config.with_settings({"train.momentum": 0.8}).hash()
+    assert config.hash("data") == config.with_settings({"train.momentum": 0.8, "seed": 5}).hash("data")
+
+
+def test_the_environment_fills_in_what_has_its_default() -> None:
+    config = PipelineConfig().with_settings({"model.k": 64})
+    filled = config.filled_from({"RCNN_MODEL__K": "8", "RCNN_RAY__ADDRESS": "http://head:8265"})
+    assert filled.model.k == 64
+    assert filled.ray.address == "http://head:8265"
+
+
+def test_every_recipe_says_what_it_costs_and_reaches() -> None:
+    for name in RECIPES:
+        assert all(describe(name).values())
+
+
+def test_every_setting_has_a_meaning() -> None:
+    assert len(list(setting_names())) == len(explain_settings())
+    assert all(row["meaning"].endswith(".") for row in explain_settings())
+
+
+SMALLEST_WRONG = {
+    "data.source": "imagenet", "data.val_fraction": 1.0, "data.test_fraction": 0, "data.split_seed": -1,
+    "data.shard_megabytes": 0, "model.k": 0, "model.t": -1, "model.dropout": 1.0, "model.lrn_alpha": -0.1,
+    "model.lrn_beta": -1, "train.epochs": 0, "train.batch_size": 0, "train.learning_rate": 0, "train.momentum": 1,
+    "train.weight_decay": -1, "train.schedule": "cosine", "train.plateau_factor": 1, "train.plateau_patience": -1,
+    "train.one_cycle_warmup": 0, "train.max_shift": -1, "train.clip_norm": -1, "train.ema_decay": 1,
+    "train.num_rows": -1, "train.keep_checkpoints": 0, "train.num_workers": 0, "train.cpus_per_worker": 0,
+    "train.max_failures": -1, "train.use_gpu": "perhaps", "train.nesterov": "perhaps", "tune.enabled": "perhaps",
+    "tune.num_trials": 0, "tune.k": [], "tune.t": [-1], "tune.learning_rate_min": 0, "tune.learning_rate_max": 11,
+    "tune.epochs": 0, "tune.grace_epochs": 0, "tune.reduction_factor": 1, "tune.num_rows": -1,
+    "tune.max_concurrent_trials": -1, "tune.cpus_per_trial": 0, "tune.gpus_per_trial": -1, "evaluate.batch_size": 0,
+    "ray.address": "ray://head:10001", "ray.num_cpus": -1, "seed": -1, "storage": "",
+}  # fmt: skip
+FREE_TEXT = {"recipe", "data.root", "data.mirror", "tracking.uri", "tracking.experiment", "tracking.model_name"}
+
+
+@pytest.mark.parametrize("name", sorted(set(setting_names()) - FREE_TEXT))
+def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
+    value = SMALLEST_WRONG[name]
+    with pytest.raises(ConfigError) as caught:
+        demo().with_settings({name: value})
+    message = str(caught.value)
+    assert name.split(".")[0] in message
+    assert name.split(".")[-1] in message
+    assert "\n" not in message
+    assert "explain" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.kk=3"], "there is no setting 'model.kk'. Did you mean 'model.k'?"),
+        (["model.k"], "has no '='"),
+        (["train.batch_size=10", "train.num_workers=3"], "batch_size = 10 does not divide by num_workers = 3"),
+        (["tune.learning_rate_min=0.5"], "is not below"),
+        (["tune.grace_epochs=9"], "set it to 3 or less"),
+        (["model.k=many"], "model.k is 'many'"),
+        (["train.learning_rate=nan"], "train.learning_rate is nan"),
+    ],
+)
+def test_messages_of_wrong_overrides(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match="--set") as caught:
+        resolve_config("demo", overrides=overrides)
+    assert expected in str(caught.value)
+
+
+def test_a_misspelt_environment_variable_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"the environment: there is no setting 'train\.epoch'"):
+        resolve_config("demo", environ={"RCNN_TRAIN__EPOCH": "3"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.toml", "model = [", "cannot be parsed"),
+        ("a.yaml", "model: [", "cannot be parsed"),
+        ("a.json", "{", "cannot be parsed"),
+        ("a.ini", "", "the ending '.ini' is unknown"),
+        ("a.json", "[1]", "holds a list, not a table"),
+        ("a.toml", "model = 3", "model is 3"),
+        ("a.toml", "[modell]\nk = 3", "there is no setting 'modell'"),
+    ],
+)
+def test_messages_of_wrong_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve_config(file=file)
+    assert expected in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_and_an_unknown_recipe_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        resolve_config(file=tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="there is no recipe 'dmeo'"):
+        resolve_config("dmeo")

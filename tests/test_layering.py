@@ -1,0 +1,76 @@
+"""Who may import whom, read from the sources: data flows left to right, and imports point left."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ["errors", "config", "results", "storage", "tracking", "progress"]
+ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
+HOMES = {
+    "prefect": ["flows/"],
+    "ray": ["rcnn/train/ray_trainer.py", "rcnn/train/ray_session.py", "rcnn/tune/ray_tuner.py", "flows/jobs.py"],
+    "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],
+    "pyarrow": ["rcnn/data/", "rcnn/storage.py"],
+    "torchvision": ["rcnn/data/sources.py"],
+    "flows": ["flows/", "rcnn/cli.py"],
+    "infra": ["infra/"],
+}
+
+
+def sources() -> list[Path]:
+    return [file for folder in ("rcnn", "flows", "infra") for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, those inside functions included."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_vendors_are_imported_in_their_homes_alone(file: Path) -> None:
+    name = file.relative_to(ROOT).as_posix()
+    for module in imports(file):
+        homes = HOMES.get(module.split(".")[0])
+        assert homes is None or any(name.startswith(home) for home in homes), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "rcnn").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_left(file: Path) -> None:
+    own = file.relative_to(ROOT / "rcnn").with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    for module in imports(file):
+        parts = module.split(".")
+        if parts[0] == "rcnn" and parts[1] in ORDER:
+            assert ORDER.index(parts[1]) <= ORDER.index(own), f"{own} imports {module}, which stands right of it"
+
+
+def test_the_model_needs_torch_and_the_standard_library_alone() -> None:
+    for file in (ROOT / "rcnn" / "model").glob("*.py"):
+        for module in imports(file):
+            top = module.split(".")[0]
+            assert top in ("torch", *sys.stdlib_module_names) or module.startswith("rcnn.model"), f"{file}: {module}"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("rcnn", ["torch", "ray", "mlflow", "prefect", "pydantic"]),
+        ("rcnn.cli", ["torch", "ray", "mlflow", "prefect", "pydantic"]),
+        ("rcnn.stages", ["torch", "ray", "mlflow", "prefect", "pyarrow"]),
+        ("rcnn.train.loop", ["ray", "mlflow", "prefect", "torchvision"]),
+    ],
+)
+def test_importing_stays_light(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

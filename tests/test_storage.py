@@ -1,0 +1,52 @@
+import pickle
+from pathlib import Path
+
+import pytest
+
+from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
+from rcnn.storage import Storage
+
+
+def test_json_comes_back_and_no_draft_is_left(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write_json("a/b.json", {"x": [1, 2]})
+    assert storage.read_json("a/b.json") == {"x": [1, 2]}
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.json"]
+    assert storage.read_json("a/c.json") is None
+
+
+def test_folders_are_copied_both_ways_and_deleted(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "root"))
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "file").write_text("text")
+    storage.upload(source, "copy")
+    assert storage.read_text("copy/sub/file") == "text"
+    storage.download("copy", tmp_path / "back")
+    assert (tmp_path / "back" / "sub" / "file").read_text() == "text"
+    storage.delete("copy")
+    storage.delete("copy")
+    assert not storage.exists("copy")
+
+
+def test_another_kind_of_storage_works_by_its_uri(tmp_path: Path) -> None:
+    storage = Storage(tmp_path.as_uri())
+    storage.write_json("x.json", 1)
+    assert (tmp_path / "x.json").read_text() == "1\n"
+    with pytest.raises(ConfigError, match="no local folder"):
+        storage.local_path("mlflow.db")
+
+
+def test_an_unknown_uri_and_an_unwritable_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="storage = 'carrier-pigeon://x' cannot be opened"):
+        Storage("carrier-pigeon://x").exists("y")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ClusterError, match="cannot be written"):
+        Storage(str(tmp_path / "file")).write_text("x", "y")
+
+
+def test_errors_keep_their_parts_between_processes() -> None:
+    error = DataError("what", where="here", remedy="do that", retryable=True)
+    copy = pickle.loads(pickle.dumps(error))
+    assert isinstance(copy, RcnnError)
+    assert (str(copy), copy.retryable) == ("here: what. do that", True)
