@@ -1,0 +1,148 @@
+"""The whole flow on real digits, with a real Prefect server, Ray and MLflow."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import SourceError
+from rcnn.recipes import debug_tiny
+from rcnn.results import EvaluateResult, RegisterResult
+from rcnn.stages import STAGES, results_from_json
+from rcnn.tracking import tracking_uri
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("prefect_server", "ray_session")]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    return debug_tiny().with_settings({"storage": str(tmp_path_factory.mktemp("pipeline"))})
+
+
+@pytest.fixture(scope="module")
+def trees(config: PipelineConfig, prefect_server: None, ray_session: None) -> dict[str, Any]:
+    """The first run of the flow, from nothing."""
+    from flows.full_pipeline import full_pipeline
+
+    return full_pipeline(config)  # type: ignore[no-any-return]
+
+
+def runs_by_name(config: PipelineConfig) -> dict[str, Any]:
+    client = MlflowClient(tracking_uri(config))
+    experiment = client.get_experiment_by_name("rcnn/mnist-sample")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_each_stage_leaves_a_result_and_every_test_row_is_counted_once(trees: dict[str, Any]) -> None:
+    assert list(trees) == list(STAGES)
+    evaluated = results_from_json(trees)["evaluate"]
+    assert isinstance(evaluated, EvaluateResult)
+    assert evaluated.rows == 500
+
+
+def test_mlflow_holds_the_runs_nested_with_metrics_by_epoch(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    runs = runs_by_name(config)
+    assert set(runs) == {"pipeline", "ingest", "tune", "trial-00", "trial-01", "train", "evaluate"}
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
+    pipeline, tune = runs["pipeline"].info.run_id, runs["tune"].info.run_id
+    assert parents == dict.fromkeys(("ingest", "tune", "train", "evaluate"), pipeline) | dict.fromkeys(
+        ("trial-00", "trial-01"), tune
+    ) | {"pipeline": None}
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    client = MlflowClient(tracking_uri(config))
+    history = client.get_metric_history(runs["train"].info.run_id, "val/error")
+    assert [metric.step for metric in history] == [1, 2]
+    assert runs["train"].data.params["model.k"] == "8"
+    assert runs["evaluate"].data.metrics["test/error"] == trees["evaluate"]["test_error"]
+    assert "rcnn.prefect_flow_run" in runs["train"].data.tags
+
+
+def test_the_registered_champion_scores_batches_of_1_and_7(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    mlflow.set_tracking_uri(tracking_uri(config))
+    model = mlflow.pyfunc.load_model("models:/rcnn-mnist-sample@champion")
+    images = np.random.default_rng(0).integers(0, 256, (7, 1, 28, 28), dtype=np.uint8)
+    seven, one = model.predict(images), model.predict(images[:1])
+    assert seven.shape == (7, 10)
+    np.testing.assert_allclose(seven.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(one, seven[:1], rtol=1e-4)
+    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 1, 28, 28)
+    registered = results_from_json(trees)["register"]
+    assert isinstance(registered, RegisterResult)
+    version = MlflowClient(tracking_uri(config)).get_model_version_by_alias("rcnn-mnist-sample", "champion")
+    assert int(version.version) == registered.version == 1
+    assert float(version.tags["test_error"]) == trees["evaluate"]["test_error"]
+    assert version.run_id == trees["train"]["mlflow_run_id"]
+
+
+def test_the_report_has_its_pictures(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    folder = Path(config.storage, trees["evaluate"]["folder"])
+    for picture in ("confusion.png", "training.png", "samples/7.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert "| test error |" in (folder / "report.md").read_text()
+
+
+def test_prefect_shows_an_artifact_for_each_stage(trees: dict[str, Any]) -> None:
+    from prefect.client.orchestration import get_client
+
+    async def keys() -> set[str | None]:
+        async with get_client() as client:
+            return {artifact.key for artifact in await client.read_artifacts()}
+
+    assert {f"rcnn-{name}" for name in STAGES} <= asyncio.run(keys())
+
+
+def test_a_rerun_does_nothing_and_says_so(
+    config: PipelineConfig, trees: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from flows.full_pipeline import full_pipeline
+
+    before = {name: run.info.end_time for name, run in runs_by_name(config).items()}
+    assert full_pipeline(config) == trees
+    said = capfd.readouterr().err
+    for name in STAGES:
+        assert said.count(f"{name}: nothing to do") == 1
+    assert {name: run.info.end_time for name, run in runs_by_name(config).items()} == before
+
+
+def test_another_training_reuses_data_and_becomes_a_challenger_or_champion(
+    config: PipelineConfig, trees: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from flows.full_pipeline import full_pipeline
+
+    other = full_pipeline(config.with_settings({"evaluate.batch_size": 100, "tune.enabled": False}))
+    said = capfd.readouterr().err
+    assert "ingest: nothing to do" in said
+    assert "tune" not in other
+    better = other["evaluate"]["test_error"] < trees["evaluate"]["test_error"]
+    assert other["register"]["alias"] == ("champion" if better else "challenger")
+    assert other["register"]["version"] == 2
+
+
+def test_a_result_that_is_gone_is_made_again(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    from flows.full_pipeline import full_pipeline
+
+    report = Path(config.storage, trees["evaluate"]["folder"], "report.md")
+    report.unlink()
+    again = full_pipeline(config)
+    assert report.exists()
+    assert again["evaluate"]["test_error"] == trees["evaluate"]["test_error"]
+    assert again["register"] == trees["register"]
+
+
+def test_an_error_that_no_retry_can_mend_is_raised_at_once(tmp_path: Path) -> None:
+    from flows.full_pipeline import full_pipeline
+
+    config = debug_tiny().with_settings({"storage": str(tmp_path), "data.source": "mnist", "data.root": str(tmp_path)})
+    with pytest.raises(SourceError, match="holds none of MNIST's files"):
+        full_pipeline(config)
+    assert [run.info.status for run in _runs(config, "rcnn/mnist")] == ["FAILED", "FAILED"]
+
+
+def _runs(config: PipelineConfig, experiment: str) -> list[Any]:
+    client = MlflowClient(tracking_uri(config))
+    return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))

@@ -1,0 +1,103 @@
+"""Stages as jobs of a real Ray cluster of one node."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError, SourceError
+from rcnn.recipes import debug_tiny
+from rcnn.results import IngestResult
+from rcnn.stages import Parent
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+@pytest.fixture
+def config(ray_session: None, tmp_path: Path) -> PipelineConfig:
+    import ray
+
+    address = ray._private.worker.global_worker.node.address_info["webui_url"]
+    return debug_tiny().with_settings({"storage": str(tmp_path), "ray.address": f"http://{address}"})
+
+
+def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
+    config: PipelineConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.jobs import run_as_job
+
+    said: list[str] = []
+    monkeypatch.setattr("flows.jobs.say", said.append)
+    first = run_as_job(config, "ingest", {})
+    assert isinstance(first, IngestResult)
+    assert first.rows == {"train": 4050, "val": 450, "test": 500}
+    assert any(line.startswith("  | ingest: done") for line in said)
+    said.clear()
+    assert run_as_job(config, "ingest", {}) == first
+    assert said[0].startswith("ingest: nothing to do")
+    assert run_as_job(config, "ingest", {}, fresh=True).mlflow_run_id != first.mlflow_run_id
+
+
+def test_the_stages_own_error_comes_back_from_the_job(config: PipelineConfig, tmp_path: Path) -> None:
+    from flows.jobs import run_as_job
+
+    wrong = config.with_settings({"data.source": "mnist", "data.root": str(tmp_path / "nowhere")})
+    for _ in range(2):  # the id of a failed job is free again
+        with pytest.raises(SourceError, match=r"data\.root = .*nowhere.*holds none of MNIST's files"):
+            run_as_job(wrong, "ingest", {})
+
+
+def test_a_running_job_is_attached_to_and_stopped_with_its_flow(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import jobs
+
+    submitted: list[str] = []
+    real_connect = jobs._connect
+
+    def connect(address: str) -> object:
+        client = real_connect(address)
+        submit = client.submit_job
+
+        def submit_sleep(**arguments: object) -> None:
+            submitted.append(str(arguments["submission_id"]))
+            submit(**(arguments | {"entrypoint": "sleep 300"}))
+
+        client.submit_job = submit_sleep
+        return client
+
+    async def leave(client: object, job_id: str) -> None:
+        """Lets go of the job, like a flow that is killed."""
+
+    said: list[str] = []
+    monkeypatch.setattr(jobs, "say", said.append)
+    monkeypatch.setattr(jobs, "_connect", connect)
+    monkeypatch.setattr(jobs, "_follow", leave)
+    parent = Parent("", (("rcnn.prefect_flow_run", "flow-7"),))
+    for _ in range(2):
+        with pytest.raises(ClusterError, match=r"ended as (PENDING|RUNNING)"):
+            jobs.run_as_job(config, "ingest", {}, parent=parent)
+    assert len(submitted) == 1
+    assert "attaching to Ray job" in said[1]
+    jobs.stop_jobs_of(None, _flow_run(config, "another"), None)
+    client = real_connect(config.ray.address)
+    assert str(client.get_job_status(submitted[0]).value) in ("PENDING", "RUNNING")
+    jobs.stop_jobs_of(None, _flow_run(config, "flow-7"), None)
+    deadline = time.monotonic() + 60
+    while str(client.get_job_status(submitted[0]).value) != "STOPPED" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert str(client.get_job_status(submitted[0]).value) == "STOPPED"
+
+
+def _flow_run(config: PipelineConfig, run_id: str) -> SimpleNamespace:
+    return SimpleNamespace(id=run_id, parameters={"config": config.model_dump(mode="json")})
+
+
+def test_a_cluster_that_does_not_answer_is_named() -> None:
+    from flows.jobs import run_as_job
+
+    config = PipelineConfig().with_settings({"ray.address": "http://127.0.0.1:9"})
+    with pytest.raises(ClusterError, match=r"ray\.address = http://127\.0\.0\.1:9.*does not answer.*make up"):
+        run_as_job(config, "ingest", {})

@@ -1,0 +1,156 @@
+"""`fit` by itself, without Ray."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rcnn.config import PipelineConfig
+from rcnn.data.loader import TrainingData, load_training_data
+from rcnn.errors import ClusterError, DataError, TrainingError
+from rcnn.results import IngestResult
+from rcnn.storage import Storage
+from rcnn.train.checkpoint import load_model
+from rcnn.train.loop import Metrics, fit
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "debug_tiny.json"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums over several threads may come in another order from run to run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_config: PipelineConfig, digits: IngestResult) -> TrainingData:
+    return load_training_data(Storage(tiny_config.storage), digits.folder, num_rows=320)
+
+
+def ignore(metrics: Metrics, save: Callable[[Path], None]) -> None:
+    pass
+
+
+def weights(state: object) -> dict[str, torch.Tensor]:
+    return state.model.state_dict()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_losses_are_the_stored_ones(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    golden = json.loads(GOLDEN.read_text())
+    history = fit(tiny_config, data, ignore).history
+    for metrics, expected in zip(history, golden["epochs"], strict=True):
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=10 ** -golden["digits"])
+
+
+def test_a_small_model_learns_real_digits(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    config = tiny_config.with_settings(
+        {"model.k": 16, "model.dropout": 0, "train.epochs": 12, "train.schedule": "one_cycle", "train.batch_size": 16,
+         "train.learning_rate": 0.03}
+    )  # fmt: skip
+    state = fit(config, data, ignore)
+    assert state.history[-1]["val/error"] < 0.35 < state.history[0]["val/error"]
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "one_cycle"])
+def test_a_stopped_and_resumed_run_ends_with_the_very_same_weights(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, schedule: str
+) -> None:
+    config = tiny_config.with_settings(
+        {"train.epochs": 4, "train.schedule": schedule, "train.plateau_patience": 0, "train.ema_decay": 0.9,
+         "train.max_shift": 2, "model.dropout": 0.3}
+    )  # fmt: skip
+    whole = fit(config, data, ignore)
+
+    class Stopped(Exception):
+        pass
+
+    def stop_after_two(metrics: Metrics, save: Callable[[Path], None]) -> None:
+        if metrics["epoch"] == 2:
+            save(tmp_path)
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(config, data, stop_after_two)
+    torch.manual_seed(999)
+    resumed = fit(config, data, ignore, resume_from=tmp_path)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.best_model.parameters(), resumed.best_model.parameters(), strict=True)
+    )
+    timeless = [[{k: v for k, v in row.items() if "perf" not in k} for row in run.history] for run in (whole, resumed)]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_plateau_schedule_cuts_the_rate_by_10(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    config = tiny_config.with_settings(
+        {"train.epochs": 4, "train.learning_rate": 1e-7, "train.plateau_patience": 1, "train.weight_decay": 0}
+    )
+    rates = [metrics["learning_rate"] for metrics in fit(config, data, ignore).history]
+    # Nothing is learnt at such a rate: no epoch is better than the first, and after two of them the rate is cut.
+    assert rates == pytest.approx([1e-7, 1e-7, 1e-7, 1e-8])
+
+
+def test_the_one_cycle_schedule_rises_and_falls(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    config = tiny_config.with_settings(
+        {"train.epochs": 4, "train.schedule": "one_cycle", "train.one_cycle_warmup": 0.5}
+    )
+    rates = [metrics["learning_rate"] for metrics in fit(config, data, ignore).history]
+    assert rates[0] == pytest.approx(0.02 / 25)
+    assert rates[0] < rates[1] < rates[2]
+    assert rates[3] < rates[2]
+
+
+def test_the_first_step_is_torchs_own_sgd(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    from rcnn.train.checkpoint import new_state
+    from rcnn.train.step import train_step
+
+    config = tiny_config.with_settings({"model.dropout": 0, "train.nesterov": True, "train.clip_norm": 0})
+    ours, theirs = (new_state(config, data.manifest, device=torch.device("cpu"), num_steps=9) for _ in range(2))
+    theirs.optimizer = torch.optim.SGD(
+        theirs.model.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=config.train.weight_decay
+    )
+    for state in (ours, theirs):
+        for _ in range(3):
+            train_step(state.model, state.optimizer, data.train.images[:32], data.train.labels[:32], clip_norm=0)
+    for name, tensor in weights(ours).items():
+        assert torch.equal(tensor, weights(theirs)[name]), name
+
+
+def test_the_saved_model_gives_the_same_logits(tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path) -> None:
+    state = fit(tiny_config, data, lambda metrics, save: save(tmp_path))
+    model, description = load_model(tmp_path)
+    images = data.val.images[:7]
+    assert torch.equal(model(images), state.model.eval()(images))
+    assert description["classes"] == [str(digit) for digit in range(10)]
+    assert PipelineConfig.model_validate(description["config"]) == tiny_config
+
+
+def test_a_loss_that_is_no_number_is_an_error_with_a_remedy(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    config = tiny_config.with_settings({"train.learning_rate": 10, "train.weight_decay": 1000, "train.clip_norm": 0})
+    with pytest.raises(TrainingError, match=r"train\.learning_rate = 10\.0: the training loss is (nan|inf) in epoch"):
+        fit(config, data, ignore)
+
+
+def test_wrong_batch_device_and_checkpoints_are_named(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="fewer than one batch"):
+        fit(tiny_config.with_settings({"train.batch_size": 999}), data, ignore)
+    if not torch.cuda.is_available():
+        with pytest.raises(ClusterError, match="no GPU"):
+            fit(tiny_config.with_settings({"train.use_gpu": True}), data, ignore)
+    (tmp_path / "checkpoint.pt").write_bytes(b"broken")
+    with pytest.raises(TrainingError, match="the checkpoint cannot be read"):
+        fit(tiny_config, data, ignore, resume_from=tmp_path)
+    fit(tiny_config.with_settings({"train.epochs": 1}), data, lambda metrics, save: save(tmp_path))
+    other = TrainingData(data.manifest.model_copy(update={"digest": "other"}), data.train, data.val)
+    with pytest.raises(TrainingError, match="made on another data set"):
+        fit(tiny_config, other, ignore, resume_from=tmp_path)
+    with pytest.raises(DataError, match="holds no model"):
+        load_model(tmp_path / "nowhere")

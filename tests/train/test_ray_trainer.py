@@ -1,0 +1,108 @@
+"""Training on real Ray workers."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError, TrainingError
+from rcnn.results import IngestResult, TrainResult
+from rcnn.storage import StageFolder, Storage
+from rcnn.tracking import NoTracker
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+class Recorder(NoTracker):
+    """Remembers the metrics by step."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
+        self.steps.append(step)
+
+
+def train(config: PipelineConfig, digits: IngestResult, folder: str, tracker: Any = None) -> TrainResult:
+    from rcnn.train.ray_trainer import run_train
+
+    return run_train(config, digits, StageFolder(Storage(config.storage), folder), tracker or NoTracker())
+
+
+def model_weights(config: PipelineConfig, result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.storage, result.folder, "model", "model.safetensors"))
+
+
+def test_one_worker_and_two_agree_and_checkpoints_are_kept(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+    base = tiny_config.with_settings(
+        {"model.dropout": 0, "train.epochs": 4, "train.keep_checkpoints": 1, "train.num_rows": 160}
+    )
+    recorder = Recorder()
+    one = train(base, digits, "runs/one", recorder)
+    two = train(base.with_settings({"train.num_workers": 2}), digits, "runs/two")
+    assert recorder.steps == [1, 2, 3, 4]
+    assert one.val_error == pytest.approx(two.val_error, abs=3 / 450)
+    for name, tensor in model_weights(base, one).items():
+        torch.testing.assert_close(tensor, model_weights(base, two)[name], rtol=1e-3, atol=1e-4)
+    kept = list(Path(base.storage, "runs/one").glob("checkpoint_*"))
+    assert 1 <= len(kept) <= 2  # the best, and the last where that is another one
+    assert one.num_parameters == 4938
+
+
+def test_a_killed_worker_is_replaced_and_training_goes_on(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+    config = tiny_config.with_settings({"train.epochs": 6, "train.num_rows": 2000})
+    killed: list[int] = []
+
+    class Killer(Recorder):
+        def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
+            super().log_metrics(metrics, step=step)
+            if step == 2 and not killed:
+                victim = next(p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in " ".join(_command(p)))
+                killed.append(victim.pid)
+                os.kill(victim.pid, signal.SIGKILL)
+
+    killer = Killer()
+    result = train(config, digits, "runs/killed", killer)
+    assert killed
+    assert result.epochs == 6
+    assert killer.steps[-1] == 6
+    assert 3 <= len(killer.steps) <= 8  # it went on from a checkpoint: no epoch before it came again
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_finished_run_of_that_name_is_taken_up_without_training(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> None:
+    config = tiny_config.with_settings({"train.epochs": 2, "train.num_rows": 96})
+    first = train(config, digits, "runs/again")
+    recorder = Recorder()
+    second = train(config, digits, "runs/again", recorder)
+    assert recorder.steps == []
+    assert second.val_error == first.val_error
+
+
+def test_a_diverging_run_ends_at_once_with_its_own_error(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+    config = tiny_config.with_settings({"train.learning_rate": 10, "train.weight_decay": 1000, "train.clip_norm": 0})
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match=r"train\.learning_rate = 10\.0: the training loss is"):
+        train(config, digits, "runs/diverging")
+    assert time.monotonic() - started < 120
+
+
+def test_more_cores_than_there_are_is_an_error(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+    config = tiny_config.with_settings({"train.num_workers": 32})
+    with pytest.raises(ClusterError, match=r"train\.num_workers: 32 CPU cores are wanted and Ray has 2"):
+        train(config, digits, "runs/huge")
