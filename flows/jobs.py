@@ -8,18 +8,25 @@ import asyncio
 import json
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
 
 from rcnn import errors
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, RcnnError
 from rcnn.progress import say
 from rcnn.results import StageResult
-from rcnn.stages import Parent, Results, finished, nothing_to_do, stage_folder
+from rcnn.stages import Parent, Results, finished, nothing_to_do, results_from_json, stage_folder
 from rcnn.storage import Storage
 
-FLOW_RUN = "rcnn_prefect_flow_run"
+FLOW_RUN_TAG = "rcnn.prefect_flow_run"
 SUBMISSION_TAG = "rcnn.ray_submission"
+UNFINISHED = ("PENDING", "RUNNING")
+SECONDS_BETWEEN_LOOKS = 2
 
 
 def run_as_job(
@@ -38,39 +45,41 @@ def run_as_job(
         say(nothing_to_do(name, target))
         return done
     job_id = f"rcnn-{os.path.basename(target.name)}"
-    client = _connect(config.ray.address)
-    if _status(client, job_id) in ("PENDING", "RUNNING"):
-        say(f"{name}: attaching to Ray job {job_id}, which is running")
-    else:
-        _submit(client, job_id, config, name, results, fresh, parent)
-        say(f"{name}: submitted as Ray job {job_id}")
-    asyncio.run(_follow(client, job_id))
-    return _outcome(client, job_id, config, name, results)
+    with _reachable(config.ray.address):
+        client = JobSubmissionClient(config.ray.address)
+        if _status(client, job_id) in UNFINISHED:
+            say(f"{name}: attaching to Ray job {job_id}, which is running")
+        else:
+            _submit(client, job_id, config, name, results, fresh, parent)
+            say(f"{name}: submitted as Ray job {job_id}")
+        status = asyncio.run(_follow(client, job_id))
+    return _outcome(status, job_id, config, name)
 
 
 def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
     """Stops what a cancelled or crashed flow run has running on its cluster (a hook of the flow)."""
     parameters = flow_run.parameters.get("config")
-    config = PipelineConfig.model_validate(parameters or {}).filled_from(os.environ)
+    config = PipelineConfig.model_validate(parameters or {}).placed_by(os.environ)
     if not config.ray.address.startswith("http"):
         return
-    client = _connect(config.ray.address)
-    for job in client.list_jobs():
-        is_ours = (job.metadata or {}).get(FLOW_RUN) == str(flow_run.id)
-        if is_ours and job.status in ("PENDING", "RUNNING"):
-            client.stop_job(job.submission_id)
+    with _reachable(config.ray.address):
+        client = JobSubmissionClient(config.ray.address)
+        for job in client.list_jobs():
+            is_ours = (job.metadata or {}).get(FLOW_RUN_TAG) == str(flow_run.id)
+            if is_ours and str(job.status.value) in UNFINISHED:
+                client.stop_job(job.submission_id)
 
 
-def _connect(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
+@contextmanager
+def _reachable(address: str) -> Iterator[None]:
+    """Ray's client raises what its HTTP library and its server make of a fault; all of it may pass."""
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+        yield
+    except (OSError, RuntimeError, AuthenticationError) as error:
         raise ClusterError(
-            f"the Ray cluster does not answer ({' '.join(str(error).split())[:200]})",
+            f"the Ray cluster does not answer as it should ({' '.join(str(error).split())[:300]})",
             where=f"ray.address = {address}",
-            remedy="Start it with `make up`, or correct the address",
+            remedy="Start it with `make up`, or correct the address; RAY_AUTH_MODE=token where it wants a token",
             retryable=True,
         ) from error
 
@@ -97,7 +106,7 @@ def _submit(
     client.submit_job(
         entrypoint=shlex.join(command),
         submission_id=job_id,
-        metadata={FLOW_RUN: dict(parent.tags).get("rcnn.prefect_flow_run", "")},
+        metadata={FLOW_RUN_TAG: dict(parent.tags).get(FLOW_RUN_TAG, "")},
     )
 
 
@@ -105,26 +114,34 @@ def _result_folder(job_id: str) -> str:
     return f"runs/jobs/{job_id}"
 
 
-async def _follow(client: Any, job_id: str) -> None:
-    async for text in client.tail_job_logs(job_id):
-        for line in text.splitlines():
-            if line.strip():
-                say(f"  | {line}")
+async def _follow(client: Any, job_id: str) -> str:
+    """Repeats the job's log until the job has ended, and tells its status; a log that breaks off is taken up again."""
+    lines_seen = 0
+    while True:
+        lines = 0
+        async for text in client.tail_job_logs(job_id):
+            for line in filter(str.strip, text.splitlines()):
+                lines += 1
+                if lines > lines_seen:
+                    say(f"  | {line}")
+        lines_seen = max(lines, lines_seen)
+        status = _status(client, job_id)
+        if status not in UNFINISHED:
+            return str(status)
+        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _outcome(client: Any, job_id: str, config: PipelineConfig, name: str, results: Results) -> StageResult:
-    status = _status(client, job_id)
-    if status == "SUCCEEDED":
-        result = finished(config, name, results)
-        assert result is not None, f"Ray job {job_id} succeeded and left no result"
-        return result
-    outcome = Storage(config.storage).read_json(f"{_result_folder(job_id)}/outcome.json")
-    if outcome is not None:
+def _outcome(status: str, job_id: str, config: PipelineConfig, name: str) -> StageResult:
+    outcome = Storage(config.storage).read_json(f"{_result_folder(job_id)}/outcome.json") or {}
+    if status == "SUCCEEDED" and "result" in outcome:
+        return results_from_json({name: outcome["result"]})[name]  # type: ignore[no-any-return]
+    if "error" in outcome:
         raise _error_from(outcome["error"])
+    what = "left no result that is seen from here" if status == "SUCCEEDED" else f"ended as {status}"
     raise ClusterError(
-        f"Ray job {job_id} ended as {status}",
-        where=f"ray.address = {config.ray.address}",
-        remedy=f"See `ray job logs {job_id}`; running the same again takes up where it was",
+        f"Ray job {job_id} {what}",
+        where=f"ray.address = {config.ray.address}, storage = {config.storage}",
+        remedy=f"Check that both see the same storage; `ray job logs {job_id}` tells more",
         retryable=status == "FAILED",
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from prefect import Task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.runtime import task_run
 
 from flows.jobs import run_as_job
 from rcnn.config import PipelineConfig
@@ -19,7 +20,8 @@ RETRY_DELAYS_SECONDS = [5, 30]
 def _run_one(config: PipelineConfig, name: str, trees: dict[str, Any], fresh: bool, parent: Parent) -> dict[str, Any]:
     on_cluster = STAGES[name].heavy and config.ray.address.startswith("http")
     run = run_as_job if on_cluster else run_stage
-    result = run(config, name, results_from_json(trees), fresh=fresh, parent=parent)
+    is_retry = (task_run.run_count or 1) > 1  # and goes on with what the first attempt left
+    result = run(config, name, results_from_json(trees), fresh=fresh and not is_retry, parent=parent)
     _publish_artifact(name, result)
     return result.model_dump(mode="json")
 
@@ -31,7 +33,7 @@ def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
     return f"rcnn-{os.path.basename(target.name)}-{root}"  # Prefect makes it a file name: no slashes
 
 
-def _may_succeed_later(task: Any, task_run: Any, state: Any) -> bool:
+def _may_succeed_later(task: Any, run: Any, state: Any) -> bool:
     """Retries what a network or a busy machine may have caused, and nothing else: a wrong setting stays wrong."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, RcnnError) and error.retryable

@@ -9,12 +9,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rcnn import __version__
-from rcnn.errors import ConfigError, RcnnError
+from rcnn.errors import ClusterError, ConfigError, RcnnError
 
 STAGE_HELP = {
     "ingest": "read the source into Parquet, with a manifest",
@@ -55,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGE_HELP.items():
         stage = _add(commands, name, _stage, text, config=True, fresh=True)
         stage.set_defaults(stage=name)
-        stage.add_argument("--inputs", metavar="JSON", help="results of the stages before it; the config is then exact")
-        stage.add_argument("--result", metavar="NAME", help="file in the storage for the result or the error, as JSON")
+        stage.add_argument("--inputs", metavar="JSON", help="for Ray jobs: earlier results; --config is then JSON too")
+        stage.add_argument("--result", metavar="NAME", help="for Ray jobs: file in the storage for the outcome")
     predict = _add(commands, "predict", _predict, "tell the class of image files", config=True)
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     predict.add_argument(
@@ -119,30 +120,64 @@ def _pipeline(options: argparse.Namespace) -> None:
     from flows.full_pipeline import full_pipeline
     from rcnn.summary import print_summary
 
-    trees = full_pipeline(config, fresh=options.fresh)
+    with _prefect_answers():
+        trees = full_pipeline(config, fresh=options.fresh)
     print_summary(config, trees)
+
+
+@contextmanager
+def _prefect_answers() -> Iterator[None]:
+    """A Prefect server that is set and does not answer, or one that does not start, is the user's to mend."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.TransportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "server" not in str(error).lower() and "api" not in str(error).lower():
+            raise
+        url = os.environ.get("PREFECT_API_URL", "")
+        raise ClusterError(
+            f"Prefect does not answer ({' '.join(str(error).split())[:200]})",
+            where=f"PREFECT_API_URL = {url!r}",
+            remedy="`make up` starts a server; `unset PREFECT_API_URL` does without one" if url else "Try once more",
+        ) from error
 
 
 def _stage(options: argparse.Namespace) -> None:
     from rcnn import stages
 
-    if options.inputs is None:
+    if options.inputs is None and options.result is None:
         results = stages.run_pipeline_until(_resolve(options), options.stage, fresh=options.fresh)
         print(results[options.stage].model_dump_json(indent=2))
         return
-    from rcnn.config import PipelineConfig
+    config, results, parent = _job_inputs(options)
     from rcnn.storage import Storage
 
-    config = PipelineConfig.model_validate_json(options.config)
-    inputs = json.loads(options.inputs)
-    parent = stages.Parent(inputs["parent"]["run_id"], tuple(inputs["parent"]["tags"].items()))
-    results = stages.results_from_json(inputs["results"])
     try:
-        stages.run_stage(config, options.stage, results, fresh=options.fresh, parent=parent)
+        result = stages.run_stage(config, options.stage, results, fresh=options.fresh, parent=parent)
     except RcnnError as error:
         told = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
         Storage(config.storage).write_json(options.result, {"error": told | {"retryable": error.retryable}})
         raise
+    Storage(config.storage).write_json(options.result, {"result": result.model_dump(mode="json")})
+
+
+def _job_inputs(options: argparse.Namespace) -> Any:
+    """The exact config, the results before this stage, and the MLflow run above it, as a Ray job gets them."""
+    from rcnn.config import PipelineConfig
+    from rcnn.stages import Parent, results_from_json
+
+    remedy = "They are for Ray jobs; leave all three out to run the stage, and what it needs, from here"
+    if None in (options.config, options.inputs, options.result):
+        raise ConfigError("come together or not at all", where="--config JSON, --inputs and --result", remedy=remedy)
+    try:
+        inputs = json.loads(options.inputs)
+        parent = Parent(inputs["parent"]["run_id"], tuple(inputs["parent"]["tags"].items()))
+        config = PipelineConfig.model_validate_json(options.config)
+        return config, results_from_json(inputs["results"]), parent
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fault = " ".join(str(error).split())
+        raise ConfigError(f"cannot be read ({fault})", where="--config or --inputs", remedy=remedy) from error
 
 
 def _predict(options: argparse.Namespace) -> None:

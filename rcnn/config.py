@@ -171,14 +171,19 @@ class PipelineConfig(Section):
         """A copy with dotted settings changed, e.g. `{"model.k": 64}`, and all bounds checked anew."""
         return _validated(_merged(self.model_dump(mode="json"), _nested(settings, origin="settings")), "settings")
 
-    def filled_from(self, environ: Mapping[str, str]) -> "PipelineConfig":
-        """A copy in which the environment supplies what still has its default: a worker knows its own cluster."""
-        untouched = {
-            name: value
-            for name, value in _environment_settings(environ).items()
-            if _lookup(self, name) == _lookup(PipelineConfig(), name)
-        }
-        return self.with_settings(untouched)
+    def placed_by(self, environ: Mapping[str, str]) -> "PipelineConfig":
+        """A copy in which the environment says where things run and are kept, unless the config says it already.
+
+        For deployments: a worker knows its own cluster (`ray`), storage and MLflow (`tracking`).
+        """
+        places = ("storage", "ray.", "tracking.")
+        return self.with_settings(
+            {
+                name: value
+                for name, value in _environment_settings(environ).items()
+                if name.startswith(places) and _lookup(self, name) == _lookup(PipelineConfig(), name)
+            }
+        )
 
 
 def build_config(
@@ -193,7 +198,6 @@ def build_config(
     Raises:
         ConfigError: a name is unknown or a value out of bounds; the message names the setting and where it was set.
     """
-    config = base
     layers: list[tuple[str, dict[str, Any]]] = []
     if file is not None:
         tree = read_config_file(file)
@@ -203,9 +207,16 @@ def build_config(
         layers.append(("the environment", _nested(_environment_settings(environ), origin="the environment")))
     assignments = dict(_parse_override(text) for text in overrides)
     layers.append(("--set", _nested(assignments, origin="--set")))
-    for origin, tree in layers:
-        config = _validated(_merged(config.model_dump(mode="json"), tree), origin)
-    return config
+    merged = base.model_dump(mode="json")
+    for _, tree in layers:
+        merged = _merged(merged, tree)
+    # Checked together, since a rule over two settings may need both layers; the blame goes to the last one at fault.
+    try:
+        return PipelineConfig.model_validate(merged)
+    except ValidationError as error:
+        path = error.errors()[0]["loc"]
+        origin = next((name for name, tree in reversed(layers) if _holds(tree, path)), layers[-1][0])
+        raise _readable(error, origin) from error
 
 
 def read_config_file(file: str | Path) -> dict[str, Any]:
@@ -230,7 +241,7 @@ def read_config_file(file: str | Path) -> dict[str, Any]:
 
 def setting_names() -> Iterator[str]:
     """The dotted name of every setting, in the tree's order."""
-    return (name for name, _ in _fields(PipelineConfig, ""))
+    return (name for name, _ in _fields(PipelineConfig, "") if name != "recipe")
 
 
 def explain_settings() -> list[dict[str, str]]:
@@ -243,6 +254,7 @@ def explain_settings() -> list[dict[str, str]]:
             "meaning": field.description or "",
         }
         for name, field in _fields(PipelineConfig, "")
+        if name != "recipe"
     ]
 
 
@@ -323,6 +335,17 @@ def _lookup(config: PipelineConfig, name: str) -> Any:
     return value
 
 
+def _holds(tree: Any, path: tuple[int | str, ...]) -> bool:
+    """Whether a layer sets what the path names, or for a rule over a section, anything in it."""
+    for part in path:
+        if not isinstance(tree, dict):
+            return True
+        if part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
 def _validated(tree: dict[str, Any], origin: str) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(tree)
@@ -344,6 +367,8 @@ def _readable(error: ValidationError, origin: str) -> ConfigError:
 
 
 def _unknown_setting(name: str, origin: str) -> ConfigError:
+    if name == "recipe":
+        return ConfigError("'recipe' chooses where settings start", where=origin, remedy="Use --recipe NAME")
     near = difflib.get_close_matches(name, list(setting_names()), n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else ""
     remedy = f"{hint} `rcnn config --explain` lists them all".strip()

@@ -38,12 +38,11 @@ class EpochProgress:
 
     Args:
         num_epochs: epochs of the whole run.
-        unit: what one epoch's line begins with.
     """
 
-    def __init__(self, num_epochs: int, *, unit: str = "epoch"):
-        self.num_epochs, self.unit = num_epochs, unit
-        self._bar = tqdm(total=num_epochs, unit=unit, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+    def __init__(self, num_epochs: int):
+        self.num_epochs = num_epochs
+        self._bar = tqdm(total=num_epochs, unit="epoch", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
         self._last_line = time.monotonic()
 
     def advance(self, epochs_done: float) -> None:
@@ -51,14 +50,14 @@ class EpochProgress:
         self._bar.n = round(epochs_done, 2)
         self._bar.refresh()
         if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._line(f"  {self.unit} {epochs_done:.2f} of {self.num_epochs}")
+            self._line(f"  epoch {epochs_done:.2f} of {self.num_epochs}")
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Prints the epoch's figures."""
         epoch = int(metrics["epoch"])
         self._bar.n = epoch
         self._line(
-            f"  {self.unit} {epoch}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  "
+            f"  epoch {epoch}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  "
             f"val error {100 * metrics['val/error']:.2f} %  lr {metrics['learning_rate']:.2g}  "
             f"{metrics['perf/images_per_second']:.0f} images/s"
         )

@@ -137,7 +137,7 @@ def resolve_config(
     name = recipe or DEFAULT_RECIPE
     if name == "custom":  # a config that grew from no recipe
         return build_config(PipelineConfig(), file=file, environ=environ, overrides=overrides)
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}", where="--recipe", remedy=f"Choose from {', '.join(RECIPES)}")
     return build_config(RECIPES[name](), file=file, environ=environ, overrides=overrides)
 

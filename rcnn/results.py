@@ -67,6 +67,7 @@ class TrainResult(StageResult):
 
     folder: str
     """Holds `model/` (weights and description) and `history.json` (metrics of each epoch)."""
+    weights_sha256: str
     val_error: float
     best_epoch: int
     epochs: int

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,16 @@ def stage_folder(config: PipelineConfig, name: str, results: Results) -> StageFo
 def finished(config: PipelineConfig, name: str, results: Results) -> StageResult | None:
     """The result of a stage that has been run, or None if it has not, or what it left is gone."""
     stage, target = STAGES[name], stage_folder(config, name, results)
-    tree = target.storage.read_json(target.path("result.json"))
-    if tree is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
+    try:
+        tree = target.storage.read_json(target.path("result.json"))
+        result = None if tree is None else stage.result.model_validate(tree)
+    except ValueError:
+        return None  # a damaged result is no result: the stage writes a new one
+    if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
         return None
     if name == "register" and not has_store(config):
         return None  # somebody deleted the registry
-    return stage.result.model_validate(tree)
+    return result
 
 
 def run_stage(
@@ -159,12 +163,13 @@ def run_stage(
     Raises:
         RcnnError: whatever the stage meets; nothing half-done is taken for a result later.
     """
-    target = stage_folder(config, name, results)
+    target = replace(stage_folder(config, name, results), replaces=fresh)
     done = None if fresh else finished(config, name, results)
     if done is not None:
         say(nothing_to_do(name, target))
         return done
-    if fresh:
+    target.storage.make_folder(STAGES[name].folder)  # a storage that cannot be written is told before any work
+    if fresh and name != "ingest":  # ingest replaces the old data set when the new one is whole
         target.storage.delete(target.name)
     say(f"{name}: {_purpose(config, name, results)}")
     started = time.perf_counter()
@@ -195,6 +200,11 @@ def results_from_json(trees: Mapping[str, Any]) -> Results:
     return {name: STAGES[name].result.model_validate(tree) for name, tree in trees.items()}
 
 
+def pipeline_key(config: PipelineConfig) -> str:
+    """Names the run above the stages: the hash of all settings and of all code."""
+    return f"pipeline-{config.hash()}-{code_version((*_CORE, 'tune', 'evaluate', 'registry'))}"
+
+
 @cache
 def code_version(packages: tuple[str, ...]) -> str:
     """A hash over the sources of these packages and of what all of them share."""
@@ -214,7 +224,10 @@ def _run_tracked(
 
     if name == "register":  # the model goes to its training run: it needs no run of its own
         return STAGES[name].run(config, results, target, NoTracker())
-    tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=dict(parent.tags), fresh=fresh)
+    tags = dict(parent.tags)
+    if "ingest" in results:
+        tags["rcnn.data_digest"] = results["ingest"].digest
+    tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=tags, fresh=fresh)
     try:
         result = STAGES[name].run(config, results, target, tracker)
     except BaseException:
@@ -230,7 +243,7 @@ def _identity_of_inputs(config: PipelineConfig, name: str, results: Results) -> 
     if name in ("tune", "train"):
         return [results["ingest"].digest]
     if name == "evaluate":
-        return [results["train"].folder, results["ingest"].test_digest]
+        return [results["train"].weights_sha256, results["ingest"].test_digest]
     return [results["evaluate"].folder, config.tracking.uri, config.tracking.model_name]
 
 

@@ -10,6 +10,8 @@ file when it is closed. What marks a piece of work as finished is written last.
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +76,7 @@ class Storage:
         """Whether a file or folder is there."""
         from pyarrow import fs
 
-        return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
+        return bool(self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound)
 
     def make_folder(self, name: str) -> None:
         """Makes a folder and those above it.
@@ -82,15 +84,13 @@ class Storage:
         Raises:
             ClusterError: the storage cannot be written.
         """
-        try:
+        with self.writing(name):
             self.filesystem.create_dir(self.path(name), recursive=True)
-        except OSError as error:
-            raise self._unwritable(name, error) from error
 
     def read_text(self, name: str) -> str:
         """The whole of a text file."""
         with self.filesystem.open_input_stream(self.path(name)) as stream:
-            return stream.read().decode()
+            return str(stream.read().decode())
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a whole file or, if that fails, none.
@@ -100,20 +100,18 @@ class Storage:
         """
         target = self.path(name)
         draft = f"{target}.{uuid.uuid4().hex[:8]}.part" if self.is_local else target
-        try:
+        with self.writing(name):
             self.filesystem.create_dir(os.path.dirname(target), recursive=True)
             with self.filesystem.open_output_stream(draft) as stream:
                 stream.write(text.encode())
             if draft != target:
                 self.filesystem.move(draft, target)
-        except OSError as error:
-            raise self._unwritable(name, error) from error
 
     def read_json(self, name: str) -> Any:
         """The value in a JSON file, or None where there is no such file."""
         try:
             return json.loads(self.read_text(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -124,8 +122,9 @@ class Storage:
         """Copies a folder of this machine to `name`, file by file."""
         from pyarrow import fs
 
-        self.make_folder(name)
-        fs.copy_files(str(local), self.path(name), destination_filesystem=self.filesystem)
+        with self.writing(name):
+            self.filesystem.create_dir(self.path(name), recursive=True)
+            fs.copy_files(str(local), self.path(name), destination_filesystem=self.filesystem)
 
     def download(self, name: str, local: Path) -> None:
         """Copies a folder to this machine."""
@@ -135,15 +134,25 @@ class Storage:
 
     def delete(self, name: str) -> None:
         """Deletes a folder with all that is in it, if it is there."""
-        if self.exists(name):
-            self.filesystem.delete_dir(self.path(name))
+        with self.writing(name):
+            if self.exists(name):
+                self.filesystem.delete_dir(self.path(name))
 
-    def _unwritable(self, name: str, error: OSError) -> ClusterError:
-        return ClusterError(
-            f"cannot be written ({error.strerror or error})",
-            where=self.uri(name),
-            remedy="Check its permissions and free space, or set storage elsewhere",
-        )
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Tells a full disk or a missing permission in the body as what it is.
+
+        Raises:
+            ClusterError: `name` cannot be written.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise ClusterError(
+                f"cannot be written ({error.strerror or error})",
+                where=self.uri(name),
+                remedy="Check its permissions and free space, or set storage elsewhere",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,8 @@ class StageFolder:
 
     storage: Storage
     name: str
+    replaces: bool = False
+    """Whether what is there is to be replaced (`--fresh`)."""
 
     def path(self, file: str) -> str:
         """The name of a file of this folder within the storage."""

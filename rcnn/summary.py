@@ -1,7 +1,11 @@
 """What `rcnn pipeline` prints when it is through: the figures, the files, and what to try next."""
 
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rcnn.config import PipelineConfig
@@ -29,7 +33,8 @@ def print_summary(config: PipelineConfig, trees: Mapping[str, Any]) -> None:
 
 
 def _rows(results: dict[str, Any], storage: Storage) -> dict[str, str]:
-    tuned, trained, evaluated, registered = (results.get(name) for name in ("tune", "train", "evaluate", "register"))
+    tuned, trained, evaluated = results.get("tune"), results["train"], results["evaluate"]
+    registered = results["register"]
     rows = {}
     if tuned is not None:
         stopped = sum(trial.outcome == "stopped early" for trial in tuned.trials)
@@ -44,16 +49,25 @@ def _rows(results: dict[str, Any], storage: Storage) -> dict[str, str]:
     rows["registered"] = (
         f"{registered.model_name} version {registered.version}, {registered.alias}: {registered.reason}"
     )
-    rows["model"] = storage.uri(f"{trained.folder}/model")
-    rows["report"] = storage.uri(f"{evaluated.folder}/report.md")
+    rows["model"] = _short(storage.uri(f"{trained.folder}/model"))
+    rows["report"] = _short(storage.uri(f"{evaluated.folder}/report.md"))
     return rows
 
 
 def _next_commands(config: PipelineConfig, results: dict[str, Any], storage: Storage) -> list[str]:
-    samples = storage.uri(f"{results['evaluate'].folder}/samples")
-    ui = f"mlflow ui --backend-store-uri {tracking_uri(config)}"
+    """Three commands, as they can be pasted into the shell that ran this one."""
+    on_path = shutil.which("rcnn") is not None
+    bin_folder = "" if on_path else f"{shlex.quote(_short(str(Path(sys.executable).parent)))}/"
+    samples = shlex.quote(_short(storage.uri(f"{results['evaluate'].folder}/samples")))
+    uri = tracking_uri(config)
+    browse = f"open {uri}" if config.tracking.uri else f"{bin_folder}mlflow ui --backend-store-uri {shlex.quote(uri)}"
     return [
-        f"{ui if not config.tracking.uri else 'open ' + config.tracking.uri}   # compare the runs in a browser",
-        f"rcnn predict {samples}/*.png   # ask the champion",
-        "rcnn recipes   # larger runs; then: rcnn pipeline --recipe NAME",
+        f"{browse}   # compare the runs in a browser",
+        f"{bin_folder}rcnn predict {samples}/*.png   # ask the champion",
+        f"{bin_folder}rcnn recipes   # larger runs; then: rcnn pipeline --recipe NAME",
     ]
+
+
+def _short(path: str) -> str:
+    """A path below the working directory without that directory in front."""
+    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path

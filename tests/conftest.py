@@ -52,10 +52,10 @@ def random_images() -> Images:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray of two cores on this machine."""
+    import ray
+
     from rcnn.storage import Storage
     from rcnn.train.ray_session import ensure_ray
-
-    import ray
 
     ensure_ray(PipelineConfig().with_settings({"ray.num_cpus": 2}), Storage("unused"))
     yield

@@ -48,11 +48,18 @@ def test_hash_follows_what_matters_and_nothing_else() -> None:
     assert config.hash("data") == config.with_settings({"train.momentum": 0.8, "seed": 5}).hash("data")
 
 
-def test_the_environment_fills_in_what_has_its_default() -> None:
-    config = PipelineConfig().with_settings({"model.k": 64})
-    filled = config.filled_from({"RCNN_MODEL__K": "8", "RCNN_RAY__ADDRESS": "http://head:8265"})
-    assert filled.model.k == 64
-    assert filled.ray.address == "http://head:8265"
+def test_the_environment_places_a_run_and_changes_nothing_else() -> None:
+    config = PipelineConfig().with_settings({"storage": "mine"})
+    environ = {"RCNN_MODEL__K": "8", "RCNN_RAY__ADDRESS": "http://head:8265", "RCNN_STORAGE": "theirs"}
+    placed = config.placed_by(environ)
+    assert placed == config.with_settings({"ray.address": "http://head:8265"})
+
+
+def test_a_rule_over_two_settings_sees_all_layers() -> None:
+    config = build_config(demo(), environ={"RCNN_TRAIN__NUM_WORKERS": "3"}, overrides=["train.batch_size=96"])
+    assert (config.train.num_workers, config.train.batch_size) == (3, 96)
+    with pytest.raises(ConfigError, match="the environment: train batch_size = 32 does not divide"):
+        build_config(demo(), environ={"RCNN_TRAIN__NUM_WORKERS": "3"}, overrides=["model.k=9"])
 
 
 def test_every_recipe_says_what_it_costs_and_reaches() -> None:
@@ -78,7 +85,7 @@ SMALLEST_WRONG = {
     "tune.max_concurrent_trials": -1, "tune.cpus_per_trial": 0, "tune.gpus_per_trial": -1, "evaluate.batch_size": 0,
     "ray.address": "ray://head:10001", "ray.num_cpus": -1, "seed": -1, "storage": "",
 }  # fmt: skip
-FREE_TEXT = {"recipe", "data.root", "data.mirror", "tracking.uri", "tracking.experiment", "tracking.model_name"}
+FREE_TEXT = {"data.root", "data.mirror", "tracking.uri", "tracking.experiment", "tracking.model_name"}
 
 
 @pytest.mark.parametrize("name", sorted(set(setting_names()) - FREE_TEXT))
@@ -101,6 +108,7 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         (["train.batch_size=10", "train.num_workers=3"], "batch_size = 10 does not divide by num_workers = 3"),
         (["tune.learning_rate_min=0.5"], "is not below"),
         (["tune.grace_epochs=9"], "set it to 3 or less"),
+        (["recipe=demo"], "Use --recipe NAME"),
         (["model.k=many"], "model.k is 'many'"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),
     ],

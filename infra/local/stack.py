@@ -23,7 +23,7 @@ from rcnn.errors import ClusterError, RcnnError
 
 ROOT = Path(__file__).parents[2]
 STORAGE = Path(os.environ.get("RCNN_STORAGE", ROOT / "storage")).absolute()
-STATE = STORAGE / "stack"
+STATE = ROOT / "storage" / "stack"  # fixed: `make down` must find what `make up` started, whatever is set
 PORTS = {"PREFECT_PORT": 4200, "MLFLOW_PORT": 5000, "RAY_DASHBOARD_PORT": 8265, "RAY_PORT": 6379}
 MARK = "STACK_MARK"
 SECONDS_TO_START = 180
@@ -87,14 +87,14 @@ def down() -> None:
     # honcho first: it passes the signal on to its children, each of which closes what it has open.
     leaders = [process for process in processes if process.name() == "honcho"] or processes
     _signal(leaders, signal.SIGTERM)
-    psutil.wait_procs(processes, timeout=SECONDS_TO_STOP)
-    _signal(_processes(), signal.SIGTERM)
-    psutil.wait_procs(_processes(), timeout=5)
-    _signal(_processes(), signal.SIGKILL)
-    psutil.wait_procs(_processes(), timeout=5)
-    left = _processes()
+    _, left = psutil.wait_procs(processes, timeout=SECONDS_TO_STOP)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = list({*left, *_processes()})
+        _signal(left, number)
+        _, left = psutil.wait_procs(left, timeout=5)
     if left:
         raise ClusterError(f"{len(left)} processes do not end", where=", ".join(str(process.pid) for process in left))
+    (STATE / "state.json").unlink()
     print("the stack is down")
 
 
@@ -146,7 +146,7 @@ def _require_free(ports: dict[str, int]) -> None:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
                 raise ClusterError(
-                    f"port {port} is taken", where=name, remedy=f"Free it, or: make up {name}={port + 1000}"
+                    f"port {port} is taken", where=name, remedy=f"Free it, or: make up {name}={port + 11}"
                 ) from error
 
 
@@ -196,14 +196,14 @@ def _has_worker(api: str) -> bool:
 
 
 def _deploy(env: dict[str, str]) -> None:
-    done = subprocess.run(
-        ["prefect", "--no-prompt", "deploy", "--all"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    with open(STATE / "stack.log", "a") as log:
+        command = ["prefect", "--no-prompt", "deploy", "--all"]
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=False)
     if done.returncode:
         raise ClusterError(
-            f"`prefect deploy --all` failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}",
+            f"`{' '.join(command)}` failed with exit code {done.returncode}",
             where="prefect.yaml",
-            remedy=f"The rest is in {STATE / 'stack.log'}",
+            remedy=f"Its output stands at the end of {STATE / 'stack.log'}",
         )
 
 
@@ -224,19 +224,22 @@ Next:
 
 
 def _processes() -> list[psutil.Process]:
-    """Every process that carries the mark of this stack: its own children, and theirs, orphans included."""
+    """Every process of this stack: those that carry its mark, orphans included, and all that descend from them.
+
+    The mark alone would miss some: Ray's workers write their title over their environment.
+    """
     state = STATE / "state.json"
     if not state.exists():
         return []
     mark = json.loads(state.read_text())["mark"]
-    found = []
+    found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                found.update((process, *process.children(recursive=True)))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
-    return found
+    return list(found)
 
 
 def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:

@@ -8,12 +8,18 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def random_shift(images_NCHW: Tensor, *, max_shift: int) -> Tensor:
-    """Moves each image by up to `max_shift` pixels each way, drawn uniformly; what moves in is 0 (black)."""
+def shift(images_NCHW: Tensor, offsets_N2: Tensor, *, max_shift: int) -> Tensor:
+    """Moves each image; what moves in is 0 (black).
+
+    Args:
+        images_NCHW: the images.
+        offsets_N2: int64, how far down and right the window moves that cuts each image out of its padded form, 0 to
+            twice `max_shift`; `max_shift` leaves the image where it is.
+        max_shift: the largest shift, pixels.
+    """
     num_images, _, height, width = images_NCHW.shape
     device = images_NCHW.device
     padded = functional.pad(images_NCHW, (max_shift,) * 4)
-    offsets_N2 = torch.randint(0, 2 * max_shift + 1, (num_images, 2), device=device)
     rows_NH = offsets_N2[:, :1] + torch.arange(height, device=device)
     columns_NW = offsets_N2[:, 1:] + torch.arange(width, device=device)
     image_N = torch.arange(num_images, device=device)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rcnn.config import PipelineConfig
-from rcnn.data.manifest import MANIFEST, Manifest, Shard, Split, read_manifest, split_digest
+from rcnn.data.manifest import MANIFEST, Manifest, Shard, Split
 from rcnn.data.schema import SCHEMA_VERSION, build_table
 from rcnn.data.sources import Images, read_source
 from rcnn.errors import DataError
@@ -33,7 +33,7 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
         DataError: the origin cannot be split as asked.
         ClusterError: the storage cannot be written.
     """
-    images = read_source(config.data, Path(config.storage).expanduser().absolute() / "downloads")
+    images = read_source(config.data, _downloads(target.storage))
     splits = split_rows(images, config)
     manifest = _publish(target, images, splits, config.data.shard_megabytes)
     tracker.log_params({"source": config.data.source, "digest": manifest.digest})
@@ -45,6 +45,11 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
         source=config.data.source,
         rows={name: split.rows for name, split in manifest.splits.items()},
     )
+
+
+def _downloads(storage: Storage) -> Path:
+    """Where fetched files stay: in the storage, or where that is no folder, in the user's cache."""
+    return storage.local_path("downloads") if storage.is_local else Path.home() / ".cache" / "rcnn" / "downloads"
 
 
 def split_rows(images: Images, config: PipelineConfig) -> dict[str, tuple[str, np.ndarray]]:
@@ -104,17 +109,19 @@ def _publish(
         storage.delete(draft)
         raise
     if storage.is_local:
-        _move_into_place(storage, draft, target.name)
+        _move_into_place(target, draft)
     return manifest
 
 
-def _move_into_place(storage: Storage, draft: str, folder: str) -> None:
-    whole, place = storage.local_path(draft), storage.local_path(folder)
-    if read_manifest(storage, folder) is not None:
+def _move_into_place(target: StageFolder, draft: str) -> None:
+    whole, place = target.storage.local_path(draft), target.storage.local_path(target.name)
+    if not target.replaces and (place / MANIFEST).exists():
         shutil.rmtree(whole)  # another ingest of the same data set was faster, and its content is the same
         return
-    shutil.rmtree(place, ignore_errors=True)
-    whole.rename(place)
+    with target.storage.writing(target.name):
+        if place.exists():
+            shutil.rmtree(place)
+        whole.rename(place)
 
 
 def _select(images: Images, part: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -133,13 +140,14 @@ def _write_split(
     shard_megabytes: int,
 ) -> Split:
     rows_per_shard = max(ROWS_PER_GROUP, shard_megabytes * 1_000_000 // images_NHWC[0].nbytes)
-    shards = []
+    shards: list[Shard] = []
     storage.make_folder(f"{folder}/{name}")
     for start in range(0, len(labels_N), rows_per_shard):
         part = slice(start, start + rows_per_shard)
         file = f"{name}/{name}-{len(shards):05d}.parquet"
         table = build_table(images_NHWC[part], labels_N[part], row_ids[part])
-        with storage.filesystem.open_output_stream(storage.path(f"{folder}/{file}")) as stream:
+        path = storage.path(f"{folder}/{file}")
+        with storage.writing(f"{folder}/{file}"), storage.filesystem.open_output_stream(path) as stream:
             pq.write_table(table, stream, compression="zstd", row_group_size=ROWS_PER_GROUP)
         shards.append(Shard(file=file, rows=len(table), sha256=_sha256(storage, f"{folder}/{file}")))
         say(f"  {name}: {start + len(table):,} of {len(labels_N):,} rows in {file}")
@@ -148,8 +156,16 @@ def _write_split(
         rows=len(labels_N),
         rows_per_class=tuple(int(count) for count in counts),
         shards=tuple(shards),
-        digest=split_digest(tuple(shards)),
+        digest=_digest_of_rows(images_NHWC, labels_N, row_ids),
     )
+
+
+def _digest_of_rows(images_NHWC: np.ndarray, labels_N: np.ndarray, row_ids: list[str]) -> str:
+    """Identity of a split: of its content, not of how Parquet packed it."""
+    digest = hashlib.sha256(np.ascontiguousarray(images_NHWC).tobytes())
+    digest.update(np.ascontiguousarray(labels_N, np.int64).tobytes())
+    digest.update("\n".join(row_ids).encode())
+    return digest.hexdigest()
 
 
 def _sha256(storage: Storage, name: str) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rcnn.data.augment import random_shift
+from rcnn.data.augment import shift
 from rcnn.data.manifest import Manifest, read_manifest
 from rcnn.data.schema import images_of
 from rcnn.errors import DataError
@@ -113,8 +113,8 @@ class ResidentLoader:
         rows: the whole training split.
         batch_size: images per step, all ranks together; divides by `num_ranks`.
         seed: seed of the shuffling.
-        max_shift: pixels by which images are moved at random; 0 leaves them as they are. Drawn from torch's own
-            generator, which `fit` seeds anew each epoch.
+        max_shift: pixels by which images are moved at random; 0 leaves them as they are. Drawn by (seed, epoch) for
+            all rows, so that any number of ranks moves each image alike.
         rank, num_ranks: which slice is ours.
 
     Raises:
@@ -140,13 +140,15 @@ class ResidentLoader:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's uint8 images (N / ranks, C, H, W) and labels, step by step."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-        order_N = torch.from_numpy(order).to(self.rows.labels.device)
+        rng = np.random.default_rng((self.seed, epoch))
+        device = self.rows.labels.device
+        order_N = torch.from_numpy(rng.permutation(len(self.rows))).to(device)
+        offsets_N2 = torch.from_numpy(rng.integers(0, 2 * self.max_shift + 1, (len(self.rows), 2))).to(device)
         share = self.batch_size // self.num_ranks
         for step in range(self.num_steps):
             start = step * self.batch_size + self.rank * share
             chosen = order_N[start : start + share]
             images_NCHW = self.rows.images[chosen]
             if self.max_shift:
-                images_NCHW = random_shift(images_NCHW, max_shift=self.max_shift)
+                images_NCHW = shift(images_NCHW, offsets_N2[start : start + share], max_shift=self.max_shift)
             yield images_NCHW, self.rows.labels[chosen]

@@ -35,6 +35,7 @@ class Split(_Part):
     rows_per_class: tuple[int, ...]
     shards: tuple[Shard, ...]
     digest: str
+    """SHA-256 over pixels, labels and row ids: the same rows have the same one, however they are packed."""
 
 
 class SourceRecord(_Part):
@@ -63,11 +64,6 @@ class Manifest(_Part):
         """A copy that carries the digest of everything in it."""
         content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
         return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
-
-
-def split_digest(shards: tuple[Shard, ...]) -> str:
-    """Identity of a split: the SHA-256 over its shards' own."""
-    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest | None:

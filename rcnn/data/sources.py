@@ -131,7 +131,8 @@ def _download(file: str, md5: str, mirrors: list[str], folder: Path) -> None:
     faults = []
     for base in mirrors:
         try:
-            return download_url(base + file, str(folder), filename=file, md5=md5)
+            download_url(base + file, str(folder), filename=file, md5=md5)
+            return
         except (RuntimeError, OSError, http.client.HTTPException) as error:
             (folder / file).unlink(missing_ok=True)  # a broken download must not be taken for a file of the user's
             faults.append(f"{base}: {' '.join(str(error).split())}")

@@ -41,7 +41,7 @@ class Scores:
     def accuracy_per_class(self) -> list[float]:
         """Share of each class's rows that were recognised; 0 for a class without rows."""
         of_class = self.confusion.sum(1)
-        return (self.confusion.diagonal() / of_class.clamp(min=1)).tolist()
+        return list((self.confusion.diagonal() / of_class.clamp(min=1)).tolist())
 
 
 def score_logits(logits_NC: Tensor, labels_N: Tensor) -> Scores:

@@ -42,10 +42,18 @@ def predict_files(model_folder: Path, files: Sequence[Path]) -> Iterator[Predict
 def _read_image(file: Path, image_shape: tuple[int, int, int]) -> torch.Tensor:
     height, width, channels = image_shape
     try:
-        with Image.open(file) as image:
+        with Image.open(file) as opened:
+            image = _eight_bits(opened)
             image = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(image).reshape(image_shape)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         fault = "there is no such file" if isinstance(error, FileNotFoundError) else f"is no image ({error})"
         raise DataError(fault, where=str(file), remedy="Give PNG, JPEG or another format that Pillow reads") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit greys scaled to 8 bits; Pillow's own conversion would clip them to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
+    return image

@@ -41,6 +41,7 @@ class LocalResponseNorm(nn.Module):
         return _LocalResponseNorm.apply(x_NKHW, self.band, self.alpha / self.window, self.beta)
 
     def extra_repr(self) -> str:
+        """What `print(model)` tells."""
         return f"window={self.window}, alpha={self.alpha}, beta={self.beta}"
 
 

@@ -26,6 +26,8 @@ def judge(new: Standing, champion: Standing | None) -> Verdict:
     """Promotes only what is strictly better on the very same test rows."""
     if champion is None:
         return Verdict(CHAMPION, "there was no champion")
+    if champion.version == new.version:
+        return Verdict(CHAMPION, "it is the champion already")
     if champion.test_digest != new.test_digest:
         return Verdict(
             CHALLENGER,

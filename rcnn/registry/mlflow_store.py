@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +32,52 @@ from rcnn.tracking import experiment_name, has_store, model_name, tracking_uri
 
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "rcnn.stage_key"
+MODEL_ARTIFACT = "artifacts/model"  # where log_model puts the artifact named "model"
 MAX_PARAMS = 100  # MLflow's limit for one call
 
 
 class MlflowTracker:
-    """A `Tracker` that writes to one MLflow run."""
+    """A `Tracker` that writes to one MLflow run; every call raises ClusterError where MLflow is out of reach."""
 
-    def __init__(self, client: MlflowClient, experiment_id: str, run_id: str):
-        self.client, self.experiment_id, self.run_id = client, experiment_id, run_id
+    def __init__(self, config: PipelineConfig, client: MlflowClient, experiment_id: str, run_id: str):
+        self.config, self.client, self.experiment_id, self.run_id = config, client, experiment_id, run_id
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Stores settings by name."""
         entries = [Param(name, str(value)) for name, value in params.items()]
-        for start in range(0, len(entries), MAX_PARAMS):
-            self.client.log_batch(self.run_id, params=entries[start : start + MAX_PARAMS])
+        with _reachable(self.config):
+            for start in range(0, len(entries), MAX_PARAMS):
+                self.client.log_batch(self.run_id, params=entries[start : start + MAX_PARAMS])
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Stores numbers at an absolute step."""
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+        entries = [Metric(name, value, now, step) for name, value in metrics.items()]
+        with _reachable(self.config):
+            self.client.log_batch(self.run_id, metrics=entries)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Labels the run."""
-        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        with _reachable(self.config):
+            self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def log_files(self, folder: Path) -> None:
         """Stores each file of a local folder."""
-        self.client.log_artifacts(self.run_id, str(folder))
+        with _reachable(self.config):
+            self.client.log_artifacts(self.run_id, str(folder))
 
     def child(self, name: str) -> "MlflowTracker":
         """The run of that name under this one, made if it is not there: a resumed search goes on in the same runs."""
         where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.run_name = '{name}'"
-        found = self.client.search_runs([self.experiment_id], where, max_results=1)
-        run = found[0] if found else self._create(name)
-        return MlflowTracker(self.client, self.experiment_id, run.info.run_id)
+        with _reachable(self.config):
+            found = self.client.search_runs([self.experiment_id], where, max_results=1)
+            run = found[0] if found else self._create(name)
+        return MlflowTracker(self.config, self.client, self.experiment_id, run.info.run_id)
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends the run."""
-        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+        with _reachable(self.config):
+            self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
     def _create(self, name: str) -> Any:
         return self.client.create_run(self.experiment_id, run_name=name, tags={PARENT_TAG: self.run_id})
@@ -94,20 +102,27 @@ def open_run(
     with _reachable(config):
         client = MlflowClient(tracking_uri(config))
         experiment_id = _experiment(client, config)
-        found = [] if fresh else client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        if found:
-            tracker = MlflowTracker(client, experiment_id, found[0].info.run_id)
-            client.update_run(tracker.run_id, status="RUNNING")
-            return tracker
         labels = {KEY_TAG: key, "rcnn.config_hash": config.hash(), "rcnn.recipe": config.recipe, **(tags or {})}
         if parent_run_id:
             labels[PARENT_TAG] = parent_run_id
         if commit := git_commit():
             labels["mlflow.source.git.commit"] = commit
+        found = [] if fresh else client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        if found:
+            tracker = MlflowTracker(config, client, experiment_id, found[0].info.run_id)
+            client.update_run(tracker.run_id, status="RUNNING")
+            tracker.set_tags(labels)
+            return tracker
         run = client.create_run(experiment_id, run_name=name, tags=labels)
-        tracker = MlflowTracker(client, experiment_id, run.info.run_id)
+        tracker = MlflowTracker(config, client, experiment_id, run.info.run_id)
         tracker.log_params(_flat(config.model_dump(mode="json", exclude={"ray", "tracking"})))
         return tracker
+
+
+def has_run(config: PipelineConfig, run_id: str) -> bool:
+    """Whether the store knows the run: results outlive a store that was deleted or exchanged."""
+    with _reachable(config):
+        return _or_none(lambda: MlflowClient(tracking_uri(config)).get_run(run_id)) is not None
 
 
 def register_model(
@@ -134,12 +149,13 @@ def register_model(
         if found:  # an earlier attempt came as far as this
             return Standing(int(found[0].version), figures.test_error, figures.test_digest)
         info = _log_pyfunc(model_folder, description, run_id)
-        with contextlib.suppress(MlflowException):  # it is there already
+        if _or_none(lambda: client.get_registered_model(name)) is None:
             client.create_registered_model(name)
         version = client.create_model_version(
             name,
             info.model_uri,
             run_id=run_id,
+            model_id=info.model_id,  # a server refuses the source without it
             tags={
                 "test_error": repr(figures.test_error),
                 "test_digest": figures.test_digest,
@@ -153,13 +169,19 @@ def register_model(
 
 
 def champion_of(config: PipelineConfig) -> Standing | None:
-    """The figures of the version with the alias `champion`, if there is one."""
+    """The figures of the version with the alias `champion`, if there is one.
+
+    Raises:
+        ClusterError: MLflow is out of reach; that is not the same as no champion.
+    """
     client = MlflowClient(tracking_uri(config))
-    try:
-        version = client.get_model_version_by_alias(model_name(config), CHAMPION)
-    except MlflowException:
+    with _reachable(config):
+        version = _or_none(lambda: client.get_model_version_by_alias(model_name(config), CHAMPION))
+    if version is None:
         return None
-    return Standing(int(version.version), float(version.tags["test_error"]), version.tags["test_digest"])
+    # A version that was registered by hand has no such tags: nothing can be compared with it.
+    error = float(version.tags.get("test_error", "nan"))
+    return Standing(int(version.version), error, version.tags.get("test_digest", "unknown"))
 
 
 def download_champion(config: PipelineConfig, folder: Path) -> Path:
@@ -176,20 +198,25 @@ def download_champion(config: PipelineConfig, folder: Path) -> Path:
         )
     mlflow.set_tracking_uri(tracking_uri(config))
     uri = f"models:/{model_name(config)}@{CHAMPION}"
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)), "artifacts", "model")
+    with _reachable(config):
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))) / MODEL_ARTIFACT
 
 
 def set_alias(config: PipelineConfig, alias: str, version: int) -> None:
     """Points an alias at a version."""
-    MlflowClient(tracking_uri(config)).set_registered_model_alias(model_name(config), alias, str(version))
+    with _reachable(config):
+        MlflowClient(tracking_uri(config)).set_registered_model_alias(model_name(config), alias, str(version))
 
 
 def list_versions(config: PipelineConfig) -> list[dict[str, str]]:
     """Every version of the config's model, the newest first: version, aliases, test_error, k, t, run_id."""
     client = MlflowClient(tracking_uri(config))
+    with _reachable(config):
+        found = client.search_model_versions(f"name = '{model_name(config)}'")
+        # The search leaves the aliases out.
+        versions = [client.get_model_version(version.name, version.version) for version in found]
     rows = []
-    for version in client.search_model_versions(f"name = '{model_name(config)}'"):
-        whole = client.get_model_version(version.name, version.version)  # the search leaves the aliases out
+    for whole in versions:
         rows.append(
             {"version": str(whole.version), "aliases": ", ".join(whole.aliases), "run_id": whole.run_id or ""}
             | {name: whole.tags.get(name, "") for name in ("test_error", "k", "t", "config_hash", "test_digest")}
@@ -252,11 +279,22 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _or_none(call: Callable[[], Any]) -> Any:
+    """What the call returns, or None where MLflow says that there is no such thing; other errors stay errors."""
+    try:
+        return call()
+    except MlflowException as error:
+        # An alias that is not set comes as an invalid value, everything else as a resource that is not there.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
 @contextlib.contextmanager
 def _reachable(config: PipelineConfig) -> Iterator[None]:
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
         raise ClusterError(
             f"MLflow failed ({str(error).splitlines()[0]})",
             where=f"tracking.uri = {tracking_uri(config)}",

@@ -9,6 +9,7 @@ from rcnn.registry import mlflow_store
 from rcnn.registry.gate import Standing, judge
 from rcnn.results import EvaluateResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
+from rcnn.tracking import model_name
 from rcnn.train.checkpoint import load_model
 
 
@@ -26,17 +27,27 @@ def run_register(
         _, description = load_model(Path(folder))
         champion = mlflow_store.champion_of(config)
         figures = Standing(0, evaluated.test_error, evaluated.test_digest)
-        new = mlflow_store.register_model(
-            config, Path(folder), description, run_id=trained.mlflow_run_id, figures=figures
-        )
+        run_id = _training_run(config, trained, target)
+        new = mlflow_store.register_model(config, Path(folder), description, run_id=run_id, figures=figures)
     verdict = judge(new, champion)
     mlflow_store.set_alias(config, verdict.alias, new.version)
-    name = mlflow_store.model_name(config)
+    name = model_name(config)
     say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
     return RegisterResult(
         model_name=name,
         version=new.version,
         alias=verdict.alias,
         reason=verdict.reason,
-        model_uri=f"models:/{name}@{verdict.alias}",
+        model_uri=f"models:/{name}/{new.version}",
     )
+
+
+def _training_run(config: PipelineConfig, trained: TrainResult, target: StageFolder) -> str:
+    """The run that the model came from, written anew from the stored history where MLflow's store was exchanged."""
+    if mlflow_store.has_run(config, trained.mlflow_run_id):
+        return trained.mlflow_run_id
+    tracker = mlflow_store.open_run(config, "train", key=trained.folder)
+    for metrics in target.storage.read_json(f"{trained.folder}/history.json"):
+        tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=int(metrics["epoch"]))
+    tracker.finish()
+    return tracker.run_id

@@ -26,7 +26,7 @@ class ServedClassifier(PythonModel):
 
         with torch.inference_mode():
             images_NCHW = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.uint8))
-            return self.model(images_NCHW).softmax(1).numpy()
+            return self.model(images_NCHW).softmax(1).numpy()  # type: ignore[no-any-return]
 
 
 mlflow.models.set_model(ServedClassifier())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rcnn.config import PipelineConfig
@@ -123,6 +122,8 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
 
 def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
     """Writes weights and description; `load_model` reads them."""
+    from safetensors.torch import save_file  # late: a machine that only trains does without it
+
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     description = {
@@ -142,15 +143,30 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     Raises:
         DataError: the folder holds no model, or its files do not belong together.
     """
+    from safetensors.torch import load_file
+
     remedy = "Give a folder that `rcnn train` wrote"
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         weights = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors has its own error type, json another
         raise DataError(f"holds no model ({error})", where=str(folder), remedy=remedy) from error
+    try:
+        model = _rebuilt(description)
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        fault = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"weights and description do not fit each other ({fault})", where=str(folder), remedy=remedy
+        ) from error
+    return model.to(memory_format=torch.channels_last).eval(), description
+
+
+def _rebuilt(description: dict[str, Any]) -> Classifier:
+    """A classifier of the described shape, its weights still to be loaded."""
     network = description["network"]
     height, width, channels = description["image_shape"]
-    model = Classifier(
+    return Classifier(
         MeanRemoval([0.0] * (height * width * channels), 1.0, (height, width, channels)),
         RCNN(
             network["k"],
@@ -162,9 +178,3 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
             lrn_beta=network["lrn_beta"],
         ),
     )
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        fault = " ".join(str(error).split())[:300]
-        raise DataError(f"weights and description differ ({fault})", where=str(folder), remedy=remedy) from error
-    return model.to(memory_format=torch.channels_last).eval(), description

@@ -82,8 +82,8 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next rate depends on, in plain values."""
-        return (self._plateau or self._one_cycle).state_dict()  # type: ignore[union-attr]
+        return (self._plateau or self._one_cycle).state_dict()  # type: ignore[union-attr,no-any-return]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` was taken."""
-        (self._plateau or self._one_cycle).load_state_dict(state)  # type: ignore[union-attr]
+        (self._plateau or self._one_cycle).load_state_dict(state)  # type: ignore[union-attr,no-any-return]

@@ -6,7 +6,9 @@ writer, and no worker needs a terminal or MLflow.
 
 import contextvars
 import os
+import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,8 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Tune's own handler would end the search early and call that a result.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 import ray
 
@@ -27,6 +31,7 @@ from rcnn.progress import say
 from rcnn.storage import Storage
 
 SECONDS_BETWEEN_READS = 0.3
+SECONDS_FOR_AN_ANSWER = 30
 
 
 def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
@@ -77,7 +82,8 @@ def _require_shared(storage: Storage) -> None:
             )
             for node in nodes
         }
-        blind = [name for name, answer in answers.items() if not ray.get(answer, timeout=60)]
+        ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=60)
+        blind = [name for name, answer in answers.items() if answer not in ready or not ray.get(answer)]
     finally:
         storage.local_path(mark).unlink()
     if blind:
@@ -88,24 +94,38 @@ def _require_shared(storage: Storage) -> None:
         )
 
 
-def require_room(config: PipelineConfig, num_cpus: int, setting: str) -> None:
-    """Checks that `num_cpus` cores can be had: Ray would wait for ever for them on a machine of its own.
+def require_room(config: PipelineConfig, *, num_cpus: int, num_gpus: float, settings: str) -> None:
+    """Checks that cores and GPUs can be had: Ray would wait for ever for what its own machine does not have.
 
     Raises:
         ClusterError: they cannot; where Ray runs on a cluster, which may still grow, a line says so instead.
     """
-    there = int(ray.cluster_resources().get("CPU", 0))
-    if num_cpus <= there:
-        return
-    what = f"{num_cpus} CPU cores are wanted and Ray has {there}"
-    if config.ray.address == "":
-        raise ClusterError(what, where=setting, remedy="Lower it, or set ray.address to a larger cluster")
-    say(f"  {what}: waiting for the cluster to grow")
+    there = ray.cluster_resources()
+    for wanted, kind, name in ((num_cpus, "CPU", "CPU cores"), (num_gpus, "GPU", "GPUs")):
+        if wanted <= there.get(kind, 0):
+            continue
+        what = f"{wanted:g} {name} are wanted and Ray has {there.get(kind, 0):g}"
+        if config.ray.address == "":
+            raise ClusterError(what, where=settings, remedy="Lower them, or set ray.address to a larger cluster")
+        say(f"  {what}: waiting for the cluster to grow")
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    """Where workers leave what the driver should see."""
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes Ctrl-C in the body what it is everywhere else: Ray Train would exit with 0, and keep its handler."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
+class _Notes:
+    """Where workers leave what the driver should see: the class of the actor that `new_board` starts."""
 
     def __init__(self) -> None:
         self.notes: list[tuple[str, Any]] = []
@@ -120,34 +140,74 @@ class Board:
         return notes
 
 
+def new_board() -> Any:
+    """Starts the actor that holds the notes."""
+    return ray.remote(num_cpus=0)(_Notes).remote()
+
+
 @contextmanager
 def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iterator[None]:
     """Hands each note to the handler of its kind while the body runs; a note of kind "fault" holds an error.
 
+    A handler that fails for a reason that may pass (MLflow is away, say) gets the same note again a little later.
+
     Raises:
-        RcnnError: the first error that a worker left, in place of what Ray made of it.
+        RcnnError: the first error that a worker left, in place of what Ray made of it, or that of a handler which still
+            fails when the body is through.
     """
-    faults: list[RcnnError] = []
-    stop = threading.Event()
-
-    def read() -> None:
-        for kind, value in ray.get(board.take.remote()):
-            faults.append(value) if kind == "fault" else handlers[kind](value)
-
-    def read_until_stopped() -> None:
-        while not stop.wait(SECONDS_BETWEEN_READS):
-            read()
-
+    reader = _Reader(board, handlers)
     # With the caller's context, in which Prefect keeps the run that the lines belong to.
-    reader = threading.Thread(target=contextvars.copy_context().run, args=(read_until_stopped,), daemon=True)
-    reader.start()
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(reader.run,), daemon=True)
+    thread.start()
     try:
         yield
-    finally:
-        stop.set()
-        reader.join()
-        if ray.is_initialized():
-            read()
-            ray.kill(board)
-        if faults:
-            raise faults[0]
+    except Exception:
+        reader.finish(thread)
+        if reader.faults:
+            raise reader.faults[0] from None
+        raise
+    except BaseException:
+        reader.finish(thread)
+        raise
+    reader.finish(thread)
+    errors = [*reader.faults, *filter(None, [reader.handler_error])]
+    if errors:
+        raise errors[0]
+
+
+class _Reader:
+    """Reads a board in a thread of its own."""
+
+    def __init__(self, board: Any, handlers: Mapping[str, Callable[[Any], None]]):
+        self.board, self.handlers = board, handlers
+        self.notes: deque[tuple[str, Any]] = deque()
+        self.faults: list[RcnnError] = []
+        self.handler_error: Exception | None = None
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        """Reads until told to stop."""
+        while not self.stop.wait(SECONDS_BETWEEN_READS):
+            self.read()
+
+    def read(self) -> None:
+        """Takes what is new, and hands out what is waiting."""
+        try:
+            self.notes.extend(ray.get(self.board.take.remote(), timeout=SECONDS_FOR_AN_ANSWER))
+            while self.notes:
+                kind, value = self.notes[0]
+                if kind == "fault":
+                    self.faults.append(value)
+                else:
+                    self.handlers[kind](value)
+                self.notes.popleft()
+            self.handler_error = None
+        except Exception as error:  # raised by `following` if it lasts: an error in a thread would be lost
+            self.handler_error = error
+
+    def finish(self, thread: threading.Thread) -> None:
+        """Stops the thread and reads what is left."""
+        self.stop.set()
+        thread.join()
+        self.read()
+        ray.kill(self.board)

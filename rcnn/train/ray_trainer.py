@@ -3,6 +3,7 @@
 In: a config and a data set. Out: a finished model folder. A run of the same name goes on from its last checkpoint.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rcnn.train.ray_session import Board, ensure_ray, following, require_room  # isort: skip  (sets what Ray reads)
+from rcnn.train.ray_session import ensure_ray, following, interruptible, new_board, require_room  # isort: skip  (sets what Ray reads)
 
 import ray
 import ray.train
@@ -41,16 +42,22 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
         DataError: the data set is not what its manifest says.
     """
     ensure_ray(config, target.storage)
-    require_room(config, config.train.num_workers * config.train.cpus_per_worker, "train.num_workers")
+    require_room(
+        config,
+        num_cpus=config.train.num_workers * config.train.cpus_per_worker,
+        num_gpus=config.train.num_workers * config.train.use_gpu,
+        settings="train.num_workers, train.cpus_per_worker, train.use_gpu",
+    )
     started = time.perf_counter()
     trained = _fit_on_workers(config, data, target, tracker)
     history: list[Metrics] = trained.return_value
-    best = min(history, key=lambda metrics: metrics["val/error"])
-    num_parameters = _publish_model(trained.get_best_checkpoint("val/error", "min"), target)
+    checkpoint, best = min(trained.best_checkpoints, key=lambda kept: kept[1]["val/error"])
+    num_parameters, weights_sha256 = _publish_model(checkpoint, target)
     target.storage.write_json(target.path("history.json"), history)
     tracker.log_params({"num_parameters": num_parameters})
     return TrainResult(
         folder=target.name,
+        weights_sha256=weights_sha256,
         val_error=best["val/error"],
         best_epoch=int(best["epoch"]),
         epochs=len(history),
@@ -61,7 +68,7 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
 
 
 def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> Any:
-    board = Board.remote()
+    board = new_board()
     storage = target.storage
     trainer = TorchTrainer(
         _train_on_worker,
@@ -90,7 +97,8 @@ def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFol
     )
     with _showing(board, config.train.epochs, tracker):
         try:
-            return trainer.fit()
+            with interruptible():
+                return trainer.fit()
         except TrainingFailedError as error:
             raise _as_training_error(error) from error
 
@@ -165,17 +173,18 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
                 on_progress=lambda epochs_done: note("progress", epochs_done),
             )
     except RcnnError as error:
-        if error.retryable:
-            raise
-        ray.get(board.put.remote("fault", error))  # the same again on a retry: end here, and let the driver raise it
-        return []
+        ray.get(board.put.remote("fault", error))
+        if error.retryable or config.train.num_workers > 1:
+            raise  # the other workers must not wait for this one
+        return []  # the same again on a retry: end here, and let the driver raise it
     return state.history
 
 
-def _publish_model(checkpoint: Any, target: StageFolder) -> int:
-    """Copies the best checkpoint's model to its final place; returns its number of parameters."""
+def _publish_model(checkpoint: Any, target: StageFolder) -> tuple[int, str]:
+    """Copies the best checkpoint's model to its final place; returns its parameters' number and its weights' SHA-256."""
     with checkpoint.as_directory() as source, tempfile.TemporaryDirectory() as draft:
         for file in (WEIGHTS, DESCRIPTION):
             shutil.copyfile(Path(source, file), Path(draft, file))
         target.storage.upload(Path(draft), target.path("model"))
-        return count_parameters(load_model(Path(draft))[0])
+        weights = Path(draft, WEIGHTS).read_bytes()
+        return count_parameters(load_model(Path(draft))[0]), hashlib.sha256(weights).hexdigest()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rcnn.train.ray_session import Board, ensure_ray, following, require_room  # isort: skip  (sets what Ray reads)
+from rcnn.train.ray_session import ensure_ray, following, new_board, require_room  # isort: skip  (sets what Ray reads)
 
 import ray
 from ray import tune
@@ -38,27 +38,56 @@ def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tr
         DataError: the data set is not what its manifest says.
     """
     ensure_ray(config, target.storage)
-    require_room(config, config.tune.cpus_per_trial, "tune.cpus_per_trial")
-    board = Board.remote()
-    runs: dict[str, Tracker] = {}
+    require_room(
+        config,
+        num_cpus=config.tune.cpus_per_trial,
+        num_gpus=config.tune.gpus_per_trial,
+        settings="tune.cpus_per_trial, tune.gpus_per_trial",
+    )
+    board = new_board()
+    runs = _TrialRuns(config, tracker)
+    try:
+        with following(board, {"trial": runs.show}):
+            results = _tuner(config, data, target, board).fit()
+        trials = tuple(sorted((_as_trial(result, config) for result in results), key=lambda trial: trial.name))
+        runs.label(trials)
+    finally:
+        runs.finish()
+    return _best_of(trials, results, tracker)
 
-    def show(note: tuple[str, Choice, Metrics]) -> None:
+
+class _TrialRuns:
+    """The lines on the screen and the MLflow runs of the trials, one under the tune run for each."""
+
+    def __init__(self, config: PipelineConfig, tracker: Tracker):
+        self.config, self.tracker = config, tracker
+        self.open: dict[str, Tracker] = {}
+        self.failed: set[str] = set()
+
+    def show(self, note: tuple[str, Choice, Metrics]) -> None:
+        """Tells of an epoch of a trial."""
         name, choice, metrics = note
         epoch, val_error = int(metrics["epoch"]), metrics["val/error"]
-        say(f"  {name}  {choice!s:<22} epoch {epoch}/{config.tune.epochs}  val error {100 * val_error:.2f} %")
-        if name not in runs:
-            runs[name] = tracker.child(name)
-            runs[name].log_params(choice.model_dump())
-        runs[name].log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=epoch)
+        self._run(name, choice).log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=epoch)
+        say(f"  {name}  {choice!s:<22} epoch {epoch}/{self.config.tune.epochs}  val error {100 * val_error:.2f} %")
 
-    with following(board, {"trial": show}):
-        results = _tuner(config, data, target, board).fit()
-    trials = tuple(sorted((_as_trial(result, config) for result in results), key=lambda trial: trial.name))
-    for trial in trials:
-        if trial.name in runs:
-            runs[trial.name].set_tags({"outcome": trial.outcome})
-            runs[trial.name].finish(failed=trial.outcome == "failed")
-    return _best_of(trials, results, tracker)
+    def label(self, trials: tuple[Trial, ...]) -> None:
+        """Tags each trial's run with how it ended, those that never came to an epoch included."""
+        for trial in trials:
+            if trial.outcome in ("diverged", "failed") or trial.name in self.open:
+                self._run(trial.name, trial.choice).set_tags({"outcome": trial.outcome})
+        self.failed = {trial.name for trial in trials if trial.outcome == "failed"}
+
+    def finish(self) -> None:
+        """Ends all runs."""
+        for name, run in self.open.items():
+            run.finish(failed=name in self.failed)
+
+    def _run(self, name: str, choice: Choice) -> Tracker:
+        if name not in self.open:
+            self.open[name] = self.tracker.child(name)
+            self.open[name].log_params(choice.model_dump())
+        return self.open[name]
 
 
 def _best_of(trials: tuple[Trial, ...], results: Any, tracker: Tracker) -> TuneResult:
@@ -71,7 +100,7 @@ def _best_of(trials: tuple[Trial, ...], results: Any, tracker: Tracker) -> TuneR
             remedy="Lower tune.learning_rate_max, or try `rcnn train` alone with --debug",
         )
     best = min(usable, key=lambda trial: trial.val_error)
-    tracker.log_params({f"best/{name}": value for name, value in best.choice.model_dump().items()})
+    tracker.set_tags({"best_trial": best.name, "best_choice": str(best.choice)})
     tracker.log_metrics({"val/error": best.val_error})
     return TuneResult(best=best.choice, best_trial=best.name, val_error=best.val_error, trials=trials)
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcnn.data.augment import random_shift
+from rcnn.data.augment import shift
 from rcnn.data.loader import ResidentLoader, Rows
 from rcnn.errors import DataError
 
@@ -61,7 +61,7 @@ def test_fewer_rows_than_a_batch_is_an_error() -> None:
 def test_a_shift_moves_the_whole_image_and_fills_with_black() -> None:
     torch.manual_seed(0)
     images = torch.randint(1, 256, (64, 3, 6, 5), dtype=torch.uint8)
-    shifted = random_shift(images, max_shift=2)
+    shifted = shift(images, torch.randint(0, 5, (64, 2)), max_shift=2)
     assert shifted.shape == images.shape
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
     found = set()
@@ -75,3 +75,15 @@ def test_a_shift_moves_the_whole_image_and_fills_with_black() -> None:
         assert len(places) == 1
         found.update(places)
     assert len(found) > 15
+
+
+def test_a_shift_of_nothing_changes_nothing_and_ranks_shift_alike() -> None:
+    images = torch.randint(0, 256, (12, 1, 5, 5), dtype=torch.uint8)
+    assert torch.equal(shift(images, torch.full((12, 2), 3), max_shift=3), images)
+    rows = Rows(images, torch.arange(12))
+    whole = next(ResidentLoader(rows, batch_size=12, seed=5, max_shift=2).epoch(3))[0]
+    halves = [
+        next(ResidentLoader(rows, batch_size=12, seed=5, max_shift=2, rank=rank, num_ranks=2).epoch(3))[0]
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat(halves), whole)

@@ -45,7 +45,7 @@ def test_dropout_stands_after_each_recurrent_layer_but_the_last() -> None:
     model = RCNN(8, 1, 1, 10, dropout=0.5)
     order: list[str] = []
     for name, module in model.named_modules():
-        if name in ("dropout", "pool", "classifier") or name.count(".") == 1 and "recurrent_layers" in name:
+        if name in ("dropout", "pool", "classifier") or (name.count(".") == 1 and "recurrent_layers" in name):
             module.register_forward_hook(lambda module, inputs, output, name=name: order.append(name))
     model(torch.randn(1, 1, 8, 8))
     rcl = "recurrent_layers."

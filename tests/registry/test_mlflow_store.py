@@ -1,0 +1,182 @@
+"""Runs and models in real stores: our own SQLite file, and an MLflow server."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from rcnn.config import PipelineConfig
+from rcnn.data.loader import require_manifest
+from rcnn.errors import ClusterError, ConfigError
+from rcnn.recipes import debug_tiny
+from rcnn.registry import mlflow_store
+from rcnn.registry.register import run_register
+from rcnn.results import EvaluateResult, IngestResult, TrainResult
+from rcnn.storage import StageFolder, Storage
+from rcnn.tracking import tracking_uri
+from rcnn.train.checkpoint import build_classifier, save_model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server, started as the local stack starts it."""
+    root = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--no-serve-artifacts"]
+    command += ["--default-artifact-root", str(root / "artifacts")]
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with open(root / "log", "w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not _answers(f"http://127.0.0.1:{port}/health"):
+        assert process.poll() is None, (root / "log").read_text()
+        assert time.monotonic() < deadline, (root / "log").read_text()
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> PipelineConfig:
+    uri = request.getfixturevalue("server") if request.param == "server" else ""
+    name = f"model-{tmp_path.name}"
+    return debug_tiny().with_settings(
+        {"storage": str(tmp_path), "tracking.uri": uri, "tracking.model_name": name, "tracking.experiment": name}
+    )
+
+
+def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, seed: int) -> TrainResult:
+    """A model folder with fresh weights, and a training run for it."""
+    storage = Storage(config.storage)
+    torch.manual_seed(seed)
+    folder = storage.local_path(f"runs/train-{seed}")
+    (folder / "model").mkdir(parents=True)
+    manifest = require_manifest(Storage(str(digits_storage)), digits.folder)
+    save_model(build_classifier(config, manifest).eval(), config, manifest, folder / "model")
+    storage.write_json(f"runs/train-{seed}/history.json", [{"epoch": 1, "val/error": 0.5}])
+    tracker = mlflow_store.open_run(config, "train", key=f"runs/train-{seed}")
+    tracker.finish()
+    return TrainResult(
+        mlflow_run_id=tracker.run_id, folder=f"runs/train-{seed}", weights_sha256=str(seed), val_error=0.5, best_epoch=1,
+        epochs=1, num_parameters=4938, images_per_second=1, seconds=1,
+    )  # fmt: skip
+
+
+def evaluated(error: float, test_digest: str = "same") -> EvaluateResult:
+    return EvaluateResult(
+        folder="reports/x", test_error=error, test_loss=1, accuracy_per_class={}, rows=500, images_per_second=1,
+        test_digest=test_digest,
+    )  # fmt: skip
+
+
+def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    target = StageFolder(Storage(config.storage), "runs/register")
+    cases = [
+        (0.5, "same", "champion"),
+        (0.6, "same", "challenger"),
+        (0.4, "same", "champion"),
+        (0.1, "x", "challenger"),
+    ]
+    for version, (error, digest, alias) in enumerate(cases, start=1):
+        result = run_register(
+            config, trained(config, digits_storage, digits, version), evaluated(error, digest), target
+        )
+        assert (result.version, result.alias) == (version, alias)
+    champion = mlflow_store.champion_of(config)
+    assert champion is not None
+    assert (champion.version, champion.test_error) == (3, 0.4)
+    versions = mlflow_store.list_versions(config)
+    assert [(row["version"], row["aliases"]) for row in versions] == [
+        ("4", "challenger"), ("3", "champion"), ("2", ""), ("1", "")
+    ]  # fmt: skip
+
+
+def test_registering_twice_gives_one_version_that_stays_champion(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    target = StageFolder(Storage(config.storage), "runs/register")
+    model = trained(config, digits_storage, digits, 1)
+    first, second = (run_register(config, model, evaluated(0.5), target) for _ in range(2))
+    assert (first.version, second.version, second.alias) == (1, 1, "champion")
+
+
+def test_the_champion_can_be_fetched_and_scores(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult, tmp_path: Path
+) -> None:
+    import mlflow
+
+    with pytest.raises(ConfigError, match="has no champion"):
+        mlflow_store.download_champion(config, tmp_path / "none")
+    run_register(
+        config, trained(config, digits_storage, digits, 1), evaluated(0.5), StageFolder(Storage(config.storage), "x")
+    )
+    folder = mlflow_store.download_champion(config, tmp_path / "fetched")
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "model.json"}
+    mlflow.set_tracking_uri(tracking_uri(config))
+    model = mlflow.pyfunc.load_model(f"models:/{config.tracking.model_name}@champion")
+    for rows in (1, 7):
+        probabilities = model.predict(np.zeros((rows, 1, 28, 28), np.uint8))
+        assert probabilities.shape == (rows, 10)
+
+
+def test_a_run_that_the_store_does_not_know_is_written_anew(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    model = trained(config, digits_storage, digits, 1).model_copy(update={"mlflow_run_id": "0" * 32})
+    run_register(config, model, evaluated(0.5), StageFolder(Storage(config.storage), "x"))
+    run_id = mlflow_store.list_versions(config)[0]["run_id"]
+    history = MlflowClient(tracking_uri(config)).get_metric_history(run_id, "val/error")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5)]
+
+
+def test_a_resumed_stage_goes_on_in_its_run_and_a_fresh_one_does_not(config: PipelineConfig) -> None:
+    parent = mlflow_store.open_run(config, "pipeline", key="p")
+    first = mlflow_store.open_run(config, "train", key="k", parent_run_id=parent.run_id, tags={"a": "1"})
+    first.log_metrics({"val/error": 0.5}, step=1)
+    first.finish(failed=True)
+    again = mlflow_store.open_run(config, "train", key="k", parent_run_id=parent.run_id, tags={"a": "2"})
+    again.log_metrics({"val/error": 0.4}, step=2)
+    again.finish()
+    assert again.run_id == first.run_id
+    assert mlflow_store.open_run(config, "train", key="k", fresh=True).run_id != first.run_id
+    client = MlflowClient(tracking_uri(config))
+    assert [metric.step for metric in client.get_metric_history(first.run_id, "val/error")] == [1, 2]
+    run = client.get_run(first.run_id)
+    assert (run.info.status, run.data.tags["a"], run.data.tags["mlflow.parentRunId"]) == (
+        "FINISHED",
+        "2",
+        parent.run_id,
+    )
+    assert run.data.params["train.batch_size"] == "32"
+    assert first.child("trial-00").run_id == first.child("trial-00").run_id
+
+
+def test_a_server_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = debug_tiny().with_settings({"storage": str(tmp_path), "tracking.uri": "http://127.0.0.1:9"})
+    for call in (mlflow_store.champion_of, mlflow_store.list_versions):
+        with pytest.raises(ClusterError, match=r"tracking\.uri = http://127\.0\.0\.1:9: MLflow failed"):
+            call(config)
