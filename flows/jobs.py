@@ -141,7 +141,7 @@ def _outcome(status: str, job_id: str, config: PipelineConfig, name: str) -> Sta
     raise ClusterError(
         f"Ray job {job_id} {what}",
         where=f"ray.address = {config.ray.address}, storage = {config.storage}",
-        remedy=f"Check that both see the same storage; `ray job logs {job_id}` tells more",
+        remedy=f"rcnn must be installed there, with the same storage in sight; `ray job logs {job_id}` tells more",
         retryable=status == "FAILED",
     )
 

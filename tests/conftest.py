@@ -1,6 +1,7 @@
 """Shared fixtures: one tiny data set of real digits, one Ray, one Prefect server for the whole session."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 # Before anything imports them: the tests talk to no telemetry and to no server of the user's.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # Ray jobs call `rcnn`
 os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", RAY_USAGE_STATS_ENABLED="0")
 for name in [name for name in os.environ if name.startswith("RCNN_")] + ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"]:
     os.environ.pop(name, None)

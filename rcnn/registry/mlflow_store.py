@@ -32,7 +32,7 @@ from rcnn.tracking import experiment_name, has_store, model_name, tracking_uri
 
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "rcnn.stage_key"
-MODEL_ARTIFACT = "artifacts/model"  # where log_model puts the artifact named "model"
+MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_PARAMS = 100  # MLflow's limit for one call
 
 
@@ -132,7 +132,7 @@ def register_model(
 
     Args:
         config: names the registered model.
-        model_folder: `model.safetensors` and `model.json`.
+        model_folder: holds `model.safetensors` and `model.json`, and is itself named `MODEL_FOLDER`.
         description: the content of `model.json`.
         run_id: the training run.
         figures: test error and test digest; the version in it does not count.
@@ -199,7 +199,7 @@ def download_champion(config: PipelineConfig, folder: Path) -> Path:
     mlflow.set_tracking_uri(tracking_uri(config))
     uri = f"models:/{model_name(config)}@{CHAMPION}"
     with _reachable(config):
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))) / MODEL_ARTIFACT
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)), "artifacts", MODEL_FOLDER)
 
 
 def set_alias(config: PipelineConfig, alias: str, version: int) -> None:

@@ -23,12 +23,13 @@ def run_register(
         DataError: the model folder is not whole.
     """
     with tempfile.TemporaryDirectory() as folder:
-        target.storage.download(f"{trained.folder}/model", Path(folder))
-        _, description = load_model(Path(folder))
+        model_folder = Path(folder, mlflow_store.MODEL_FOLDER)
+        target.storage.download(f"{trained.folder}/model", model_folder)
+        _, description = load_model(model_folder)
         champion = mlflow_store.champion_of(config)
         figures = Standing(0, evaluated.test_error, evaluated.test_digest)
         run_id = _training_run(config, trained, target)
-        new = mlflow_store.register_model(config, Path(folder), description, run_id=run_id, figures=figures)
+        new = mlflow_store.register_model(config, model_folder, description, run_id=run_id, figures=figures)
     verdict = judge(new, champion)
     mlflow_store.set_alias(config, verdict.alias, new.version)
     name = model_name(config)

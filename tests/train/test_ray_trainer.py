@@ -61,7 +61,9 @@ def test_one_worker_and_two_agree_and_checkpoints_are_kept(tiny_config: Pipeline
     assert one.num_parameters == 4938
 
 
-def test_a_killed_worker_is_replaced_and_training_goes_on(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+def test_a_killed_worker_is_replaced_and_a_finished_run_is_not_trained_again(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> None:
     config = tiny_config.with_settings({"train.epochs": 6, "train.num_rows": 2000})
     killed: list[int] = []
 
@@ -79,6 +81,10 @@ def test_a_killed_worker_is_replaced_and_training_goes_on(tiny_config: PipelineC
     assert result.epochs == 6
     assert killer.steps[-1] == 6
     assert 3 <= len(killer.steps) <= 8  # it went on from a checkpoint: no epoch before it came again
+    recorder = Recorder()
+    again = train(config, digits, "runs/killed", recorder)
+    assert recorder.steps == []  # all epochs are in the last checkpoint
+    assert (again.val_error, again.weights_sha256) == (result.val_error, result.weights_sha256)
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -86,17 +92,6 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def test_a_finished_run_of_that_name_is_taken_up_without_training(
-    tiny_config: PipelineConfig, digits: IngestResult
-) -> None:
-    config = tiny_config.with_settings({"train.epochs": 2, "train.num_rows": 96})
-    first = train(config, digits, "runs/again")
-    recorder = Recorder()
-    second = train(config, digits, "runs/again", recorder)
-    assert recorder.steps == []
-    assert second.val_error == first.val_error
 
 
 def test_a_diverging_run_ends_at_once_with_its_own_error(tiny_config: PipelineConfig, digits: IngestResult) -> None:
