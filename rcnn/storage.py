@@ -127,9 +127,10 @@ class Storage:
             fs.copy_files(str(local), self.path(name), destination_filesystem=self.filesystem)
 
     def download(self, name: str, local: Path) -> None:
-        """Copies a folder to this machine."""
+        """Copies a folder to this machine, to `local`, which is made if need be."""
         from pyarrow import fs
 
+        local.mkdir(parents=True, exist_ok=True)
         fs.copy_files(self.path(name), str(local), source_filesystem=self.filesystem)
 
     def delete(self, name: str) -> None:

@@ -123,6 +123,7 @@ def _environment(ports: dict[str, int]) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps Ray on loopback on those systems does it on Linux too
     }
 
 

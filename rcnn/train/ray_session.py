@@ -24,6 +24,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 import ray
+from ray._private import ray_constants
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, RcnnError
@@ -53,6 +54,7 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
                 ray.init(address="auto", **quiet)
             else:
                 say("  starting Ray on this machine ...")
+                _stay_on_loopback()
                 # Nobody preempts a machine of one's own, and watching for it takes 10 s of each training's start.
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 # Without its dashboard, Ray complains every few seconds that its State API is away.
@@ -65,6 +67,12 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
                 retryable=True,
             ) from error
     _require_shared(storage)
+
+
+def _stay_on_loopback() -> None:
+    """On Linux Ray opens its ports to the network, unless it thinks itself unable to form clusters, as on macOS."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from there when ray was imported
 
 
 def _require_shared(storage: Storage) -> None:

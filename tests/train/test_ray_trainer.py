@@ -102,6 +102,27 @@ def test_a_diverging_run_ends_at_once_with_its_own_error(tiny_config: PipelineCo
     assert time.monotonic() - started < 120
 
 
+def test_a_ray_of_our_own_listens_on_loopback_alone() -> None:
+    import ray
+
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+    ours = [p for p in psutil.process_iter(["name"]) if any("ray" in word for word in _command(p)[:2])]
+    listening = {
+        connection.laddr.ip
+        for process in ours
+        for connection in _connections(process)
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def _connections(process: psutil.Process) -> list[Any]:
+    try:
+        return process.net_connections(kind="tcp")
+    except psutil.Error:
+        return []
+
+
 def test_more_cores_than_there_are_is_an_error(tiny_config: PipelineConfig, digits: IngestResult) -> None:
     config = tiny_config.with_settings({"train.num_workers": 32})
     with pytest.raises(ClusterError, match=r"train\.num_workers.*: 32 CPU cores are wanted and Ray has 2"):
