@@ -24,20 +24,20 @@ from rcnn.errors import ConfigError
 def demo() -> PipelineConfig:
     """The whole pipeline on 5,000 real digits, offline.
 
-    Costs: 3 min on 2 CPU cores.
-    Reaches: about 2 % test error on 1,000 rows.
+    Costs: 3 to 4 min on 2 CPU cores.
+    Reaches: 2.0 to 2.6 % test error on 1,000 rows.
     """
     return PipelineConfig(
         recipe="demo",
         data=DataConfig(source="mnist-sample"),
         model=ModelConfig(k=32, t=1, dropout=0.0),
         train=TrainConfig(
-            epochs=12,
+            epochs=14,
             batch_size=32,
             learning_rate=0.03,
             weight_decay=5e-4,
             schedule="one_cycle",
-            one_cycle_warmup=0.2,
+            one_cycle_warmup=0.1,
             clip_norm=2.0,
             max_shift=2,
             cpus_per_worker=2,
@@ -72,8 +72,8 @@ def debug_tiny() -> PipelineConfig:
 def mnist_rcnn32_quick() -> PipelineConfig:
     """RCNN-32 on all of MNIST, in a short one-cycle run.
 
-    Costs: to be measured.
-    Reaches: to be measured.
+    Costs: 15 min on 2 CPU cores.
+    Reaches: 0.54 % test error (one run).
     """
     return PipelineConfig(
         recipe="mnist_rcnn32_quick",
