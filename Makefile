@@ -45,7 +45,7 @@ lock: $(READY)  ## resolve the dependencies anew, for Linux and macOS, Python 3.
 up: $(READY)  ## start the local stack: Prefect, MLflow, Ray, a worker
 	@$(BIN)/python -m infra.local.stack up
 
-down:  ## stop exactly what `make up` started
+down: $(READY)  ## stop exactly what `make up` started
 	@$(BIN)/python -m infra.local.stack down
 
 clean:  ## remove the environment and caches, but no data

@@ -28,7 +28,7 @@ from rcnn.stages import (
     results_from_json,
     stage_folder,
 )
-from rcnn.tracking import has_store
+from rcnn.tracking import finish_failed
 
 
 @flow(name="rcnn", on_cancellation=[stop_jobs_of], on_crashed=[stop_jobs_of])
@@ -42,13 +42,10 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False) -> dict[
     show_on_screen()
     if deployment.id:
         config = config.placed_by(os.environ)
-    had_store = has_store(config)
     trees: dict[str, Any] = {}
     with _log_in_prefect(), _pipeline_run(config, fresh) as parent:
         for name in planned(config):
-            # The run above has made a new store by now, where somebody deleted it: the model is not in it.
-            again = fresh or (name == "register" and not had_store)
-            trees[name] = _run_task(config, name, trees, again, parent)
+            trees[name] = _run_task(config, name, trees, fresh, parent)
     return trees
 
 
@@ -78,7 +75,7 @@ def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
     try:
         yield Parent(tracker.run_id, tuple(tags.items()))
     except BaseException:
-        tracker.finish(failed=True)
+        finish_failed(tracker)
         raise
     tracker.finish()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -45,13 +46,16 @@ def run_as_job(
         say(nothing_to_do(name, target))
         return done
     job_id = f"rcnn-{os.path.basename(target.name)}"
+    if fresh:
+        target.storage.delete(target.name)  # before the cluster is asked: a retry must not find the old result
     with _reachable(config.ray.address):
         client = JobSubmissionClient(config.ray.address)
         if _status(client, job_id) in UNFINISHED:
             say(f"{name}: attaching to Ray job {job_id}, which is running")
         else:
-            _submit(client, job_id, config, name, results, fresh, parent)
+            _submit(client, job_id, config, name, results, parent)
             say(f"{name}: submitted as Ray job {job_id}")
+        target.storage.write_text(_mark_of(job_id, dict(parent.tags).get(FLOW_RUN_TAG, "")), "")
         status = asyncio.run(_follow(client, job_id))
     return _outcome(status, job_id, config, name)
 
@@ -62,12 +66,18 @@ def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
     config = PipelineConfig.model_validate(parameters or {}).placed_by(os.environ)
     if not config.ray.address.startswith("http"):
         return
+    storage = Storage(config.storage)
     with _reachable(config.ray.address):
         client = JobSubmissionClient(config.ray.address)
         for job in client.list_jobs():
-            is_ours = (job.metadata or {}).get(FLOW_RUN_TAG) == str(flow_run.id)
-            if is_ours and str(job.status.value) in UNFINISHED:
+            is_running = str(job.status.value) in UNFINISHED
+            if job.submission_id and is_running and storage.exists(_mark_of(job.submission_id, str(flow_run.id))):
                 client.stop_job(job.submission_id)
+
+
+def _mark_of(job_id: str, flow_run_id: str) -> str:
+    """A file that says that this flow run submitted the job, or attached to it."""
+    return f"{_result_folder(job_id)}/followed-by-{flow_run_id or 'nobody'}"
 
 
 @contextmanager
@@ -89,9 +99,7 @@ def _status(client: Any, job_id: str) -> str | None:
     return str(jobs[job_id].value) if job_id in jobs else None
 
 
-def _submit(
-    client: Any, job_id: str, config: PipelineConfig, name: str, results: Results, fresh: bool, parent: Parent
-) -> None:
+def _submit(client: Any, job_id: str, config: PipelineConfig, name: str, results: Results, parent: Parent) -> None:
     if _status(client, job_id) is not None:
         client.delete_job(job_id)  # an earlier attempt ended badly; Ray takes each id once
     storage = Storage(config.storage)
@@ -102,11 +110,10 @@ def _submit(
     }
     on_cluster = config.with_settings({"ray.address": "auto", "storage": storage.root})
     command = ["rcnn", name, "--config", on_cluster.model_dump_json(), "--inputs", json.dumps(inputs)]
-    command += ["--result", f"{_result_folder(job_id)}/outcome.json"] + (["--fresh"] if fresh else [])
+    command += ["--result", f"{_result_folder(job_id)}/outcome.json"]
     client.submit_job(
         entrypoint=shlex.join(command),
         submission_id=job_id,
-        metadata={FLOW_RUN_TAG: dict(parent.tags).get(FLOW_RUN_TAG, "")},
     )
 
 
@@ -119,11 +126,14 @@ async def _follow(client: Any, job_id: str) -> str:
     lines_seen = 0
     while True:
         lines = 0
-        async for text in client.tail_job_logs(job_id):
-            for line in filter(str.strip, text.splitlines()):
-                lines += 1
-                if lines > lines_seen:
-                    say(f"  | {line}")
+        try:
+            async for text in client.tail_job_logs(job_id):
+                for line in filter(str.strip, text.splitlines()):
+                    lines += 1
+                    if lines > lines_seen:
+                        say(f"  | {line}")
+        except (RuntimeError, OSError, ClientError) as error:
+            say(f"  the log of {job_id} broke off ({type(error).__name__}); taking it up again")
         lines_seen = max(lines, lines_seen)
         status = _status(client, job_id)
         if status not in UNFINISHED:

@@ -17,6 +17,8 @@ from typing import Any
 from rcnn import __version__
 from rcnn.errors import ClusterError, ConfigError, RcnnError
 
+# What Prefect says, as a plain RuntimeError, of a server that does not answer or does not start.
+PREFECT_IS_AWAY = ("Failed to reach API at", "ephemeral Prefect API server")
 STAGE_HELP = {
     "ingest": "read the source into Parquet, with a manifest",
     "tune": "search K, T and the learning rate (after ingest)",
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rcnn: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rcnn: stopped; the same command goes on where it was", file=sys.stderr)
+        print("rcnn: stopped; the same command, without --fresh, goes on where it was", file=sys.stderr)
         return 130
     return 0
 
@@ -132,8 +134,9 @@ def _prefect_answers() -> Iterator[None]:
 
     try:
         yield
-    except (httpx.TransportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "server" not in str(error).lower() and "api" not in str(error).lower():
+    except (httpx.HTTPError, RuntimeError) as error:
+        is_prefects = isinstance(error, httpx.HTTPError) or any(text in str(error) for text in PREFECT_IS_AWAY)
+        if not is_prefects:
             raise
         url = os.environ.get("PREFECT_API_URL", "")
         raise ClusterError(

@@ -26,7 +26,7 @@ from rcnn.results import (
     TuneResult,
 )
 from rcnn.storage import StageFolder, Storage
-from rcnn.tracking import NoTracker, Tracker, has_store
+from rcnn.tracking import NoTracker, Tracker, finish_failed, knows_version
 
 Results = dict[str, Any]
 """The results so far, by stage."""
@@ -143,8 +143,8 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
         return None  # a damaged result is no result: the stage writes a new one
     if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
         return None
-    if name == "register" and not has_store(config):
-        return None  # somebody deleted the registry
+    if isinstance(result, RegisterResult) and not knows_version(config, result.model_name, result.version):
+        return None  # somebody deleted or exchanged the registry
     return result
 
 
@@ -231,7 +231,7 @@ def _run_tracked(
     try:
         result = STAGES[name].run(config, results, target, tracker)
     except BaseException:
-        tracker.finish(failed=True)
+        finish_failed(tracker)
         raise
     tracker.finish()
     return result.model_copy(update={"mlflow_run_id": tracker.run_id})

@@ -4,11 +4,19 @@ Stages get a `Tracker` handed in and never import MLflow; `registry/mlflow_store
 driver alone tracks: workers send their numbers to it (one writer, so SQLite is enough, and no credential leaves the driver).
 """
 
+import sqlite3
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
+from contextlib import closing
+from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
 
 from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError
+from rcnn.progress import say
 from rcnn.storage import Storage
 
 
@@ -36,6 +44,34 @@ def model_name(config: PipelineConfig) -> str:
     return config.tracking.model_name or f"rcnn-{config.data.source}"
 
 
+def knows_version(config: PipelineConfig, name: str, version: int) -> bool:
+    """Whether the registry holds a version of a model, asked without the seconds that importing MLflow takes.
+
+    True also where a server does not tell: it may want a login, and whoever writes to it will see.
+    """
+    if config.tracking.uri.startswith("http"):
+        query = urllib.parse.urlencode({"name": name, "version": version})
+        url = f"{config.tracking.uri}/api/2.0/mlflow/model-versions/get?{query}"
+        try:
+            urllib.request.urlopen(url, timeout=10).close()  # noqa: S310  (the server that the user set)
+        except urllib.error.HTTPError as error:
+            return error.code != HTTPStatus.NOT_FOUND
+        except OSError:
+            return True
+        return True
+    if config.tracking.uri:
+        return True
+    if not has_store(config):
+        return False
+    file = Storage(config.storage).local_path("mlflow.db")
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as store:
+        try:
+            rows = store.execute("SELECT 1 FROM model_versions WHERE name = ? AND version = ?", (name, version))
+            return rows.fetchone() is not None
+        except sqlite3.DatabaseError:
+            return False
+
+
 class Tracker(Protocol):
     """A run that takes parameters, metrics, tags and files, and may have children."""
 
@@ -58,6 +94,14 @@ class Tracker(Protocol):
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends the run."""
+
+
+def finish_failed(tracker: Tracker) -> None:
+    """Ends a run whose work failed; if that cannot be told, the failure itself is still the error to raise."""
+    try:
+        tracker.finish(failed=True)
+    except ClusterError as error:
+        say(f"  the failure could not be noted: {error}")
 
 
 class NoTracker:

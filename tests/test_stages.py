@@ -32,6 +32,17 @@ def test_a_stage_is_named_by_what_it_depends_on() -> None:
     assert folder("ingest", {}, data__split_seed=4) != folder("ingest", {})
 
 
+def test_new_code_names_every_stage_behind_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: dict[str, object] = {"ingest": DATA, "train": MODEL}
+    before = {name: folder(name, results) for name in ("ingest", "tune", "train", "evaluate")}
+    monkeypatch.setattr("rcnn.stages.code_version", lambda packages: "new" if "model" in packages else "old")
+    changed = {name: folder(name, results) for name in before}
+    monkeypatch.setattr("rcnn.stages.code_version", lambda packages: "old")
+    old = {name: folder(name, results) for name in before}
+    assert old["ingest"] == changed["ingest"]
+    assert all(old[name] != changed[name] for name in ("tune", "train", "evaluate"))
+
+
 def test_new_weights_are_evaluated_anew() -> None:
     results: dict[str, object] = {"ingest": DATA, "train": MODEL}
     retrained = MODEL.model_copy(update={"weights_sha256": "v"})
@@ -63,7 +74,8 @@ def test_a_damaged_or_partial_result_is_no_result(tmp_path: Path) -> None:
     target = stage_folder(config, "ingest", {})
     (tmp_path / target.path("result.json")).write_text("{")
     assert finished(config, "ingest", {}) is None
-    assert run_stage(config, "ingest", {}) == first
+    again = run_stage(config, "ingest", {})
+    assert again.model_copy(update={"mlflow_run_id": first.mlflow_run_id}) == first
     (tmp_path / target.path("manifest.json")).unlink()
     assert finished(config, "ingest", {}) is None
 

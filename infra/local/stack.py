@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from rcnn.errors import ClusterError, RcnnError
+from rcnn.errors import ClusterError, ConfigError, RcnnError
 
 ROOT = Path(__file__).parents[2]
 STORAGE = Path(os.environ.get("RCNN_STORAGE", ROOT / "storage")).absolute()
@@ -51,7 +51,7 @@ def up() -> None:
         print("the stack is up already; `make down` stops it")
         _print_addresses()
         return
-    ports = {name: int(os.environ.get(name, default)) for name, default in PORTS.items()}
+    ports = {name: _port(name) for name in PORTS}
     _require_free(ports)
     STATE.mkdir(parents=True, exist_ok=True)
     env = _environment(ports)
@@ -137,6 +137,13 @@ def _shell_lines(ports: dict[str, int]) -> str:
         "RAY_AUTH_MODE": "token",
     }
     return "".join(f'export {name}="{value}"\n' for name, value in lines.items())
+
+
+def _port(name: str) -> int:
+    text = os.environ.get(name, str(PORTS[name]))
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise ConfigError(f"{text!r} is no port", where=name, remedy="Give a number from 1 to 65535")
+    return int(text)
 
 
 def _require_free(ports: dict[str, int]) -> None:

@@ -4,10 +4,12 @@ In: Parquet shards. Out: uint8 images (N, C, H, W) and int64 labels (N), on the 
 the model, so that training, evaluation and serving cannot differ in it.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -82,20 +84,25 @@ def load_rows(storage: Storage, folder: str, manifest: Manifest, split: str) -> 
     """All rows of one split.
 
     Raises:
-        DataError: a shard is missing, unreadable, or has another number of rows than the manifest says.
+        DataError: a shard is missing, or its checksum is not the manifest's.
     """
     images, labels = [], []
     for shard in manifest.splits[split].shards:
         where = storage.uri(f"{folder}/{shard.file}")
         remedy = "Ingest again with --fresh"
         try:
-            table = pq.read_table(
-                storage.path(f"{folder}/{shard.file}"), filesystem=storage.filesystem, columns=["image", "label"]
-            )
-        except (OSError, ValueError) as error:
+            with storage.filesystem.open_input_stream(storage.path(f"{folder}/{shard.file}")) as stream:
+                content = stream.read()
+        except OSError as error:
             raise DataError(f"the shard cannot be read ({error})", where=where, remedy=remedy) from error
-        if len(table) != shard.rows:
-            raise DataError(f"has {len(table)} rows, the manifest says {shard.rows}", where=where, remedy=remedy)
+        found = hashlib.sha256(content).hexdigest()
+        if found != shard.sha256:
+            raise DataError(
+                f"the shard was changed: its SHA-256 begins {found[:12]}, the manifest says {shard.sha256[:12]}",
+                where=where,
+                remedy=remedy,
+            )
+        table = pq.read_table(pa.BufferReader(content), columns=["image", "label"])
         images.append(images_of(table))
         labels.append(table.column("label").to_numpy())
     images_NHWC = torch.from_numpy(np.concatenate(images))

@@ -95,7 +95,7 @@ def open_run(
 ) -> MlflowTracker:
     """The run of a stage, with the full config as its parameters.
 
-    A run with the same key that is there already is gone on with, unless `fresh`.
+    A run with the same key that did not finish is gone on with, unless `fresh`.
 
     Raises:
         ClusterError: the MLflow server is out of reach.
@@ -108,7 +108,9 @@ def open_run(
             labels[PARENT_TAG] = parent_run_id
         if commit := git_commit():
             labels["mlflow.source.git.commit"] = commit
-        found = [] if fresh else client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        # A finished run is history: work that is done once more, on purpose or since its files are gone, is another run.
+        unfinished = f"tags.`{KEY_TAG}` = '{key}' and attributes.status != 'FINISHED'"
+        found = [] if fresh else client.search_runs([experiment_id], unfinished, max_results=1)
         if found:
             tracker = MlflowTracker(config, client, experiment_id, found[0].info.run_id)
             client.update_run(tracker.run_id, status="RUNNING")
@@ -127,7 +129,13 @@ def has_run(config: PipelineConfig, run_id: str) -> bool:
 
 
 def register_model(
-    config: PipelineConfig, model_folder: Path, description: Mapping[str, Any], *, run_id: str, figures: Standing
+    config: PipelineConfig,
+    model_folder: Path,
+    description: Mapping[str, Any],
+    *,
+    run_id: str,
+    weights_sha256: str,
+    figures: Standing,
 ) -> Standing:
     """Logs a finished model to its training run and registers it, with the figures that it is judged by.
 
@@ -136,6 +144,7 @@ def register_model(
         model_folder: holds `model.safetensors` and `model.json`, and is itself named `MODEL_FOLDER`.
         description: the content of `model.json`.
         run_id: the training run.
+        weights_sha256: identity of the weights; a version that has them is not registered twice.
         figures: test error and test digest; the version in it does not count.
 
     Returns:
@@ -146,7 +155,7 @@ def register_model(
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(uri)
         name = model_name(config)
-        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        found = client.search_model_versions(f"name = '{name}' and tags.weights_sha256 = '{weights_sha256}'")
         if found:  # an earlier attempt came as far as this
             return Standing(int(found[0].version), figures.test_error, figures.test_digest)
         info = _log_pyfunc(model_folder, description, run_id)
@@ -160,6 +169,7 @@ def register_model(
             tags={
                 "test_error": repr(figures.test_error),
                 "test_digest": figures.test_digest,
+                "weights_sha256": weights_sha256,
                 "data_digest": str(description["data_digest"]),
                 "config_hash": config.hash(),
                 "k": str(config.model.k),

@@ -29,7 +29,9 @@ def run_register(
         champion = mlflow_store.champion_of(config)
         figures = Standing(0, evaluated.test_error, evaluated.test_digest)
         run_id = _training_run(config, trained, target)
-        new = mlflow_store.register_model(config, model_folder, description, run_id=run_id, figures=figures)
+        new = mlflow_store.register_model(
+            config, model_folder, description, run_id=run_id, weights_sha256=trained.weights_sha256, figures=figures
+        )
     verdict = judge(new, champion)
     mlflow_store.set_alias(config, verdict.alias, new.version)
     name = model_name(config)

@@ -122,7 +122,7 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
 
 def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
     """Writes weights and description; `load_model` reads them."""
-    from safetensors.torch import save_file  # late: a machine that only trains does without it
+    from safetensors.torch import save_file  # late: training without checkpoints does without it
 
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)

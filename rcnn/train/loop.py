@@ -64,7 +64,8 @@ def fit(
     network = DistributedDataParallel(state.model) if num_ranks > 1 else state.model
     val = data.val.share(rank, num_ranks).to(device)
     while state.epoch < config.train.epochs:
-        # Each epoch's dropout depends on its number alone: a resumed run draws what the first one would have drawn.
+        # Each epoch's dropout depends on its number and the rank alone: a resumed run draws what the first one would have
+        # drawn. It is the one thing in which another number of ranks differs.
         torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
         metrics = _train_epoch(state, network, loader, on_progress) | _validate(state, val)
         state.schedule.after_epoch(metrics["val/error"])

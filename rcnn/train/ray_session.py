@@ -85,9 +85,9 @@ def _require_shared(storage: Storage) -> None:
     try:
         sees = ray.remote(num_cpus=0)(os.path.exists)
         answers = {
-            node["NodeManagerHostname"]: sees.options(label_selector={"ray.io/node-id": node["NodeID"]}).remote(
-                storage.path(mark)
-            )
+            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": sees.options(
+                label_selector={"ray.io/node-id": node["NodeID"]}
+            ).remote(storage.path(mark))
             for node in nodes
         }
         ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=60)
@@ -155,13 +155,14 @@ def new_board() -> Any:
 
 @contextmanager
 def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iterator[None]:
-    """Hands each note to the handler of its kind while the body runs; a note of kind "fault" holds an error.
+    """Hands each note to the handler of its kind while the body runs.
 
-    A handler that fails for a reason that may pass (MLflow is away, say) gets the same note again a little later.
+    A note of kind "fault" holds an error that ended one worker, and "fatal" one that ended them all. A handler that fails
+    for a reason that may pass (MLflow is away, say) gets the same note again a little later.
 
     Raises:
-        RcnnError: the first error that a worker left, in place of what Ray made of it, or that of a handler which still
-            fails when the body is through.
+        RcnnError: where the body fails, the first error that a worker left, in place of what Ray made of it; where it
+            does not, a fatal one, or that of a handler which still fails at the end.
     """
     reader = _Reader(board, handlers)
     # With the caller's context, in which Prefect keeps the run that the lines belong to.
@@ -169,18 +170,16 @@ def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iter
     thread.start()
     try:
         yield
-    except Exception:
+    except Exception as error:
         reader.finish(thread)
-        if reader.faults:
-            raise reader.faults[0] from None
-        raise
+        raise next(iter([*reader.fatal, *reader.faults]), error) from error
     except BaseException:
         reader.finish(thread)
         raise
     reader.finish(thread)
-    errors = [*reader.faults, *filter(None, [reader.handler_error])]
-    if errors:
-        raise errors[0]
+    # A fault that did not stop the body was mended by a retry.
+    for left in (*reader.fatal, *filter(None, [reader.handler_error])):
+        raise left
 
 
 class _Reader:
@@ -188,8 +187,10 @@ class _Reader:
 
     def __init__(self, board: Any, handlers: Mapping[str, Callable[[Any], None]]):
         self.board, self.handlers = board, handlers
+        self.answer: Any = None  # asked for and not there yet: the board has let go of those notes
         self.notes: deque[tuple[str, Any]] = deque()
         self.faults: list[RcnnError] = []
+        self.fatal: list[RcnnError] = []
         self.handler_error: Exception | None = None
         self.stop = threading.Event()
 
@@ -201,17 +202,26 @@ class _Reader:
     def read(self) -> None:
         """Takes what is new, and hands out what is waiting."""
         try:
-            self.notes.extend(ray.get(self.board.take.remote(), timeout=SECONDS_FOR_AN_ANSWER))
+            self._take()
             while self.notes:
                 kind, value = self.notes[0]
-                if kind == "fault":
-                    self.faults.append(value)
-                else:
-                    self.handlers[kind](value)
+                self.handlers[kind](value)
                 self.notes.popleft()
             self.handler_error = None
         except Exception as error:  # raised by `following` if it lasts: an error in a thread would be lost
             self.handler_error = error
+
+    def _take(self) -> None:
+        self.answer = self.answer or self.board.take.remote()
+        taken = ray.get(self.answer, timeout=SECONDS_FOR_AN_ANSWER)
+        self.answer = None
+        for kind, value in taken:
+            if kind == "fault":
+                self.faults.append(value)
+            elif kind == "fatal":
+                self.fatal.append(value)
+            else:
+                self.notes.append((kind, value))
 
     def finish(self, thread: threading.Thread) -> None:
         """Stops the thread and reads what is left."""

@@ -109,8 +109,9 @@ def _showing(board: Any, num_epochs: int, tracker: Tracker) -> Iterator[None]:
     progress = EpochProgress(num_epochs)
 
     def finish_epoch(metrics: Metrics) -> None:
-        progress.finish_epoch(metrics)
+        # The line last: if MLflow is away, the epoch comes again.
         tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=int(metrics["epoch"]))
+        progress.finish_epoch(metrics)
 
     def resumed(epochs_done: int) -> None:
         say(f"  resuming after epoch {epochs_done} of {num_epochs}, from the last checkpoint")
@@ -173,10 +174,13 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
                 on_progress=lambda epochs_done: note("progress", epochs_done),
             )
     except RcnnError as error:
-        ray.get(board.put.remote("fault", error))
-        if error.retryable or config.train.num_workers > 1:
-            raise  # the other workers must not wait for this one
-        return []  # the same again on a retry: end here, and let the driver raise it
+        # Alone, a worker would meet the same again on a retry: it ends, and the driver raises its error. Of several, the
+        # others must not wait for it.
+        ends_all = config.train.num_workers == 1 and not error.retryable
+        ray.get(board.put.remote("fatal" if ends_all else "fault", error))
+        if ends_all:
+            return []
+        raise
     return state.history
 
 

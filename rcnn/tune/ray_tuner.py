@@ -22,7 +22,7 @@ from rcnn.errors import RcnnError, TrainingError
 from rcnn.progress import say
 from rcnn.results import Choice, IngestResult, Trial, TuneResult
 from rcnn.storage import StageFolder, Storage
-from rcnn.tracking import Tracker
+from rcnn.tracking import Tracker, finish_failed
 from rcnn.train.loop import Metrics, fit
 from rcnn.tune.space import own_choice, trial_config
 
@@ -51,8 +51,11 @@ def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tr
             results = _tuner(config, data, target, board).fit()
         trials = tuple(sorted((_as_trial(result, config) for result in results), key=lambda trial: trial.name))
         runs.label(trials)
-    finally:
-        runs.finish()
+    except BaseException:
+        for run in runs.open.values():
+            finish_failed(run)
+        raise
+    runs.finish()
     return _best_of(trials, results, tracker)
 
 
@@ -175,7 +178,7 @@ def _run_trial(drawn: dict[str, Any], *, config: PipelineConfig, storage: str, d
         # A rate too high is an answer, not a fault: the worst error there is, and the search goes on.
         tune.report({"epoch": config.train.epochs, "val/error": WORST_ERROR, "diverged": True})
     except RcnnError as error:
-        ray.get(board.put.remote("fault", error))
+        ray.get(board.put.remote("fatal", error))  # it is about the data, which all trials share
         raise
 
 

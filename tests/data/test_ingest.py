@@ -170,7 +170,7 @@ def test_a_manifest_that_cannot_be_trusted_is_named(
         read_manifest(Storage(str(tmp_path)), "d")
 
 
-def test_a_missing_short_or_broken_shard_is_named(digits_storage: Path, digits: IngestResult, tmp_path: Path) -> None:
+def test_a_missing_or_altered_shard_is_named(digits_storage: Path, digits: IngestResult, tmp_path: Path) -> None:
     manifest = read_manifest(Storage(str(digits_storage)), digits.folder)
     assert manifest is not None
     storage = Storage(str(tmp_path))
@@ -179,11 +179,11 @@ def test_a_missing_short_or_broken_shard_is_named(digits_storage: Path, digits: 
     (tmp_path / "d" / "val").mkdir(parents=True)
     file = tmp_path / "d" / "val" / "val-00000.parquet"
     file.write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="the shard cannot be read"):
+    with pytest.raises(DataError, match="the shard was changed"):
         load_rows(storage, "d", manifest, "val")
     table = pq.read_table(digits_storage / digits.folder / "val")
     pq.write_table(table.slice(0, 10), file)
-    with pytest.raises(DataError, match="has 10 rows, the manifest says 450"):
+    with pytest.raises(DataError, match="the shard was changed"):
         load_rows(storage, "d", manifest, "val")
 
 

@@ -13,7 +13,7 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import SourceError
 from rcnn.recipes import debug_tiny
 from rcnn.results import EvaluateResult, RegisterResult
-from rcnn.stages import STAGES, results_from_json
+from rcnn.stages import STAGES, Parent, results_from_json
 from rcnn.tracking import tracking_uri
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("prefect_server", "ray_session")]
@@ -114,7 +114,7 @@ def test_another_training_reuses_data_and_becomes_a_challenger_or_champion(
 ) -> None:
     from flows.full_pipeline import full_pipeline
 
-    other = full_pipeline(config.with_settings({"evaluate.batch_size": 100, "tune.enabled": False}))
+    other = full_pipeline(config.with_settings({"train.momentum": 0.8, "tune.enabled": False}))
     said = capfd.readouterr().err
     assert "ingest: nothing to do" in said
     assert "tune" not in other
@@ -134,13 +134,52 @@ def test_a_result_that_is_gone_is_made_again(config: PipelineConfig, trees: dict
     assert again["register"] == trees["register"]
 
 
-def test_an_error_that_no_retry_can_mend_is_raised_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("retryable", "attempts"), [(False, 1), (True, 3)])
+def test_only_what_may_pass_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retryable: bool, attempts: int
+) -> None:
+    from flows import stages as flow_stages
+    from flows.full_pipeline import full_pipeline
+
+    calls: list[str] = []
+
+    def fail(config: PipelineConfig, name: str, *_: Any, **__: Any) -> None:
+        calls.append(name)
+        raise SourceError("the network is down", retryable=retryable)
+
+    monkeypatch.setattr(flow_stages, "run_stage", fail)
+    for name, task in flow_stages.TASKS.items():
+        monkeypatch.setitem(flow_stages.TASKS, name, task.with_options(retry_delay_seconds=0))
+    with pytest.raises(SourceError, match="the network is down"):
+        full_pipeline(debug_tiny().with_settings({"storage": str(tmp_path)}))
+    assert calls == ["ingest"] * attempts
+
+
+def test_the_error_of_a_stage_comes_out_of_the_flow(tmp_path: Path) -> None:
     from flows.full_pipeline import full_pipeline
 
     config = debug_tiny().with_settings({"storage": str(tmp_path), "data.source": "mnist", "data.root": str(tmp_path)})
     with pytest.raises(SourceError, match="holds none of MNIST's files"):
         full_pipeline(config)
     assert [run.info.status for run in _runs(config, "rcnn/mnist")] == ["FAILED", "FAILED"]
+
+
+def test_prefects_own_cache_answers_a_rerun(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    from flows.stages import TASKS
+
+    state = TASKS["ingest"](config=config, name="ingest", trees={}, fresh=False, parent=Parent(), return_state=True)
+    assert state.name == "Cached"
+
+
+def test_a_registry_that_is_gone_is_filled_again(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    from flows.full_pipeline import full_pipeline
+    from rcnn.stages import finished
+
+    results = results_from_json({name: tree for name, tree in trees.items() if name != "register"})
+    assert finished(config, "register", results) is not None
+    MlflowClient(tracking_uri(config)).delete_registered_model("rcnn-mnist-sample")
+    assert finished(config, "register", results) is None
+    assert full_pipeline(config)["register"]["alias"] == "champion"
 
 
 def _runs(config: PipelineConfig, experiment: str) -> list[Any]:
