@@ -1,0 +1,66 @@
+"""What takes minutes: the command as a newcomer runs it, an interrupted search, and the full MNIST. `make test-slow`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MNIST = Path(__file__).parents[2] / "shared" / "data"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+
+def command(tmp_path: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """`rcnn ...` with a storage and a Prefect of its own, both empty at first."""
+    env = os.environ | {"RCNN_STORAGE": str(tmp_path / "storage"), "PREFECT_HOME": str(tmp_path / "prefect")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "rcnn.cli", *arguments],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=2000)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_the_pipeline_starts_from_nothing_and_a_rerun_has_nothing_to_do(tmp_path: Path) -> None:
+    first = finish(command(tmp_path, "pipeline", "--recipe", "debug_tiny"))
+    for words in ("best trial", "test error", "4,938", "rcnn-mnist-sample version 1, champion", "rcnn predict"):
+        assert words in first
+    second = finish(command(tmp_path, "pipeline", "--recipe", "debug_tiny"))
+    assert second.count("nothing to do") == 5
+    samples = sorted((tmp_path / "storage").glob("reports/*/samples/*.png"))
+    assert len(samples) == 10
+    predicted = finish(command(tmp_path, "predict", *map(str, samples)))
+    assert predicted.count(" %)") == 10
+    assert "champion" in finish(command(tmp_path, "registry"))
+    assert "version 1 is now the champion" in finish(command(tmp_path, "registry", "--promote", "1"))
+
+
+def test_a_search_that_was_interrupted_goes_on_with_what_is_left(tmp_path: Path) -> None:
+    search = ("tune", "--recipe", "debug_tiny", "--set", "tune.num_trials=6", "--set", "tune.max_concurrent_trials=1")
+    killed = command(tmp_path, *search)
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if line.startswith("  trial-02"):
+            break
+    time.sleep(12)  # Tune writes its state every ten seconds
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    output = finish(command(tmp_path, *search))
+    assert "going on with the search that was interrupted" in output
+    assert "trial-00" not in output.split("going on")[1].split("{")[0]
+    assert output.count('"outcome"') == 6
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="the official files are not on this machine")
+def test_the_full_mnist_is_learnt(tmp_path: Path) -> None:
+    output = finish(command(tmp_path, "pipeline", "--recipe", "mnist_rcnn32_quick", "--set", f"data.root={MNIST}"))
+    error = float(output.split("test error ")[1].split(" %")[0])
+    assert error < 1.2
