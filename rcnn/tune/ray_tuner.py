@@ -130,10 +130,11 @@ def _tuner(config: PipelineConfig, data: IngestResult, target: StageFolder, boar
             metric="val/error",
             mode="min",
             num_samples=settings.num_trials,
-            max_concurrent_trials=settings.max_concurrent_trials or None,
             reuse_actors=True,  # a new process would import torch again
             search_alg=BasicVariantGenerator(
-                points_to_evaluate=[own_choice(config).model_dump()], random_state=config.seed
+                points_to_evaluate=[own_choice(config).model_dump()],
+                random_state=config.seed,
+                max_concurrent=settings.max_concurrent_trials,  # Tune ignores its own setting where this class is given
             ),
             scheduler=ASHAScheduler(
                 time_attr="epoch",
