@@ -55,6 +55,7 @@ def test_a_search_that_was_interrupted_goes_on_with_what_is_left(tmp_path: Path)
     time.sleep(12)  # Tune writes its state every ten seconds, and a trial takes longer than that
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
+    killed.stdout.close()
     output = finish(command(tmp_path, *search))
     assert "going on with the search that was interrupted" in output
     assert "trial-00" not in output.split("going on")[1].split("{")[0]
