@@ -18,9 +18,9 @@ RETRY_DELAYS_SECONDS = [5, 30]
 
 
 def _run_one(config: PipelineConfig, name: str, trees: dict[str, Any], fresh: bool, parent: Parent) -> dict[str, Any]:
-    on_cluster = STAGES[name].heavy and config.ray.address.startswith("http")
+    on_cluster = STAGES[name].is_heavy(config) and config.ray.address.startswith("http")
     run = run_as_job if on_cluster else run_stage
-    # A retry goes on with what the first attempt left; ingest has nothing to go on with, and keeps the old data so far.
+    # A retry goes on with what the first attempt left; ingest begins anew, and keeps the old data so far.
     is_resumed = (task_run.run_count or 1) > 1 and name != "ingest"
     result = run(config, name, results_from_json(trees), fresh=fresh and not is_resumed, parent=parent)
     _publish_artifact(name, result)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rcnn import __version__
-from rcnn.errors import ClusterError, ConfigError, RcnnError
+from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 
 # What Prefect says, as a plain RuntimeError, of a server that does not answer or does not start.
 PREFECT_IS_AWAY = ("Failed to reach API at", "ephemeral Prefect API server")
@@ -70,12 +70,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     registry = _add(commands, "registry", _registry, "list the versions of a model, or promote one", config=True)
     registry.add_argument("--promote", type=int, metavar="VERSION", help="make this version the champion")
+    _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
     show.add_argument("--json", action="store_true", help="as one line of JSON, e.g. for a flow's parameter")
     show.add_argument("--explain", action="store_true", help="each setting with its meaning and bounds")
     _add(commands, "recipes", _recipes, "list the named configs, with what each costs and reaches")
     _add(commands, "sources", _sources, "list the data sets, with what each needs")
     return parser
+
+
+def _add_data(commands: Any) -> None:
+    text = "list, show, verify or export the ingested data sets"
+    actions = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".").add_subparsers(
+        title="actions", required=True, metavar="ACTION"
+    )
+    _add(actions, "list", _data_list, "a table of the data sets in the storage", config=True)
+    for name, run, text in (
+        ("show", _data_show, "rows of each class, and contact sheets (PNG)"),
+        ("verify", _data_verify, "read all of a data set and compare it with its manifest"),
+        ("export", _data_export, "write a data set in another layout"),
+    ):
+        action = _add(actions, name, run, text, config=True)
+        action.add_argument(
+            "name", nargs="?", metavar="NAME", help="folder, name or digest (default: what the settings name)"
+        )
+    action.add_argument("--format", choices=["huggingface"], default="huggingface", help="the layout")
+    action.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a folder that is not there yet")
 
 
 def _add(
@@ -218,6 +238,61 @@ def _registry(options: argparse.Namespace) -> None:
         )
     mlflow_store.set_alias(config, "champion", options.promote)
     print(f"{name} version {options.promote} is now the champion")
+
+
+def _data_list(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.data.catalog import list_data_sets
+    from rcnn.storage import Storage
+
+    rows = list_data_sets(Storage(config.storage))
+    if not rows:
+        print(f"there are no data sets in {config.storage}; `rcnn ingest` makes one")
+        return
+    _print_table(rows, title=f"data sets in {config.storage}")
+
+
+def _data_set(options: argparse.Namespace) -> Any:
+    """The storage and the folder of the data set that an action is about."""
+    config = _resolve(options)
+    from rcnn.data.catalog import find_data_set
+    from rcnn.stages import stage_folder
+    from rcnn.storage import Storage
+
+    storage = Storage(config.storage)
+    if options.name is not None:
+        return storage, find_data_set(storage, options.name)
+    return storage, stage_folder(config, "ingest", {}).name
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    storage, folder = _data_set(options)
+    from rcnn.data.show import OVERVIEW, count_rows, write_sheets
+
+    name = os.path.basename(folder)
+    _print_table(count_rows(storage, folder), title=name)
+    files = write_sheets(storage, folder, f"reports/data-{name}")
+    print(f"{len(files)} contact sheets in {storage.uri(f'reports/data-{name}')}; {OVERVIEW} has a row of each class")
+
+
+def _data_verify(options: argparse.Namespace) -> None:
+    storage, folder = _data_set(options)
+    from rcnn.data.catalog import find_faults
+
+    faults = list(find_faults(storage, folder))
+    for fault in faults[1:]:
+        print(f"rcnn: {fault}", file=sys.stderr)
+    if faults:
+        raise DataError(f"{faults[0]} ({len(faults)} fault(s) in all)", remedy="Ingest again with --fresh")
+    print(f"{storage.uri(folder)} is whole: every row is what the manifest says")
+
+
+def _data_export(options: argparse.Namespace) -> None:
+    storage, folder = _data_set(options)
+    from rcnn.data.export import export_huggingface
+
+    for file in export_huggingface(storage, folder, options.to):
+        print(file)
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ Out: a validated `PipelineConfig`, which goes to every stage as it is, beside ev
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,18 +27,73 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
-class DataConfig(Section):
-    """Where images come from, and how they are split."""
+IMAGE_FILE_SOURCES = ("folder", "parquet")
+"""The sources of encoded images (PNG, JPEG, ...): they need `data.root`, and may be of any size."""
 
-    source: Literal["mnist-sample", "mnist"] = Field("mnist-sample", description="Data set; `rcnn sources` lists them.")
-    root: str = Field("", description="Folder with the source's own files; empty: download into the storage.")
+
+class DataConfig(Section):
+    """Where images come from, what they are made into, and how they are split."""
+
+    source: Literal["mnist-sample", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "folder", "parquet"] = (
+        Field("mnist-sample", description="Data set, or kind of data set; `rcnn sources` lists them.")
+    )
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        description="Name in MLflow; empty: the source's, or for folder and parquet the last part of data.root.",
+    )
+    root: str = Field(
+        "",
+        description="Folder with the source's own files (folder, parquet: the images; a glob or s3://... for parquet); "
+        "empty: download into the storage.",
+    )
     mirror: str = Field("", description="Base URL to download from in place of the official one.")
-    val_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the training rows held out for validation.")
+    svhn_extra: bool = Field(False, description="svhn: train on the 531,131 images of its extra part too.")
+    image_size: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="folder, parquet: side of the stored images, pixels; 0: all are of one size already.",
+    )
+    resize: Literal["crop", "pad", "stretch"] = Field(
+        "crop",
+        description="How image_size is reached (bilinear): crop: shorter side to size, then the centre; pad: longer "
+        "side to size, black around it; stretch: each side to size.",
+    )
+    color: Literal["auto", "grey", "rgb"] = Field(
+        "auto", description="folder, parquet: what images are converted to; auto: grey if the first one is grey."
+    )
+    max_megapixels: int = Field(64, ge=1, le=175, description="folder, parquet: larger images are refused, undecoded.")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="folder, parquet: what a bad image does; skip: it is left out and listed in the manifest."
+    )
+    val_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the training rows held out for validation, where the source has none."
+    )
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="Share of all rows held out for testing, where the source has no test split."
     )
     split_seed: int = Field(0, ge=0, description="Seed that decides which row goes to which split.")
     shard_megabytes: int = Field(64, ge=1, le=1024, description="Size of a Parquet shard, MB of uncompressed pixels.")
+
+    @model_validator(mode="after")
+    def _settings_fit_the_source(self) -> Self:
+        if self.source in IMAGE_FILE_SOURCES and not self.root:
+            raise ValueError(f"data.source = {self.source!r} needs data.root; set it to where the images are")
+        if self.source not in IMAGE_FILE_SOURCES and self.image_size:
+            raise ValueError(
+                f"data.image_size = {self.image_size} is for the sources folder and parquet, "
+                f"and data.source is {self.source!r}; leave it at 0"
+            )
+        return self
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name: names experiments and models."""
+        if self.name or self.source not in IMAGE_FILE_SOURCES:
+            return self.name or self.source
+        last = re.sub(r"[*?\[].*$", "", self.root).rstrip("/").rpartition("/")[2].removesuffix(".parquet")
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or self.source
 
 
 class ModelConfig(Section):
@@ -48,6 +104,17 @@ class ModelConfig(Section):
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate after each RCL but the last (unverified value).")
     lrn_alpha: float = Field(0.001, ge=0, description="Alpha of the local response normalisation.")
     lrn_beta: float = Field(0.75, ge=0, description="Beta of the local response normalisation.")
+    normalise: Literal["pixel_mean", "channel"] = Field(
+        "pixel_mean",
+        description="pixel_mean: remove the mean of each pixel, as published, and divide by one standard deviation; "
+        "channel: the mean and standard deviation of each channel.",
+    )
+    crop: int = Field(
+        0,
+        ge=0,
+        description="Side of the window that the network sees, pixels: cut at random in training (published: 24), "
+        "from the centre elsewhere; 0: the whole image.",
+    )
 
 
 class TrainConfig(Section):
@@ -66,7 +133,19 @@ class TrainConfig(Section):
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="The plateau schedule multiplies the rate by this.")
     plateau_patience: int = Field(3, ge=0, description="Epochs without a better validation error before a cut.")
     one_cycle_warmup: float = Field(0.25, gt=0, lt=1, description="Share of all steps in which one_cycle rises.")
-    max_shift: int = Field(0, ge=0, le=16, description="Augmentation: move images by up to so many pixels; 0: none.")
+    max_shift: int = Field(
+        0, ge=0, le=16, description="Augmentation: black pixels put around images before a window is cut; 0: none."
+    )
+    flip: bool = Field(
+        False, description="Augmentation: mirror left to right, half of all images, drawn anew each epoch."
+    )
+    cutout: int = Field(0, ge=0, description="Augmentation: side of a square that is blackened, pixels; 0: none.")
+    loader: Literal["auto", "resident", "streaming"] = Field(
+        "auto",
+        description="resident: all rows on the training device; streaming: read ahead from the shards; "
+        "auto: streaming where the rows exceed resident_megabytes.",
+    )
+    resident_megabytes: int = Field(4096, ge=1, description="Largest training split that auto keeps on the device, MB.")
     clip_norm: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: no clipping.")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of the averaged weights; 0: no averaging.")
     num_rows: int = Field(0, ge=0, description="Training rows to use; 0: all of them.")
@@ -138,8 +217,8 @@ class TrackingConfig(Section):
     """Where MLflow keeps runs and models."""
 
     uri: str = Field("", description="MLflow tracking URI; empty: mlflow.db (SQLite) in the storage.")
-    experiment: str = Field("", description="Experiment; empty: rcnn/<source>.")
-    model_name: str = Field("", description="Registered model; empty: rcnn-<source>.")
+    experiment: str = Field("", description="Experiment; empty: rcnn/<data set>.")
+    model_name: str = Field("", description="Registered model; empty: rcnn-<data set>.")
 
 
 class PipelineConfig(Section):

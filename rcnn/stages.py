@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rcnn.config import PipelineConfig
+from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
 from rcnn.errors import ConfigError
 from rcnn.progress import say
 from rcnn.results import (
@@ -43,7 +43,7 @@ class Stage:
         code: the packages that make the result; imports only point left, so a stage needs what stands before it.
         folder: where its folders lie.
         whole: a file that is there when the stage is done, besides its result.
-        heavy: whether it goes to the cluster as a Ray job, where there is one.
+        is_heavy: whether it goes to the cluster as a Ray job, where there is one.
     """
 
     result: type[StageResult]
@@ -52,7 +52,7 @@ class Stage:
     code: tuple[str, ...]
     folder: str
     whole: str
-    heavy: bool
+    is_heavy: Callable[[PipelineConfig], bool] = lambda config: True
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,19 @@ def _register(config: PipelineConfig, results: Results, target: StageFolder, tra
     return run_register(config, results["train"], results["evaluate"], target)
 
 
+def _decodes_images(config: PipelineConfig) -> bool:
+    return config.data.source in IMAGE_FILE_SOURCES
+
+
 _CORE = ("data", "model", "train")
 STAGES: dict[str, Stage] = {
-    "ingest": Stage(IngestResult, _ingest, ("data",), ("data",), "datasets", "manifest.json", heavy=False),
-    "tune": Stage(TuneResult, _tune, ("model", "train", "tune"), (*_CORE, "tune"), "runs", "", heavy=True),
-    "train": Stage(TrainResult, _train, ("model", "train"), _CORE, "runs", "model/model.safetensors", heavy=True),
-    "evaluate": Stage(
-        EvaluateResult, _evaluate, ("evaluate",), (*_CORE, "evaluate"), "reports", "report.md", heavy=True
+    "ingest": Stage(IngestResult, _ingest, ("data",), ("data",), "datasets", "manifest.json", _decodes_images),
+    "tune": Stage(TuneResult, _tune, ("model", "train", "tune"), (*_CORE, "tune"), "runs", ""),
+    "train": Stage(TrainResult, _train, ("model", "train"), _CORE, "runs", "model/model.safetensors"),
+    "evaluate": Stage(EvaluateResult, _evaluate, ("evaluate",), (*_CORE, "evaluate"), "reports", "report.md"),
+    "register": Stage(
+        RegisterResult, _register, (), (*_CORE, "evaluate", "registry"), "runs", "", lambda config: False
     ),
-    "register": Stage(RegisterResult, _register, (), (*_CORE, "evaluate", "registry"), "runs", "", heavy=False),
 }
 
 
@@ -129,7 +133,7 @@ def stage_folder(config: PipelineConfig, name: str, results: Results) -> StageFo
         "code": code_version(stage.code),
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
-    label = f"{config.data.source}-{key}" if name == "ingest" else f"{name}-{key}"
+    label = f"{config.data.dataset}-{key}" if name == "ingest" else f"{name}-{key}"
     return StageFolder(Storage(config.storage), f"{stage.folder}/{label}")
 
 
@@ -210,7 +214,7 @@ def code_version(packages: tuple[str, ...]) -> str:
     """A hash over the sources of these packages and of what all of them share."""
     root = Path(__file__).parent
     shared = [root / f"{name}.py" for name in ("config", "results", "storage")]
-    files = shared + [file for package in packages for file in sorted((root / package).glob("*.py"))]
+    files = shared + [file for package in packages for file in sorted((root / package).rglob("*.py"))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
@@ -239,7 +243,9 @@ def _run_tracked(
 
 def _identity_of_inputs(config: PipelineConfig, name: str, results: Results) -> list[str]:
     if name == "ingest":
-        return []
+        from rcnn.data.sources import fingerprint
+
+        return [fingerprint(config.data)]
     if name in ("tune", "train"):
         return [results["ingest"].digest]
     if name == "evaluate":
@@ -250,7 +256,7 @@ def _identity_of_inputs(config: PipelineConfig, name: str, results: Results) -> 
 def _purpose(config: PipelineConfig, name: str, results: Results) -> str:
     model = effective_config(config, name, results).model
     return {
-        "ingest": f"reading {config.data.source} into Parquet",
+        "ingest": f"reading {config.data.dataset} into Parquet",
         "tune": f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
         "train": f"RCNN-{model.k}, T = {model.t}, {config.train.epochs} epochs on {config.train.num_workers} worker(s)",
         "evaluate": "scoring every test row",

@@ -93,6 +93,14 @@ class Storage:
             return str(stream.read().decode())
 
     def write_text(self, name: str, text: str) -> None:
+        """Writes a whole text file or, if that fails, none.
+
+        Raises:
+            ClusterError: the storage cannot be written.
+        """
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Writes a whole file or, if that fails, none.
 
         Raises:
@@ -102,10 +110,15 @@ class Storage:
         draft = f"{target}.{uuid.uuid4().hex[:8]}.part" if self.is_local else target
         with self.writing(name):
             self.filesystem.create_dir(os.path.dirname(target), recursive=True)
-            with self.filesystem.open_output_stream(draft) as stream:
-                stream.write(text.encode())
-            if draft != target:
-                self.filesystem.move(draft, target)
+            try:
+                with self.filesystem.open_output_stream(draft) as stream:
+                    stream.write(content)
+                if draft != target:
+                    self.filesystem.move(draft, target)
+            except BaseException:
+                if draft != target:
+                    Path(draft).unlink(missing_ok=True)
+                raise
 
     def read_json(self, name: str) -> Any:
         """The value in a JSON file, or None where there is no such file."""
@@ -138,6 +151,11 @@ class Storage:
         with self.writing(name):
             if self.exists(name):
                 self.filesystem.delete_dir(self.path(name))
+
+    def delete_file(self, name: str) -> None:
+        """Deletes a file."""
+        with self.writing(name):
+            self.filesystem.delete_file(self.path(name))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
@@ -36,12 +36,12 @@ def has_store(config: PipelineConfig) -> bool:
 
 def experiment_name(config: PipelineConfig) -> str:
     """The MLflow experiment."""
-    return config.tracking.experiment or f"rcnn/{config.data.source}"
+    return config.tracking.experiment or f"rcnn/{config.data.dataset}"
 
 
 def model_name(config: PipelineConfig) -> str:
     """The registered model."""
-    return config.tracking.model_name or f"rcnn-{config.data.source}"
+    return config.tracking.model_name or f"rcnn-{config.data.dataset}"
 
 
 def knows_version(config: PipelineConfig, name: str, version: int) -> bool:
@@ -86,6 +86,9 @@ class Tracker(Protocol):
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Labels the run."""
 
+    def log_data(self, summary: Mapping[str, Any], uri: str, *, context: str) -> None:
+        """Notes the data set (see `Manifest.summary`) that the run reads or makes; `context` says for what."""
+
     def log_files(self, folder: Path) -> None:
         """Stores each file of a local folder."""
 
@@ -117,6 +120,9 @@ class NoTracker:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Drops them."""
+
+    def log_data(self, summary: Mapping[str, Any], uri: str, *, context: str) -> None:
+        """Drops it."""
 
     def log_files(self, folder: Path) -> None:
         """Drops them."""

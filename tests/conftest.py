@@ -16,7 +16,7 @@ for name in [name for name in os.environ if name.startswith("RCNN_")] + ["PREFEC
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import SourceRecord
-from rcnn.data.sources import Images
+from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
 from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
 from rcnn.stages import run_stage
@@ -43,12 +43,17 @@ def digits(tiny_config: PipelineConfig) -> IngestResult:
 
 
 @pytest.fixture
-def random_images() -> Images:
-    """60 random colour images of 6x5 pixels in 3 classes, without a test split."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (60, 6, 5, 3), dtype=np.uint8)
-    labels = np.repeat(np.arange(3), 20)
-    return Images({"train": (pixels, labels)}, ("a", "b", "c"), SourceRecord(name="random", url="", files={}))
+def random_arrays() -> Arrays:
+    """60 random colour images of 6x5 pixels in 3 classes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 6, 5, 3), dtype=np.uint8)
+    return Arrays(pixels, np.repeat(np.arange(3), 20))
+
+
+@pytest.fixture
+def random_origin(random_arrays: Arrays) -> Origin:
+    """A source of them, without a test split."""
+    record = SourceRecord(name="random", url="", files={})
+    return origin_of_arrays({"train": random_arrays}, ("a", "b", "c"), record)
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +61,8 @@ def ray_session() -> Iterator[None]:
     """A Ray of two cores on this machine."""
     import ray
 
+    from rcnn.ray_session import ensure_ray
     from rcnn.storage import Storage
-    from rcnn.train.ray_session import ensure_ray
 
     ensure_ray(PipelineConfig().with_settings({"ray.num_cpus": 2}), Storage("unused"))
     yield

@@ -13,7 +13,7 @@ SHARED = ["errors", "config", "results", "storage", "progress", "tracking"]
 ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
 HOMES = {
     "prefect": ["flows/"],
-    "ray": ["rcnn/train/ray_trainer.py", "rcnn/train/ray_session.py", "rcnn/tune/ray_tuner.py", "flows/jobs.py"],
+    "ray": ["rcnn/train/ray_trainer.py", "rcnn/ray_session.py", "rcnn/tune/ray_tuner.py", "flows/jobs.py"],
     "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],
     "pyarrow": ["rcnn/data/", "rcnn/storage.py"],
     "torchvision": ["rcnn/data/sources.py"],

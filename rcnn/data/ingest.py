@@ -1,28 +1,45 @@
 """The ingest stage: a source in, a folder of Parquet shards with a manifest out.
 
-Which row is for training, validation or testing is decided here, by seed, and never changes later. Everything is
-written to a draft folder that is renamed when whole: a data set is there with its manifest, or not at all.
+Which row is for training, validation or testing is decided here, by seed, and never changes later. Shards are written to a
+draft folder that is renamed when whole: a data set is there with its manifest, or not at all. What a killed run finished is
+taken up by the next one.
+
+    datasets/.draft-<name>/data/      the data set to be           datasets/.draft-<name>/records/   what is in each shard
+    .locks/<name>.lock                held while one is at work    datasets/<name>/                  whole
 """
 
 import hashlib
+import itertools
 import shutil
-import uuid
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from rcnn.config import PipelineConfig
-from rcnn.data.manifest import MANIFEST, Manifest, Shard, Split
-from rcnn.data.schema import SCHEMA_VERSION, build_table
-from rcnn.data.sources import Images, read_source
-from rcnn.errors import DataError
+from rcnn.config import DataConfig, PipelineConfig
+from rcnn.data.manifest import MANIFEST, Manifest, Split, read_manifest
+from rcnn.data.schema import SCHEMA_VERSION
+from rcnn.data.shards import ShardJob, ShardRecord, bad_row, rows_per_group, write_shard, written_shard
+from rcnn.data.sources import open_source
+from rcnn.data.sources.origin import Origin
+from rcnn.errors import DataError, RcnnError
 from rcnn.progress import say
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
 
-ROWS_PER_GROUP = 1024  # readers fetch row groups whole: small ones let them take up anywhere
+SPLITS = ("train", "val", "test")
+DRAFT_PREFIX = ".draft-"
+BYTES_WORTH_A_CLUSTER = 64_000_000  # of encoded images: fewer are decoded before Ray has started
+SECONDS_TO_KEEP_A_DRAFT = 7 * 24 * 3600
+
+Plan = dict[str, tuple[str, np.ndarray]]
+"""For each split the part of the source that it is drawn from, and the row numbers in it."""
 
 
 def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) -> IngestResult:
@@ -30,14 +47,16 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
 
     Raises:
         SourceError: the origin is missing, unreachable or altered.
-        DataError: the origin cannot be split as asked.
+        DataError: a row cannot be taken, or the origin cannot be split as asked.
         ClusterError: the storage cannot be written.
     """
-    images = read_source(config.data, _downloads(target.storage))
-    splits = split_rows(images, config)
-    manifest = _publish(target, images, splits, config.data.shard_megabytes)
+    with _alone(target):
+        manifest = None if target.replaces else read_manifest(target.storage, target.name)
+        if manifest is None:
+            manifest = _ingest(config, target)
     tracker.log_params({"source": config.data.source, "digest": manifest.digest})
     tracker.log_metrics({f"rows/{name}": split.rows for name, split in manifest.splits.items()})
+    tracker.log_data(manifest.summary(), target.storage.uri(target.name), context="ingest")
     return IngestResult(
         folder=target.name,
         digest=manifest.digest,
@@ -47,44 +66,88 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
     )
 
 
+@contextmanager
+def _alone(target: StageFolder) -> Iterator[None]:
+    """Lets one process at a time write a data set; where there are no locks (S3), twins write the same bytes."""
+    if not target.storage.is_local:
+        yield
+        return
+    name = f".locks/{target.name.rpartition('/')[2]}.lock"
+    target.storage.make_folder(".locks")
+    lock = FileLock(target.storage.local_path(name))
+    with target.storage.writing(name):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            say("  another process ingests the same data set: waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
+    storage = target.storage
+    draft = _Draft(storage, target.name)
+    _delete_old_drafts(storage, keep=draft.folder)
+    if target.replaces:
+        storage.delete(draft.folder)
+    try:
+        origin = open_source(config.data, _downloads(storage))
+        if origin.skipped and config.data.on_error == "fail":
+            raise bad_row(origin.skipped[0])
+        plan = split_rows(origin, config.data)
+        jobs = list(_plan_shards(origin, plan, config.data, draft))
+        records = _write_shards(config, origin, jobs)
+        manifest = _describe(config.data, origin, records)
+        draft.publish(manifest, target, records)
+    except RcnnError as error:
+        if not error.retryable:
+            draft.delete()  # it cannot be gone on with: what it lacks is not there
+        raise
+    return manifest
+
+
 def _downloads(storage: Storage) -> Path:
     """Where fetched files stay: in the storage, or where that is no folder, in the user's cache."""
     return storage.local_path("downloads") if storage.is_local else Path.home() / ".cache" / "rcnn" / "downloads"
 
 
-def split_rows(images: Images, config: PipelineConfig) -> dict[str, tuple[str, np.ndarray]]:
-    """For each split its part of the source and the row numbers in it, ascending; each class keeps its share.
+def split_rows(origin: Origin, data: DataConfig) -> Plan:
+    """The rows of each split, ascending; each class keeps its share.
 
     Raises:
         DataError: a split would have no rows.
     """
-    data = config.data
-    labels_N = images.arrays["train"][1]
     rng = np.random.default_rng(data.split_seed)
+    labels_N = origin.labels["train"]
     rows = np.arange(len(labels_N))
-    splits: dict[str, tuple[str, np.ndarray]] = {}
-    if "test" in images.arrays:
-        splits["test"] = ("test", np.arange(len(images.arrays["test"][1])))
-    else:
-        rows, held_out = _hold_out(rows, labels_N, data.test_fraction, rng)
-        splits["test"] = ("train", held_out)
-    rows, held_out = _hold_out(rows, labels_N, data.val_fraction, rng)
-    splits = {"train": ("train", rows), "val": ("train", held_out), **splits}
-    for name, (_, chosen) in splits.items():
-        if len(chosen) == 0:
-            raise DataError(
-                f"the {name} split of {data.source} would have no rows (of {len(labels_N)})",
-                where=f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}",
-                remedy="Raise the fraction, or bring more images",
-            )
-    return splits
+    plan: Plan = {name: (name, np.arange(len(labels))) for name, labels in origin.labels.items() if name != "train"}
+    for name, fraction in (("test", data.test_fraction), ("val", data.val_fraction)):
+        if name not in plan:
+            rows, held_out = _hold_out(rows, labels_N, fraction, rng)
+            plan[name] = ("train", held_out)
+    plan["train"] = ("train", rows)
+    for name in SPLITS:
+        if len(plan[name][1]) == 0:
+            raise _empty(name, data, len(labels_N))
+    return {name: plan[name] for name in SPLITS}
+
+
+def _empty(split: str, data: DataConfig, num_rows: int) -> DataError:
+    return DataError(
+        f"the {split} split of {data.dataset} would have no rows (of {num_rows})",
+        where=f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}",
+        remedy="Raise the fraction, or bring more images",
+    )
 
 
 def _hold_out(
     rows: np.ndarray, labels_N: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Parts `rows` in two, the second with `fraction` of each class, drawn at random; both ascending."""
-    held_out = []
+    held_out = [np.empty(0, np.int64)]
     for label in np.unique(labels_N[rows]):
         of_class = rows[labels_N[rows] == label]
         held_out.append(rng.permutation(of_class)[: round(fraction * len(of_class))])
@@ -92,97 +155,146 @@ def _hold_out(
     return np.setdiff1d(rows, second), second
 
 
-def _publish(
-    target: StageFolder, images: Images, splits: dict[str, tuple[str, np.ndarray]], shard_megabytes: int
-) -> Manifest:
-    """Writes shards and manifest to a draft folder, then moves it to its place."""
-    storage = target.storage
-    draft = f"datasets/.draft-{uuid.uuid4().hex[:12]}" if storage.is_local else target.name
-    try:
-        written = {
-            name: _write_split(storage, draft, name, *_select(images, part, rows), len(images.classes), shard_megabytes)
-            for name, (part, rows) in splits.items()
-        }
-        manifest = _describe(images, splits["train"][1], written)
-        storage.write_json(f"{draft}/{MANIFEST}", manifest.model_dump(mode="json"))
-    except BaseException:
-        storage.delete(draft)
-        raise
-    if storage.is_local:
-        _move_into_place(target, draft)
-    return manifest
+def _plan_shards(origin: Origin, plan: Plan, data: DataConfig, draft: "_Draft") -> Iterator[ShardJob]:
+    """Cuts the splits into shards."""
+    image_bytes = int(np.prod(origin.image_shape))
+    group = rows_per_group(image_bytes)
+    rows_per_shard = max(1, data.shard_megabytes * 1_000_000 // image_bytes // group) * group
+    for split, (part, rows) in plan.items():
+        if split == "train" and origin.is_random_access:
+            # A folder lists class after class; streaming shuffles among neighbours, which should not all be of one.
+            rows = np.random.default_rng(data.split_seed).permutation(rows)
+        for number, start in enumerate(range(0, len(rows), rows_per_shard)):
+            chosen = rows[start : start + rows_per_shard]
+            name = f"{split}-{number:05d}"
+            yield ShardJob(
+                storage=draft.storage.root,
+                folder=draft.data,
+                file=f"{split}/{name}.parquet",
+                record=f"{draft.records}/{name}.json",
+                plan=hashlib.sha256(
+                    f"{part} {origin.labels[part][chosen].tolist()} {chosen.tolist()}".encode()
+                ).hexdigest(),
+                chunk=origin.cut(part, chosen),
+                num_classes=len(origin.classes),
+                skips_bad_rows=data.on_error == "skip",
+            )
 
 
-def _move_into_place(target: StageFolder, draft: str) -> None:
-    whole, place = target.storage.local_path(draft), target.storage.local_path(target.name)
-    if not target.replaces and (place / MANIFEST).exists():
-        shutil.rmtree(whole)  # another ingest of the same data set was faster, and its content is the same
-        return
-    with target.storage.writing(target.name):
-        if place.exists():
-            shutil.rmtree(place)
-        whole.rename(place)
+def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJob]) -> list[ShardRecord]:
+    """Writes the shards that are not there yet: here, or where there is much to decode, on Ray.
+
+    Raises:
+        RcnnError: the first that a shard meets.
+    """
+    there = {job.file: record for job in jobs if (record := written_shard(job)) is not None}
+    missing = [job for job in jobs if job.file not in there]
+    if there:
+        say(f"  {len(there)} of {len(jobs)} shards are there already")
+    outcomes: Iterator[ShardRecord | RcnnError]
+    if missing and origin.encoded_bytes > BYTES_WORTH_A_CLUSTER:
+        from rcnn.data.ray_data import map_on_cluster
+
+        outcomes = map_on_cluster(config, write_shard, missing)
+    else:
+        outcomes = map(write_shard, missing)
+    with tqdm(total=len(jobs), initial=len(there), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for outcome in outcomes:
+            if isinstance(outcome, RcnnError):
+                raise outcome
+            there[outcome.shard.file] = outcome
+            bar.update()
+            say(f"  {len(there)} of {len(jobs)} shards: {outcome.shard.rows:,} rows in {outcome.shard.file}")
+    return [there[job.file] for job in jobs]
 
 
-def _select(images: Images, part: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    pixels, labels = images.arrays[part]
-    return pixels[rows], labels[rows], [f"{part}/{row}" for row in rows]
+def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) -> Manifest:
+    """The manifest, from what the shards add up to."""
+    splits = {}
+    for name in SPLITS:
+        of_split = [record for record in records if record.shard.file.startswith(f"{name}/")]
+        splits[name] = _add_up(of_split)
+        if splits[name].rows == 0:
+            raise _empty(name, data, sum(len(labels) for labels in origin.labels.values()))
+    skipped = (*origin.skipped, *itertools.chain.from_iterable(record.skipped for record in records))
+    if skipped:
+        say(
+            f"  {len(skipped):,} rows were left out, as the manifest lists: {skipped[0].row_id} {skipped[0].reason}, ..."
+        )
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=data.dataset,
+        source=origin.record,
+        classes=origin.classes,
+        coarse_classes=origin.coarse_classes,
+        image_shape=origin.image_shape,
+        splits=splits,
+        skipped=skipped,
+        **_statistics([record for record in records if record.shard.file.startswith("train/")], splits, origin),
+    ).with_digest()
 
 
-def _write_split(
-    storage: Storage,
-    folder: str,
-    name: str,
-    images_NHWC: np.ndarray,
-    labels_N: np.ndarray,
-    row_ids: list[str],
-    num_classes: int,
-    shard_megabytes: int,
-) -> Split:
-    rows_per_shard = max(ROWS_PER_GROUP, shard_megabytes * 1_000_000 // images_NHWC[0].nbytes)
-    shards: list[Shard] = []
-    storage.make_folder(f"{folder}/{name}")
-    for start in range(0, len(labels_N), rows_per_shard):
-        part = slice(start, start + rows_per_shard)
-        file = f"{name}/{name}-{len(shards):05d}.parquet"
-        table = build_table(images_NHWC[part], labels_N[part], row_ids[part])
-        path = storage.path(f"{folder}/{file}")
-        with storage.writing(f"{folder}/{file}"), storage.filesystem.open_output_stream(path) as stream:
-            pq.write_table(table, stream, compression="zstd", row_group_size=ROWS_PER_GROUP)
-        shards.append(Shard(file=file, rows=len(table), sha256=_sha256(storage, f"{folder}/{file}")))
-        say(f"  {name}: {start + len(table):,} of {len(labels_N):,} rows in {file}")
-    counts = np.bincount(labels_N, minlength=num_classes)
+def _add_up(records: Sequence[ShardRecord]) -> Split:
+    counts = np.sum([record.rows_per_class for record in records], axis=0)
+    content = sum(int(record.content, 16) for record in records) % 2**256
     return Split(
-        rows=len(labels_N),
-        rows_per_class=tuple(int(count) for count in counts),
-        shards=tuple(shards),
-        digest=_digest_of_rows(images_NHWC, labels_N, row_ids),
+        rows=int(counts.sum()),
+        rows_per_class=tuple(counts.tolist()),
+        shards=tuple(record.shard for record in records if record.shard.rows),
+        digest=f"{content:064x}",
     )
 
 
-def _digest_of_rows(images_NHWC: np.ndarray, labels_N: np.ndarray, row_ids: list[str]) -> str:
-    """Identity of a split: of its content, not of how Parquet packed it."""
-    digest = hashlib.sha256(np.ascontiguousarray(images_NHWC).tobytes())
-    digest.update(np.ascontiguousarray(labels_N, np.int64).tobytes())
-    digest.update("\n".join(row_ids).encode())
-    return digest.hexdigest()
+def _statistics(records: Sequence[ShardRecord], splits: Mapping[str, Split], origin: Origin) -> dict[str, object]:
+    """Means and standard deviations of the training rows."""
+    num_rows, num_channels = splits["train"].rows, origin.image_shape[2]
+    mean = np.sum([record.pixel_sums for record in records], axis=0) / num_rows
+    mean_of_squares = np.sum([record.square_sums for record in records], axis=0) / num_rows
+    by_channel = mean_of_squares.reshape(-1, num_channels).mean(0) - mean.reshape(-1, num_channels).mean(0) ** 2
+    return {
+        "pixel_mean": tuple(np.round(mean, 4).tolist()),
+        "pixel_std": round(float(np.sqrt((mean_of_squares - mean**2).mean())), 4),
+        "channel_std": tuple(np.round(np.sqrt(by_channel), 4).tolist()),
+    }
 
 
-def _sha256(storage: Storage, name: str) -> str:
-    with storage.filesystem.open_input_file(storage.path(name)) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+class _Draft:
+    """The data set to be. On an object store, which knows no renaming, its shards are written in their final place."""
+
+    def __init__(self, storage: Storage, name: str):
+        self.storage = storage
+        self.folder = f"datasets/{DRAFT_PREFIX}{name.rpartition('/')[2]}"
+        self.records = f"{self.folder}/records"
+        self.data = f"{self.folder}/data" if storage.is_local else name
+
+    def publish(self, manifest: Manifest, target: StageFolder, records: Sequence[ShardRecord]) -> None:
+        """Writes the manifest, and moves all to its place."""
+        for record in records:
+            if record.shard.rows == 0:
+                self.storage.delete_file(f"{self.data}/{record.shard.file}")
+        self.storage.write_json(f"{self.data}/{MANIFEST}", manifest.model_dump(mode="json"))
+        if self.storage.is_local:
+            whole, place = self.storage.local_path(self.data), self.storage.local_path(target.name)
+            with self.storage.writing(target.name):
+                for leftover in whole.rglob("*.part"):  # of a killed process
+                    leftover.unlink()
+                if place.exists():
+                    shutil.rmtree(place)
+                whole.rename(place)
+        self.storage.delete(self.folder)
+
+    def delete(self) -> None:
+        """Removes it."""
+        self.storage.delete(self.folder)
+        if not self.storage.is_local and read_manifest(self.storage, self.data) is None:
+            self.storage.delete(self.data)
 
 
-def _describe(images: Images, train_rows: np.ndarray, splits: dict[str, Split]) -> Manifest:
-    train_NHWC = images.arrays["train"][0][train_rows]
-    mean_HWC = train_NHWC.mean(axis=0, dtype=np.float64)
-    mean_of_squares_HWC = np.mean(np.square(train_NHWC, dtype=np.float32), axis=0, dtype=np.float64)
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        source=images.record,
-        classes=images.classes,
-        image_shape=train_NHWC.shape[1:],
-        splits=splits,
-        pixel_mean=tuple(np.round(mean_HWC.ravel(), 4).tolist()),
-        pixel_std=round(float(np.sqrt((mean_of_squares_HWC - mean_HWC**2).mean())), 4),
-    ).with_digest()
+def _delete_old_drafts(storage: Storage, *, keep: str) -> None:
+    """Removes what killed runs left long ago and nobody took up."""
+    if not storage.is_local:
+        return
+    for folder in storage.local_path("datasets").glob(f"{DRAFT_PREFIX}*"):
+        age = time.time() - max((file.stat().st_mtime for file in [folder, *folder.glob("records/*")]), default=0)
+        if f"datasets/{folder.name}" != keep and age > SECONDS_TO_KEEP_A_DRAFT:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,29 +1,98 @@
-"""Batches from a data set that fits in memory.
+"""Batches: one contract, and the engine for data that fits in memory (`streaming.py` has the other one).
 
 In: Parquet shards. Out: uint8 images (N, C, H, W) and int64 labels (N), on the training device. Normalisation belongs to
 the model, so that training, evaluation and serving cannot differ in it.
 """
 
-import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rcnn.data.augment import shift
-from rcnn.data.manifest import Manifest, read_manifest
+from rcnn.data.augment import Augmentation
+from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.data.schema import images_of
+from rcnn.data.shards import read_shard
 from rcnn.errors import DataError
 from rcnn.storage import Storage
+
+Batch = tuple[Tensor, Tensor]
+"""uint8 images (N, C, H, W) and int64 labels (N)."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """How an epoch is cut into batches.
+
+    Attributes:
+        batch_size: images per step, all ranks together; divides by `num_ranks`.
+        seed: seed of the shuffling and of the augmentation.
+        rank, num_ranks: whose batches.
+    """
+
+    batch_size: int
+    seed: int
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def share(self) -> int:
+        """Images per step of one rank."""
+        return self.batch_size // self.num_ranks
+
+
+class Loader(ABC):
+    """Shuffled and augmented batches of one rank.
+
+    An epoch has as many steps on every rank, shows no row twice, and follows from (seed, epoch, rank, number of ranks)
+    alone. The rows that do not fill the last batch wait for another epoch.
+
+    Raises:
+        DataError: there are fewer rows than one batch.
+    """
+
+    def __init__(self, num_rows: int, order: Order, augmentation: Augmentation):
+        if num_rows < order.batch_size:
+            raise DataError(
+                f"the training split has {num_rows} rows, fewer than one batch of {order.batch_size}",
+                where="train.batch_size",
+                remedy=f"Set it to {num_rows} or less",
+            )
+        self.num_rows, self.order, self.augmentation = num_rows, order, augmentation
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch, the same on every rank."""
+        return self.num_rows // self.order.batch_size
+
+    @abstractmethod
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches, step by step; from `first_step` on, they are those of the whole epoch."""
+
+
+class RowSource(Protocol):
+    """Rows of a split, wherever they lie."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def share(self, rank: int, num_ranks: int) -> "RowSource":
+        """A rank's part: the parts of all ranks hold each row once, without padding."""
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """All rows in order, the last batch as small as it comes."""
+
+    def loader(self, order: Order, augmentation: Augmentation, device: torch.device) -> Loader:
+        """Batches to learn from."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a split: uint8 images (N, C, H, W), channels last in memory, and labels (N)."""
+    """All rows of a split in memory: uint8 images (N, C, H, W), channels last in memory, and labels (N)."""
 
     images: Tensor
     labels: Tensor
@@ -32,17 +101,55 @@ class Rows:
         return len(self.labels)
 
     def share(self, rank: int, num_ranks: int) -> "Rows":
-        """Every `num_ranks`-th row: the shares of all ranks hold each row once, without padding."""
+        """Every `num_ranks`-th row."""
         return Rows(self.images[rank::num_ranks], self.labels[rank::num_ranks])
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows on another device."""
         return Rows(self.images.to(device), self.labels.to(device))
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def take(self, chosen_N: np.ndarray) -> "Rows":
+        """The rows of these numbers, in this order."""
+        if self.images.device.type == "cpu":  # numpy copies an image at a time, torch a byte at a time
+            images_NHWC = self.images.permute(0, 2, 3, 1).numpy()[chosen_N]
+            return Rows(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), self.labels[torch.from_numpy(chosen_N)])
+        index = torch.from_numpy(chosen_N).to(self.labels.device, non_blocking=True)
+        return Rows(self.images[index], self.labels[index])
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """All rows in order, the last batch as small as it comes."""
+        here = self.to(device)
         for start in range(0, len(self), batch_size):
-            yield self.images[start : start + batch_size], self.labels[start : start + batch_size]
+            yield here.images[start : start + batch_size], here.labels[start : start + batch_size]
+
+    def loader(self, order: Order, augmentation: Augmentation, device: torch.device) -> "ResidentLoader":
+        """Batches to learn from."""
+        return ResidentLoader(self.to(device), order, augmentation)
+
+
+class ResidentLoader(Loader):
+    """Batches of rows that lie on the training device: picked by index, augmented there; no worker process, no loop over
+    images.
+
+    An epoch is a permutation by (seed, epoch), cut into global batches of which each rank takes its slice: any number of
+    ranks sees the same global batches, and each image is augmented alike.
+    """
+
+    def __init__(self, rows: Rows, order: Order, augmentation: Augmentation = Augmentation()):
+        super().__init__(len(rows), order, augmentation)
+        self.rows = rows
+
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches."""
+        rng = np.random.default_rng((self.order.seed, epoch))
+        order_N = rng.permutation(self.num_rows)
+        height, width = self.rows.images.shape[2:]
+        draws = self.augmentation.draw(rng, self.num_rows, (height, width))
+        for step in range(first_step, self.num_steps):
+            start = step * self.order.batch_size + self.order.rank * self.order.share
+            mine = slice(start, start + self.order.share)
+            batch = self.rows.take(order_N[mine])
+            yield self.augmentation.apply(batch.images, draws[mine]), batch.labels
 
 
 @dataclass(frozen=True)
@@ -50,112 +157,77 @@ class TrainingData:
     """What `fit` needs: rows to learn from, rows to choose by, and the manifest that describes both."""
 
     manifest: Manifest
-    train: Rows
-    val: Rows
+    train: RowSource
+    val: RowSource
 
 
-def load_training_data(storage: Storage, folder: str, *, num_rows: int = 0, seed: int = 0) -> TrainingData:
-    """Reads the train and validation splits; `num_rows` > 0 keeps that many training rows, drawn by `seed`.
+def load_training_data(
+    storage: Storage,
+    folder: str,
+    *,
+    num_rows: int = 0,
+    seed: int = 0,
+    engine: str = "auto",
+    resident_megabytes: int = 4096,
+) -> TrainingData:
+    """Opens the train and validation splits.
+
+    Args:
+        storage: where the data set is.
+        folder: its folder.
+        num_rows: keeps that many training rows, drawn by `seed`; 0: all of them.
+        seed: see `num_rows`.
+        engine: "resident", "streaming", or "auto": resident where the training rows take no more than
+            `resident_megabytes`.
 
     Raises:
         DataError: the data set is missing or not what its manifest says.
     """
     manifest = require_manifest(storage, folder)
-    train = load_rows(storage, folder, manifest, "train")
-    if 0 < num_rows < len(train):
-        chosen = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(train))[:num_rows]))
-        train = Rows(train.images[chosen], train.labels[chosen])
-    return TrainingData(manifest, train, load_rows(storage, folder, manifest, "val"))
+    wanted = num_rows or manifest.splits["train"].rows
+    fits = wanted * manifest.image_bytes <= resident_megabytes * 1_000_000
+    if engine == "resident" or (engine == "auto" and fits):
+        train: RowSource = _load_some(storage, folder, manifest, num_rows, seed)
+        return TrainingData(manifest, train, load_rows(storage, folder, manifest, "val"))
+    from rcnn.data.streaming import stored_rows
+
+    train = stored_rows(storage, folder, manifest, "train", num_rows=num_rows, seed=seed)
+    return TrainingData(manifest, train, stored_rows(storage, folder, manifest, "val"))
 
 
-def require_manifest(storage: Storage, folder: str) -> Manifest:
-    """The manifest of a data set that must be there.
+def open_rows(storage: Storage, folder: str, manifest: Manifest, split: str, *, resident_megabytes: int) -> RowSource:
+    """The rows of a split, in memory where they fit.
 
     Raises:
-        DataError: it is not.
+        DataError: a shard is missing, or not what the manifest says.
     """
-    manifest = read_manifest(storage, folder)
-    if manifest is None:
-        raise DataError("there is no whole data set", where=storage.uri(folder), remedy="Run `rcnn ingest` first")
-    return manifest
+    if manifest.splits[split].rows * manifest.image_bytes <= resident_megabytes * 1_000_000:
+        return load_rows(storage, folder, manifest, split)
+    from rcnn.data.streaming import stored_rows
+
+    return stored_rows(storage, folder, manifest, split)
+
+
+def _load_some(storage: Storage, folder: str, manifest: Manifest, num_rows: int, seed: int) -> Rows:
+    rows = load_rows(storage, folder, manifest, "train")
+    if 0 < num_rows < len(rows):
+        return rows.take(np.sort(np.random.default_rng(seed).permutation(len(rows))[:num_rows]))
+    return rows
 
 
 def load_rows(storage: Storage, folder: str, manifest: Manifest, split: str) -> Rows:
-    """All rows of one split.
+    """All rows of one split, in memory.
 
     Raises:
         DataError: a shard is missing, or its checksum is not the manifest's.
     """
-    images, labels = [], []
+    shape = manifest.image_shape
+    count = manifest.splits[split].rows
+    images_NHWC, labels_N = np.empty((count, *shape), np.uint8), np.empty(count, np.int64)
+    start = 0
     for shard in manifest.splits[split].shards:
-        where = storage.uri(f"{folder}/{shard.file}")
-        remedy = "Ingest again with --fresh"
-        try:
-            with storage.filesystem.open_input_stream(storage.path(f"{folder}/{shard.file}")) as stream:
-                content = stream.read()
-        except OSError as error:
-            raise DataError(f"the shard cannot be read ({error})", where=where, remedy=remedy) from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != shard.sha256:
-            raise DataError(
-                f"the shard was changed: its SHA-256 begins {found[:12]}, the manifest says {shard.sha256[:12]}",
-                where=where,
-                remedy=remedy,
-            )
-        table = pq.read_table(pa.BufferReader(content), columns=["image", "label"])
-        images.append(images_of(table))
-        labels.append(table.column("label").to_numpy())
-    images_NHWC = torch.from_numpy(np.concatenate(images))
-    return Rows(images_NHWC.permute(0, 3, 1, 2), torch.from_numpy(np.concatenate(labels)))
-
-
-class ResidentLoader:
-    """Shuffled batches of rows that lie on the training device; no worker process, no loop over images.
-
-    Each epoch is a permutation by (seed, epoch), cut into global batches, and each rank takes its slice of every one:
-    all ranks make the same number of steps, and any number of ranks sees the same global batches. The rows that do not
-    fill the last batch wait for another epoch's permutation.
-
-    Args:
-        rows: the whole training split.
-        batch_size: images per step, all ranks together; divides by `num_ranks`.
-        seed: seed of the shuffling.
-        max_shift: pixels by which images are moved at random; 0 leaves them as they are. Drawn by (seed, epoch) for
-            all rows, so that any number of ranks moves each image alike.
-        rank, num_ranks: which slice is ours.
-
-    Raises:
-        DataError: the split has fewer rows than one batch.
-    """
-
-    def __init__(
-        self, rows: Rows, *, batch_size: int, seed: int, max_shift: int = 0, rank: int = 0, num_ranks: int = 1
-    ):
-        if len(rows) < batch_size:
-            raise DataError(
-                f"the training split has {len(rows)} rows, fewer than one batch of {batch_size}",
-                where="train.batch_size",
-                remedy=f"Set it to {len(rows)} or less",
-            )
-        self.rows, self.seed, self.max_shift = rows, seed, max_shift
-        self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of an epoch, the same on every rank."""
-        return len(self.rows) // self.batch_size
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's uint8 images (N / ranks, C, H, W) and labels, step by step."""
-        rng = np.random.default_rng((self.seed, epoch))
-        device = self.rows.labels.device
-        order_N = torch.from_numpy(rng.permutation(len(self.rows))).to(device)
-        offsets_N2 = torch.from_numpy(rng.integers(0, 2 * self.max_shift + 1, (len(self.rows), 2))).to(device)
-        share = self.batch_size // self.num_ranks
-        for step in range(self.num_steps):
-            start = step * self.batch_size + self.rank * share
-            chosen = order_N[start : start + share]
-            images_NCHW = self.rows.images[chosen]
-            if self.max_shift:
-                images_NCHW = shift(images_NCHW, offsets_N2[start : start + share], max_shift=self.max_shift)
-            yield images_NCHW, self.rows.labels[chosen]
+        table = read_shard(storage, folder, shard)
+        here = slice(start, start + len(table))
+        images_NHWC[here], labels_N[here] = images_of(table), table.column("label").to_numpy()
+        start += len(table)
+    return Rows(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), torch.from_numpy(labels_N))

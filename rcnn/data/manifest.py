@@ -16,29 +16,32 @@ from rcnn.storage import Storage
 MANIFEST = "manifest.json"
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """What all parts of a manifest are: frozen, and with no room for what they do not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Shard(_Part):
+class Shard(Part):
     """One Parquet file."""
 
     file: str
     rows: int
+    num_bytes: int
     sha256: str
 
 
-class Split(_Part):
+class Split(Part):
     """The rows of train, validation or test, and how many each class has."""
 
     rows: int
     rows_per_class: tuple[int, ...]
     shards: tuple[Shard, ...]
     digest: str
-    """SHA-256 over pixels, labels and row ids: the same rows have the same one, however they are packed."""
+    """Identity of pixels, labels and row ids: the same rows have the same one, however they are packed."""
 
 
-class SourceRecord(_Part):
+class SourceRecord(Part):
     """Where the images came from: an address, and a checksum per file that was read."""
 
     name: str
@@ -46,19 +49,51 @@ class SourceRecord(_Part):
     files: dict[str, str]
 
 
-class Manifest(_Part):
+class Skipped(Part):
+    """A row of the source that is not in the data set, and why."""
+
+    row_id: str
+    reason: str
+
+
+class Manifest(Part):
     """A whole data set. Images are uint8 of `image_shape` (H, W, C)."""
 
     schema_version: int
+    name: str
     source: SourceRecord
     classes: tuple[str, ...]
+    coarse_classes: tuple[str, ...]
+    """Names of the coarse labels; empty where there are none."""
     image_shape: tuple[int, int, int]
     splits: dict[str, Split]
+    skipped: tuple[Skipped, ...]
     pixel_mean: tuple[float, ...]
     """Mean of each pixel over the training rows, in (H, W, C) order, 0 to 255."""
     pixel_std: float
     """Standard deviation of all pixels about that mean."""
+    channel_std: tuple[float, ...]
+    """Standard deviation of each channel about the channel's own mean."""
     digest: str = ""
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image in memory."""
+        height, width, channels = self.image_shape
+        return height * width * channels
+
+    def summary(self) -> dict[str, Any]:
+        """What a tracker should know of the data set, without the long lists."""
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "source": self.source.model_dump(exclude={"files"}),
+            "image_shape": list(self.image_shape),
+            "classes": len(self.classes),
+            "skipped": len(self.skipped),
+            "rows": {name: split.rows for name, split in self.splits.items()},
+            "split_digests": {name: split.digest for name, split in self.splits.items()},
+        }
 
     def with_digest(self) -> "Manifest":
         """A copy that carries the digest of everything in it."""
@@ -70,7 +105,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
     """The manifest of the data set in `folder`, or None where the data set is not there, or not whole.
 
     Raises:
-        DataError: the manifest is of a newer schema, or damaged.
+        DataError: the manifest is of another schema, or damaged.
     """
     name = f"{folder}/{MANIFEST}"
     try:
@@ -80,11 +115,12 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
     if tree is None:
         return None
     version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        remedy = "Upgrade rcnn, or ingest" if version > SCHEMA_VERSION else "Ingest"
         raise DataError(
-            f"schema_version is {version}, and this rcnn reads up to {SCHEMA_VERSION}",
+            f"schema_version is {version}, and this rcnn reads {SCHEMA_VERSION}",
             where=storage.uri(name),
-            remedy="Upgrade rcnn, or ingest the data set again with --fresh",
+            remedy=f"{remedy} the data set again with --fresh",
         )
     try:
         manifest = Manifest.model_validate(tree)
@@ -93,6 +129,18 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
         raise _damaged(storage.uri(name), f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if manifest.with_digest().digest != manifest.digest:
         raise _damaged(storage.uri(name), "its content does not match its digest")
+    return manifest
+
+
+def require_manifest(storage: Storage, folder: str) -> Manifest:
+    """The manifest of a data set that must be there.
+
+    Raises:
+        DataError: it is not.
+    """
+    manifest = read_manifest(storage, folder)
+    if manifest is None:
+        raise DataError("there is no whole data set", where=storage.uri(folder), remedy="Run `rcnn ingest` first")
     return manifest
 
 

@@ -1,35 +1,78 @@
 """The Parquet schema of every data set, written here once.
 
-A row is one image: uint8 pixels of one fixed shape (H, W, C), a label, and an id that names the row in its source.
-`fixed_shape_tensor` is Arrow's own extension type: a reader that does not know it sees a plain list of uint8.
+A row is one image: uint8 pixels of one fixed shape (H, W, C), a label, a coarse label where the source has one, and an id
+that names the row in its source. `fixed_shape_tensor` is Arrow's own extension type: a reader that does not know it sees a
+plain list of uint8.
 """
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
-def table_schema(image_shape: Sequence[int]) -> pa.Schema:
+@dataclass(frozen=True)
+class Block:
+    """Rows in memory: uint8 images (N, H, W, C), int64 labels (N), N ids, and coarse labels (N) or None."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    row_ids: list[str]
+    coarse: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def table_schema(image_shape: Sequence[int], *, has_coarse: bool = False) -> pa.Schema:
     """The schema for images of shape (H, W, C)."""
     image = pa.fixed_shape_tensor(pa.uint8(), list(image_shape), dim_names=["H", "W", "C"])
-    return pa.schema([("image", image), ("label", pa.int64()), ("row_id", pa.string())])
+    coarse = [("coarse_label", pa.int64())] if has_coarse else []
+    return pa.schema([("image", image), ("label", pa.int64()), *coarse, ("row_id", pa.string())])
 
 
-def build_table(images_NHWC: np.ndarray, labels_N: np.ndarray, row_ids: Sequence[str]) -> pa.Table:
-    """A table of uint8 images (N, H, W, C), int64 labels (N) and N row ids."""
-    schema = table_schema(images_NHWC.shape[1:])
-    flat = pa.array(np.ascontiguousarray(images_NHWC).reshape(-1))
-    storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(images_NHWC.shape[1:])))
+def build_table(block: Block) -> pa.Table:
+    """The rows as a table."""
+    schema = table_schema(block.images.shape[1:], has_coarse=block.coarse is not None)
+    flat = pa.array(np.ascontiguousarray(block.images).reshape(-1))
+    storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(block.images.shape[1:])))
     image = pa.ExtensionArray.from_storage(schema.field("image").type, storage)
-    return pa.table([image, pa.array(labels_N, pa.int64()), pa.array(row_ids, pa.string())], schema=schema)
+    coarse = [] if block.coarse is None else [pa.array(block.coarse, pa.int64())]
+    columns = [image, pa.array(block.labels, pa.int64()), *coarse, pa.array(block.row_ids, pa.string())]
+    return pa.table(columns, schema=schema)
+
+
+def read_block(table: pa.Table) -> Block:
+    """The rows of a table that `build_table` made."""
+    coarse = table.column("coarse_label").to_numpy() if "coarse_label" in table.column_names else None
+    return Block(images_of(table), table.column("label").to_numpy(), table.column("row_id").to_pylist(), coarse)
 
 
 def images_of(table: pa.Table) -> np.ndarray:
     """The images of a table as uint8 (N, H, W, C)."""
     shape = table.schema.field("image").type.shape
-    if len(table) == 0:
+    chunks = [chunk.to_numpy_ndarray() for chunk in table.column("image").chunks if len(chunk)]
+    if not chunks:
         return np.empty((0, *shape), np.uint8)
-    return np.concatenate([chunk.to_numpy_ndarray() for chunk in table.column("image").chunks])
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def content_sum(block: Block) -> int:
+    """Identity of rows, to be added up (modulo 2^256) over the parts of a split.
+
+    The sum of a SHA-256 per row: the same rows have the same one in whatever order and however they are packed.
+    """
+    pixels = np.ascontiguousarray(block.images).reshape(len(block), -1)
+    coarse = np.full(len(block), -1) if block.coarse is None else block.coarse
+    labels = np.stack([block.labels, coarse], 1).astype("<i8")
+    total = 0
+    for row_id, label, row in zip(block.row_ids, labels, pixels, strict=True):
+        digest = hashlib.sha256(label.tobytes())
+        digest.update(row.data)
+        digest.update(row_id.encode())
+        total += int.from_bytes(digest.digest(), "big")
+    return total % 2**256

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from rcnn.config import DataConfig
+from rcnn.data.sources.decode import BadImage, ImageRule, decode_image
 from rcnn.errors import DataError
 from rcnn.train.checkpoint import load_model
 
@@ -25,35 +26,34 @@ class Prediction:
 
 
 def predict_files(model_folder: Path, files: Sequence[Path]) -> Iterator[Prediction]:
-    """Classifies image files, each made grey or colour and resized (bilinear) to what the model was trained on.
+    """Classifies image files, each made grey or colour and resized as ingest does it (`data.resize`).
 
     Raises:
         DataError: the folder holds no model, or a file is no image.
     """
     model, description = load_model(model_folder)
     for file in files:
-        image_1CHW = _read_image(file, tuple(description["image_shape"]))
+        image_1CHW = _read_image(file, description)
         with torch.inference_mode():
             probabilities = model(image_1CHW).softmax(1)[0]
         best = int(probabilities.argmax())
         yield Prediction(file, description["classes"][best], float(probabilities[best]))
 
 
-def _read_image(file: Path, image_shape: tuple[int, int, int]) -> torch.Tensor:
-    height, width, channels = image_shape
+def _read_image(file: Path, description: dict[str, Any]) -> torch.Tensor:
+    """An image made like those that the model was trained on, by the rule of its ingest."""
+    data = DataConfig.model_validate(description["config"]["data"])
+    height, width, channels = description["image_shape"]
+    rule = ImageRule(
+        image_shape=(height, width, channels),
+        resize=data.resize,
+        is_grey_required=False,
+        max_pixels=data.max_megapixels * 1_000_000,
+    )
     try:
-        with Image.open(file) as opened:
-            image = _eight_bits(opened)
-            image = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image).reshape(image_shape)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        fault = "there is no such file" if isinstance(error, FileNotFoundError) else f"is no image ({error})"
-        raise DataError(fault, where=str(file), remedy="Give PNG, JPEG or another format that Pillow reads") from error
+        pixels = decode_image(file, rule)
+    except BadImage as error:
+        raise DataError(
+            str(error), where=str(file), remedy="Give PNG, JPEG or another format that Pillow reads"
+        ) from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit greys scaled to 8 bits; Pillow's own conversion would clip them to white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
-    return image

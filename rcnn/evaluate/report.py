@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import Rows, load_rows, require_manifest
-from rcnn.data.manifest import Manifest
+from rcnn.data.loader import RowSource, open_rows
+from rcnn.data.manifest import Manifest, require_manifest
+from rcnn.data.pictures import as_picture, file_name
 from rcnn.evaluate.metrics import Scores, score_logits
 from rcnn.evaluate.plots import plot_confusion, plot_history
 from rcnn.progress import say
@@ -17,9 +18,9 @@ from rcnn.storage import StageFolder
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import load_model
 from rcnn.train.loop import Metrics, choose_device
-from rcnn.train.step import predict_logits
 
 NUM_SAMPLES = 10
+BATCH_OF_SAMPLES = 1000
 
 
 def run_evaluate(
@@ -32,7 +33,8 @@ def run_evaluate(
     """
     storage = target.storage
     manifest = require_manifest(storage, data.folder)
-    rows = load_rows(storage, data.folder, manifest, "test")
+    rows = open_rows(storage, data.folder, manifest, "test", resident_megabytes=config.train.resident_megabytes)
+    tracker.log_data(manifest.summary(), storage.uri(data.folder), context="testing")
     scores, images_per_second = _score(config, rows, trained, target)
     assert scores.num_rows == data.rows["test"], f"{scores.num_rows} of {data.rows['test']} test rows were counted"
     history = storage.read_json(f"{trained.folder}/history.json")
@@ -57,17 +59,21 @@ def run_evaluate(
     return result
 
 
-def _score(config: PipelineConfig, rows: Rows, trained: TrainResult, target: StageFolder) -> tuple[Scores, float]:
+def _score(config: PipelineConfig, rows: RowSource, trained: TrainResult, target: StageFolder) -> tuple[Scores, float]:
     """Scores of the finished model on `rows`, and images per second."""
     with tempfile.TemporaryDirectory() as folder:
         target.storage.download(f"{trained.folder}/model", Path(folder))
         model, _ = load_model(Path(folder))
     device = choose_device(torch.cuda.is_available())
-    model, rows = model.to(device), rows.to(device)
+    model = model.to(device)
     started = time.perf_counter()
-    logits = predict_logits(model, rows, batch_size=config.evaluate.batch_size)
-    scores = score_logits(logits, rows.labels)  # brings numbers to the host: the clock below has waited for the device
-    return scores, len(rows) / (time.perf_counter() - started)
+    with torch.inference_mode():
+        # Each batch's figures come to the host: the clock below has waited for the device.
+        scores = [
+            score_logits(model(images_NCHW), labels_N)
+            for images_NCHW, labels_N in rows.batches(config.evaluate.batch_size, device)
+        ]
+    return sum(scores[1:], scores[0]), len(rows) / (time.perf_counter() - started)
 
 
 def _write_report(
@@ -79,7 +85,7 @@ def _write_report(
     history: list[Metrics],
     folder: Path,
 ) -> None:
-    name = f"RCNN-{config.model.k}, T = {config.model.t}, {manifest.source.name}"
+    name = f"RCNN-{config.model.k}, T = {config.model.t}, {manifest.name}"
     plot_confusion(
         scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
     )
@@ -110,14 +116,14 @@ def _write_report(
     )
 
 
-def _write_samples(rows: Rows, classes: tuple[str, ...], folder: Path) -> None:
+def _write_samples(rows: RowSource, classes: tuple[str, ...], folder: Path) -> None:
     """Writes a test image of each of the first classes, named after it, for `rcnn predict` to be tried on."""
-    from PIL import Image
-
     (folder / "samples").mkdir()
-    for label, name in list(enumerate(classes))[:NUM_SAMPLES]:
-        found = (rows.labels == label).nonzero()
-        if len(found):
-            image_HWC = rows.images[int(found[0])].permute(1, 2, 0).numpy()
-            picture = Image.fromarray(image_HWC.squeeze(2) if image_HWC.shape[2] == 1 else image_HWC)
-            picture.save(folder / "samples" / f"{name}.png")
+    missing = dict(list(enumerate(classes))[:NUM_SAMPLES])
+    for images_NCHW, labels_N in rows.batches(BATCH_OF_SAMPLES, torch.device("cpu")):
+        for label in [label for label in missing if (labels_N == label).any()]:
+            first = int((labels_N == label).nonzero()[0])
+            picture = as_picture(images_NCHW[first].permute(1, 2, 0).numpy())
+            picture.save(folder / "samples" / f"{file_name(missing.pop(label))}.png")
+        if not missing:
+            return

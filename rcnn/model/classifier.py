@@ -12,36 +12,52 @@ from rcnn.model.rcnn import RCNN
 
 
 class MeanRemoval(nn.Module):
-    """Subtracts the mean of each pixel (paper section 4) and divides by one standard deviation.
+    """Subtracts the mean of each pixel (paper section 4) and divides by a standard deviation, one for each channel.
 
     Args:
         mean_HWC: mean of each pixel over the training images, 0 to 255, flat in (H, W, C) order.
-        std: standard deviation of all pixels about that mean.
+        std_C: what each channel is divided by.
         image_shape: (H, W, C).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean_HWC: Sequence[float], std: float, image_shape: tuple[int, int, int]):
+    def __init__(self, mean_HWC: Sequence[float], std_C: Sequence[float], image_shape: tuple[int, int, int]):
         super().__init__()
         mean = torch.tensor(mean_HWC, dtype=torch.float32).reshape(image_shape).permute(2, 0, 1)
         self.register_buffer("mean", mean.contiguous())
-        self.register_buffer("std", torch.tensor(max(std, 1e-6), dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std_C, dtype=torch.float32).clamp(min=1e-6)[:, None, None])
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 (N, C, H, W)."""
-        return (images_NCHW - self.mean) / self.std
+        """uint8 (N, C, H, W) -> float32 (N, C, H, W); smaller images lose the mean of the centre."""
+        height, width = images_NCHW.shape[2:]
+        return (images_NCHW - centre(self.mean, height, width)) / self.std
 
 
 class Classifier(nn.Module):
-    """An RCNN behind its own normalisation: uint8 images (N, C, H, W) in, logits (N, classes) out."""
+    """An RCNN behind its own normalisation: uint8 images (N, C, H, W) in, logits (N, classes) out.
 
-    def __init__(self, normalise: MeanRemoval, network: RCNN):
+    Args:
+        normalise: what comes before the network.
+        network: the RCNN.
+        crop: the network sees a window of this side, pixels: of larger images the centre; 0: all of them.
+    """
+
+    def __init__(self, normalise: MeanRemoval, network: RCNN, *, crop: int = 0):
         super().__init__()
         self.normalise = normalise
         self.network = network
+        self.crop = crop
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> logits (N, classes)."""
+        if self.crop:
+            images_NCHW = centre(images_NCHW, self.crop, self.crop)
         return self.network(self.normalise(images_NCHW))
+
+
+def centre(images_CHW: Tensor, height: int, width: int) -> Tensor:
+    """The central window of images (..., H, W); of the two middle ones, the upper left."""
+    top, left = (images_CHW.shape[-2] - height) // 2, (images_CHW.shape[-1] - width) // 2
+    return images_CHW[..., top : top + height, left : left + width]

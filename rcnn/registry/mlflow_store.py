@@ -4,6 +4,7 @@ The driver alone comes here. Without a server, the store is `mlflow.db` (SQLite)
 """
 
 import contextlib
+import json
 import logging
 import os
 import subprocess
@@ -22,7 +23,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from rcnn.config import PipelineConfig
@@ -34,6 +35,7 @@ from rcnn.tracking import experiment_name, has_store, model_name, tracking_uri
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "rcnn.stage_key"
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
+MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS = 100  # MLflow's limit for one call
 
 
@@ -61,6 +63,21 @@ class MlflowTracker:
         """Labels the run."""
         with _reachable(self.config):
             self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_data(self, summary: Mapping[str, Any], uri: str, *, context: str) -> None:
+        """Notes a data set as an input of the run."""
+        noted = Dataset(
+            name=summary["name"],
+            digest=summary["digest"][:MAX_DIGEST],
+            source_type="s3" if uri.startswith("s3://") else "local",
+            source=json.dumps({"uri": uri, **summary["source"]}),
+            schema=json.dumps({"image": ["uint8", *summary["image_shape"]], "classes": summary["classes"]}),
+            profile=json.dumps({key: summary[key] for key in ("rows", "skipped", "split_digests", "digest")}),
+        )
+        with _reachable(self.config):
+            self.client.log_inputs(
+                self.run_id, datasets=[DatasetInput(noted, tags=[InputTag("mlflow.data.context", context)])]
+            )
 
     def log_files(self, folder: Path) -> None:
         """Stores each file of a local folder."""

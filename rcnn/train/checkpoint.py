@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import Manifest
-from rcnn.errors import DataError, TrainingError
+from rcnn.errors import ConfigError, DataError, TrainingError
 from rcnn.model import RCNN, Classifier, MeanRemoval
 from rcnn.train.optim import Schedule, build_optimizer
 
@@ -107,17 +107,37 @@ def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.devic
 
 
 def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
-    """The network that the config and the data set's shape ask for."""
-    network = RCNN(
-        config.model.k,
-        config.model.t,
-        in_channels=manifest.image_shape[2],
-        num_classes=len(manifest.classes),
-        dropout=config.model.dropout,
-        lrn_alpha=config.model.lrn_alpha,
-        lrn_beta=config.model.lrn_beta,
+    """The network that the config and the data set's shape ask for.
+
+    Raises:
+        ConfigError: the window that it is to see is larger than the images.
+    """
+    height, width, channels = manifest.image_shape
+    if config.model.crop > min(height, width):
+        raise ConfigError(
+            f"is larger than the images of {manifest.name}, which are {width}x{height}",
+            where=f"model.crop = {config.model.crop}",
+            remedy="Lower it, or set it to 0",
+        )
+    mean, std = list(manifest.pixel_mean), [manifest.pixel_std] * channels
+    if config.model.normalise == "channel":
+        mean = [sum(mean[channel::channels]) / (height * width) for channel in range(channels)] * (height * width)
+        std = list(manifest.channel_std)
+    normalise = MeanRemoval(mean, std, manifest.image_shape)
+    return _assembled(config.model.model_dump(), normalise, channels, len(manifest.classes))
+
+
+def _assembled(network: dict[str, Any], normalise: MeanRemoval, channels: int, num_classes: int) -> Classifier:
+    rcnn = RCNN(
+        network["k"],
+        network["t"],
+        in_channels=channels,
+        num_classes=num_classes,
+        dropout=network["dropout"],
+        lrn_alpha=network["lrn_alpha"],
+        lrn_beta=network["lrn_beta"],
     )
-    return Classifier(MeanRemoval(manifest.pixel_mean, manifest.pixel_std, manifest.image_shape), network)
+    return Classifier(normalise, rcnn, crop=network["crop"])
 
 
 def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
@@ -130,7 +150,7 @@ def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, fo
         "network": config.model.model_dump(),
         "classes": list(manifest.classes),
         "image_shape": list(manifest.image_shape),
-        "source": manifest.source.name,
+        "source": manifest.name,
         "data_digest": manifest.digest,
         "config": config.model_dump(mode="json"),
     }
@@ -164,17 +184,6 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
 
 def _rebuilt(description: dict[str, Any]) -> Classifier:
     """A classifier of the described shape, its weights still to be loaded."""
-    network = description["network"]
     height, width, channels = description["image_shape"]
-    return Classifier(
-        MeanRemoval([0.0] * (height * width * channels), 1.0, (height, width, channels)),
-        RCNN(
-            network["k"],
-            network["t"],
-            in_channels=channels,
-            num_classes=len(description["classes"]),
-            dropout=network["dropout"],
-            lrn_alpha=network["lrn_alpha"],
-            lrn_beta=network["lrn_beta"],
-        ),
-    )
+    normalise = MeanRemoval([0.0] * (height * width * channels), [1.0] * channels, (height, width, channels))
+    return _assembled(description["network"], normalise, channels, len(description["classes"]))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import ResidentLoader, Rows, TrainingData
+from rcnn.data.augment import Augmentation
+from rcnn.data.loader import Loader, Order, Rows, RowSource, TrainingData, load_training_data
 from rcnn.errors import ClusterError, TrainingError
+from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
 from rcnn.train.step import score, train_step
 
@@ -39,7 +41,7 @@ def fit(
 
     Args:
         config: the whole config; `model`, `train` and `seed` matter here.
-        data: all rows of both splits; each rank takes its own share of them.
+        data: both splits; each rank takes its own share of them.
         report: called after each epoch.
         resume_from: folder of a checkpoint to go on from.
         on_progress: called now and then with the epochs done, a fraction.
@@ -50,24 +52,20 @@ def fit(
     """
     device = choose_device(config.train.use_gpu)
     rank, num_ranks = process_group()
-    loader = ResidentLoader(
-        data.train.to(device),
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        max_shift=config.train.max_shift,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
+    order = Order(config.train.batch_size, config.seed, rank, num_ranks)
+    loader = data.train.loader(order, augmentation_of(config), device)
     state = new_state(config, data.manifest, device=device, num_steps=config.train.epochs * loader.num_steps)
     if resume_from is not None:
         state.load(resume_from)
     network = DistributedDataParallel(state.model) if num_ranks > 1 else state.model
-    val = data.val.share(rank, num_ranks).to(device)
+    val = data.val.share(rank, num_ranks)
+    if isinstance(val, Rows):
+        val = val.to(device)
     while state.epoch < config.train.epochs:
         # Each epoch's dropout depends on its number and the rank alone: a resumed run draws what the first one would have
         # drawn. It is the one thing in which another number of ranks differs.
         torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
-        metrics = _train_epoch(state, network, loader, on_progress) | _validate(state, val)
+        metrics = _train_epoch(state, network, loader, device, on_progress) | _validate(state, val, device)
         state.schedule.after_epoch(metrics["val/error"])
         state.epoch += 1
         metrics["epoch"] = state.epoch
@@ -91,6 +89,28 @@ def choose_device(use_gpu: bool) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def training_data(config: PipelineConfig, storage: Storage, folder: str) -> TrainingData:
+    """The data set in `folder`, opened as the settings ask for.
+
+    Raises:
+        DataError: it is missing, or not what its manifest says.
+    """
+    return load_training_data(
+        storage,
+        folder,
+        num_rows=config.train.num_rows,
+        seed=config.seed,
+        engine=config.train.loader,
+        resident_megabytes=config.train.resident_megabytes,
+    )
+
+
+def augmentation_of(config: PipelineConfig) -> Augmentation:
+    """What the settings ask for."""
+    train = config.train
+    return Augmentation(max_shift=train.max_shift, crop=config.model.crop, flip=train.flip, cutout=train.cutout)
+
+
 def process_group() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) without a process group."""
     if dist.is_available() and dist.is_initialized():
@@ -99,12 +119,16 @@ def process_group() -> tuple[int, int]:
 
 
 def _train_epoch(
-    state: TrainState, network: nn.Module, loader: ResidentLoader, on_progress: Callable[[float], None]
+    state: TrainState,
+    network: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    on_progress: Callable[[float], None],
 ) -> Metrics:
     learning_rate = state.schedule.learning_rate
     network.train()
     started = last_progress = time.perf_counter()
-    total_loss = torch.zeros((), device=loader.rows.labels.device)
+    total_loss = torch.zeros((), device=device)
     for step, (images_NCHW, labels_N) in enumerate(loader.epoch(state.epoch), start=1):
         total_loss += train_step(
             network, state.optimizer, images_NCHW, labels_N, clip_norm=state.config.train.clip_norm
@@ -123,12 +147,12 @@ def _train_epoch(
             where=f"train.learning_rate = {state.config.train.learning_rate}",
             remedy="Lower it by a factor of 3 to 10",
         )
-    images_per_second = loader.num_steps * loader.batch_size / seconds
+    images_per_second = loader.num_steps * loader.order.batch_size / seconds
     return {"train/loss": mean_loss, "learning_rate": learning_rate, "perf/images_per_second": images_per_second}
 
 
-def _validate(state: TrainState, val: Rows) -> Metrics:
-    sums = score(state.best_model, val, batch_size=state.config.evaluate.batch_size)
+def _validate(state: TrainState, val: RowSource, device: torch.device) -> Metrics:
+    sums = score(state.best_model, val, batch_size=state.config.evaluate.batch_size, device=device)
     if process_group()[1] > 1:
         dist.all_reduce(sums)
     wrong, loss, rows = sums.tolist()

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rcnn.train.ray_session import ensure_ray, following, interruptible, new_board, require_room  # isort: skip  (sets what Ray reads)
+from rcnn.ray_session import ensure_ray, following, interruptible, new_board, require_room  # isort: skip  (sets what Ray reads)
 
 import ray
 import ray.train
@@ -22,7 +22,6 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import load_training_data
 from rcnn.errors import RcnnError, TrainingError
 from rcnn.model import count_parameters
 from rcnn.progress import EpochProgress, say
@@ -30,7 +29,7 @@ from rcnn.results import IngestResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import DESCRIPTION, WEIGHTS, load_model, read_epochs_done
-from rcnn.train.loop import Metrics, fit
+from rcnn.train.loop import Metrics, fit, training_data
 
 
 def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TrainResult:
@@ -158,9 +157,7 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     try:
-        data = load_training_data(
-            Storage(settings["storage"]), settings["data_folder"], num_rows=config.train.num_rows, seed=config.seed
-        )
+        data = training_data(config, Storage(settings["storage"]), settings["data_folder"])
         checkpoint = ray.train.get_checkpoint()
         with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
             if folder:

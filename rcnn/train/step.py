@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rcnn.data.loader import Rows
+from rcnn.data.loader import RowSource
 
 
 def train_step(
@@ -25,17 +25,16 @@ def train_step(
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, rows: Rows, *, batch_size: int) -> Tensor:
-    """Logits (N, classes) of all rows, in their order; the model is left in evaluation mode."""
+def score(model: nn.Module, rows: RowSource, *, batch_size: int, device: torch.device) -> Tensor:
+    """(wrong, summed cross-entropy, rows), float64: sums, so the scores of all ranks' shares add up exactly.
+
+    The model is left in evaluation mode.
+    """
     model.eval()
-    return torch.cat([model(images_NCHW) for images_NCHW, _ in rows.batches(batch_size)])
-
-
-def score(model: nn.Module, rows: Rows, *, batch_size: int) -> Tensor:
-    """(wrong, summed cross-entropy, rows), float64: sums, so the scores of all ranks' shares add up exactly."""
-    if len(rows) == 0:
-        return torch.zeros(3, dtype=torch.float64, device=rows.labels.device)
-    logits = predict_logits(model, rows, batch_size=batch_size)
-    wrong = (logits.argmax(1) != rows.labels).sum()
-    loss = functional.cross_entropy(logits, rows.labels, reduction="sum")
-    return torch.stack([wrong.double(), loss.double(), torch.tensor(len(rows), device=loss.device).double()])
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for images_NCHW, labels_N in rows.batches(batch_size, device):
+        logits_NC = model(images_NCHW)
+        sums[0] += (logits_NC.argmax(1) != labels_N).sum()
+        sums[1] += functional.cross_entropy(logits_NC, labels_N, reduction="sum")
+        sums[2] += len(labels_N)
+    return sums

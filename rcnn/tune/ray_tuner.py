@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rcnn.train.ray_session import ensure_ray, following, new_board, require_room  # isort: skip  (sets what Ray reads)
+from rcnn.ray_session import ensure_ray, following, new_board, require_room  # isort: skip  (sets what Ray reads)
 
 import ray
 from ray import tune
@@ -17,13 +17,12 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import load_training_data
 from rcnn.errors import RcnnError, TrainingError
 from rcnn.progress import say
 from rcnn.results import Choice, IngestResult, Trial, TuneResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker, finish_failed
-from rcnn.train.loop import Metrics, fit
+from rcnn.train.loop import Metrics, fit, training_data
 from rcnn.tune.space import own_choice, trial_config
 
 WORST_ERROR = 1.0
@@ -173,7 +172,7 @@ def _run_trial(drawn: dict[str, Any], *, config: PipelineConfig, storage: str, d
         tune.report(metrics)
 
     try:
-        data = load_training_data(Storage(storage), data_folder, num_rows=config.train.num_rows, seed=config.seed)
+        data = training_data(config, Storage(storage), data_folder)
         fit(config, data, report)
     except TrainingError:
         # A rate too high is an answer, not a fault: the worst error there is, and the search goes on.

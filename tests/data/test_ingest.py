@@ -1,17 +1,20 @@
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
 from rcnn.config import PipelineConfig
-from rcnn.data import ingest
+from rcnn.data import ingest, shards
 from rcnn.data.ingest import run_ingest, split_rows
-from rcnn.data.loader import load_rows, require_manifest
-from rcnn.data.manifest import read_manifest
-from rcnn.data.sources import Images
+from rcnn.data.loader import load_rows
+from rcnn.data.manifest import read_manifest, require_manifest
+from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
 from rcnn.errors import ClusterError, DataError
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
@@ -24,136 +27,214 @@ def target(tmp_path: Path) -> StageFolder:
 
 
 @pytest.fixture
-def random_source(random_images: Images, monkeypatch: pytest.MonkeyPatch) -> Images:
-    monkeypatch.setattr(ingest, "read_source", lambda data, downloads: random_images)
-    return random_images
+def random_source(random_origin: Origin, monkeypatch: pytest.MonkeyPatch) -> Origin:
+    monkeypatch.setattr(ingest, "open_source", lambda data, downloads: random_origin)
+    return random_origin
 
 
-def test_every_row_goes_to_one_split_and_classes_keep_their_share(random_images: Images) -> None:
-    splits = split_rows(random_images, PipelineConfig())
-    rows = np.concatenate([rows for _, rows in splits.values()])
-    assert sorted(rows) == list(range(60))
-    labels = random_images.arrays["train"][1]
-    assert {name: np.bincount(labels[rows]).tolist() for name, (_, rows) in splits.items()} == {
+def test_every_row_goes_to_one_split_and_classes_keep_their_share(random_origin: Origin) -> None:
+    plan = split_rows(random_origin, PipelineConfig().data)
+    assert sorted(np.concatenate([rows for _, rows in plan.values()])) == list(range(60))
+    labels = random_origin.labels["train"]
+    assert {name: np.bincount(labels[rows]).tolist() for name, (_, rows) in plan.items()} == {
         "train": [14, 14, 14],
         "val": [2, 2, 2],
         "test": [4, 4, 4],
     }
 
 
-def test_the_split_follows_its_seed_alone(random_images: Images) -> None:
+def test_the_split_follows_its_seed_alone(random_origin: Origin) -> None:
     config = PipelineConfig()
-    once, again = split_rows(random_images, config), split_rows(random_images, config.with_settings({"seed": 7}))
-    other = split_rows(random_images, config.with_settings({"data.split_seed": 1}))
+    once, again = (split_rows(random_origin, c.data) for c in (config, config.with_settings({"seed": 7})))
+    other = split_rows(random_origin, config.with_settings({"data.split_seed": 1}).data)
     assert all((once[name][1] == again[name][1]).all() for name in once)
     assert any((once[name][1] != other[name][1]).any() for name in once)
 
 
-def test_a_source_with_a_test_split_keeps_it(random_images: Images) -> None:
-    both = Images(
-        random_images.arrays | {"test": random_images.arrays["train"]}, random_images.classes, random_images.record
-    )
-    splits = split_rows(both, PipelineConfig())
-    assert splits["test"][0] == "test"
-    assert len(splits["test"][1]) == 60
-    assert len(splits["train"][1]) + len(splits["val"][1]) == 60
+@pytest.mark.parametrize("given", [("test",), ("val",), ("val", "test")])
+def test_a_source_keeps_the_splits_that_it_has(
+    random_arrays: Arrays, random_origin: Origin, given: tuple[str, ...]
+) -> None:
+    parts = dict.fromkeys(("train", *given), random_arrays)
+    plan = split_rows(origin_of_arrays(parts, ("a", "b", "c"), random_origin.record), PipelineConfig().data)
+    assert all(plan[name][0] == name and len(plan[name][1]) == 60 for name in given)
+    assert sum(len(rows) for part, rows in plan.values() if part == "train") == 60
 
 
-def test_pixels_labels_and_ids_come_back(target: StageFolder, random_source: Images) -> None:
+def test_pixels_labels_and_ids_come_back(target: StageFolder, random_source: Origin, random_arrays: Arrays) -> None:
     result = run_ingest(PipelineConfig(), target, NoTracker())
     assert result.rows == {"train": 42, "val": 6, "test": 12}
-    images, labels = random_source.arrays["train"]
     folder = target.storage.local_path("datasets/x")
     for split in result.rows:
         table = pq.read_table(folder / split)
         rows = [int(row_id.as_py().split("/")[1]) for row_id in table["row_id"]]
-        pixels = table["image"].combine_chunks().to_numpy_ndarray()
-        np.testing.assert_array_equal(pixels, images[rows])
-        np.testing.assert_array_equal(table["label"].to_numpy(), labels[rows])
+        np.testing.assert_array_equal(table["image"].combine_chunks().to_numpy_ndarray(), random_arrays.images[rows])
+        np.testing.assert_array_equal(table["label"].to_numpy(), random_arrays.labels[rows])
 
 
-def test_the_manifest_holds_what_numpy_finds(target: StageFolder, random_source: Images) -> None:
+def test_the_manifest_holds_what_numpy_finds(target: StageFolder, random_source: Origin, random_arrays: Arrays) -> None:
     run_ingest(PipelineConfig(), target, NoTracker())
     manifest = require_manifest(target.storage, "datasets/x")
-    _, rows = split_rows(random_source, PipelineConfig())["train"]
-    train = random_source.arrays["train"][0][rows].astype(np.float64)
+    _, rows = split_rows(random_source, PipelineConfig().data)["train"]
+    train = random_arrays.images[rows].astype(np.float64)
     assert manifest.image_shape == (6, 5, 3)
     np.testing.assert_allclose(manifest.pixel_mean, train.mean(0).ravel(), atol=1e-4)
     assert manifest.pixel_std == pytest.approx((train - train.mean(0)).std(), abs=1e-3)
+    np.testing.assert_allclose(manifest.channel_std, train.std((0, 1, 2)), atol=1e-3)
     assert manifest.splits["test"].rows_per_class == (4, 4, 4)
 
 
 def test_the_same_input_gives_the_same_digest_and_another_a_different_one(
-    tmp_path: Path, random_source: Images
+    tmp_path: Path, random_source: Origin
 ) -> None:
     def digest(name: str, **settings: object) -> str:
         config = PipelineConfig().with_settings({f"data.{key}": value for key, value in settings.items()})
         return run_ingest(config, StageFolder(Storage(str(tmp_path)), name), NoTracker()).digest
 
-    assert digest("a") == digest("b")
-    assert digest("a2", split_seed=3) != digest("a3")
+    assert digest("datasets/a") == digest("datasets/b")
+    assert digest("datasets/c", split_seed=3) != digest("datasets/d")
 
 
-def test_shards_are_cut_by_size_and_loaded_whole(target: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "ROWS_PER_GROUP", 16)
-    config = PipelineConfig().with_settings({"data.source": "mnist-sample", "data.shard_megabytes": 1})
-    run_ingest(config, target, NoTracker())
+def test_a_split_has_one_digest_however_it_is_packed(tmp_path: Path) -> None:
+    def ingested(name: str, megabytes: int) -> IngestResult:
+        config = PipelineConfig().with_settings({"data.shard_megabytes": megabytes})
+        return run_ingest(config, StageFolder(Storage(str(tmp_path)), f"datasets/{name}"), NoTracker())
+
+    one, many = ingested("one", 64), ingested("many", 1)
+    assert one.digest != many.digest
+    assert one.test_digest == many.test_digest
+    manifest = require_manifest(Storage(str(tmp_path)), many.folder)
+    assert [shard.rows for shard in manifest.splits["train"].shards] == [1024, 1024, 1024, 528]
+    assert len(load_rows(Storage(str(tmp_path)), many.folder, manifest, "train")) == 3600
+
+
+def test_a_second_ingest_finds_the_first_ones_work(target: StageFolder, random_source: Origin) -> None:
+    first = run_ingest(PipelineConfig(), target, NoTracker())
+    file = target.storage.local_path("datasets/x/manifest.json")
+    before = file.stat().st_mtime_ns
+    assert run_ingest(PipelineConfig(), target, NoTracker()) == first
+    assert file.stat().st_mtime_ns == before
+
+
+def _ingest_until_killed(root: str, settings: dict[str, object], shards_to_write: int) -> None:
+    written = 0
+    write_shard = ingest.write_shard
+
+    def write_some(job: shards.ShardJob) -> object:
+        nonlocal written
+        if written == shards_to_write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written += 1
+        return write_shard(job)
+
+    ingest.write_shard = write_some  # type: ignore[assignment]
+    run_ingest(PipelineConfig().with_settings(settings), StageFolder(Storage(root), "datasets/x"), NoTracker())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("shards_to_write", [0, 2, 6])
+def test_a_killed_ingest_leaves_nothing_or_all_and_is_taken_up(
+    target: StageFolder, monkeypatch: pytest.MonkeyPatch, shards_to_write: int
+) -> None:
+    settings: dict[str, object] = {"data.shard_megabytes": 1}
+    whole = run_ingest(
+        PipelineConfig().with_settings(settings), StageFolder(target.storage, "datasets/whole"), NoTracker()
+    )
+    process = multiprocessing.get_context("spawn").Process(
+        target=_ingest_until_killed, args=(target.storage.root, settings, shards_to_write)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (read_manifest(target.storage, "datasets/x") is not None) == (shards_to_write == 6)
+
+    jobs: list[shards.ShardJob] = []
+    write_shard = ingest.write_shard
+    monkeypatch.setattr(ingest, "write_shard", lambda job: jobs.append(job) or write_shard(job))
+    resumed = run_ingest(PipelineConfig().with_settings(settings), target, NoTracker())
+    assert len(jobs) == 6 - shards_to_write
+    assert resumed.digest == whole.digest
+    left = sorted(path.name for path in target.storage.local_path("datasets").iterdir())
+    assert left == ["whole", "x"]
+
+
+def test_a_shard_that_was_damaged_in_the_draft_is_written_anew(
+    target: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ingest, "_describe", stop)
+        run_ingest(PipelineConfig(), target, NoTracker())
+    [shard] = target.storage.local_path("datasets").rglob("train-00000.parquet")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    run_ingest(PipelineConfig(), target, NoTracker())
     manifest = require_manifest(target.storage, "datasets/x")
-    assert [shard.rows for shard in manifest.splits["train"].shards] == [1275, 1275, 1050]
     assert len(load_rows(target.storage, "datasets/x", manifest, "train")) == 3600
 
 
-def test_what_is_not_whole_is_not_there(
-    target: StageFolder, random_source: Images, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ingest, "_describe", fail)
-    with pytest.raises(KeyboardInterrupt):
-        run_ingest(PipelineConfig(), target, NoTracker())
-    assert list(target.storage.local_path("datasets").iterdir()) == []
+def _ingest(root: str) -> None:
+    run_ingest(PipelineConfig(), StageFolder(Storage(root), "datasets/x"), NoTracker())
 
 
-def test_a_faster_twin_is_not_harmed(
-    target: StageFolder, random_source: Images, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    describe = ingest._describe
+def test_two_ingests_at_once_do_not_harm_each_other(target: StageFolder) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_ingest, args=(target.storage.root,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    manifest = require_manifest(target.storage, "datasets/x")
+    assert len(load_rows(target.storage, "datasets/x", manifest, "train")) == 3600
+    assert [path.name for path in target.storage.local_path("datasets").iterdir()] == ["x"]
 
-    def let_the_twin_finish_first(*arguments: object) -> object:
-        monkeypatch.setattr(ingest, "_describe", describe)
-        run_ingest(PipelineConfig(), target, NoTracker())
-        (target.storage.local_path("datasets/x") / "mark").write_text("the twin's")
-        return describe(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ingest, "_describe", let_the_twin_finish_first)
+def test_drafts_that_nobody_took_up_are_removed_after_a_week(target: StageFolder, random_source: Origin) -> None:
+    folder = target.storage.local_path("datasets")
+    for name, days in (("old", 8), ("new", 6)):
+        (folder / f".draft-{name}" / "records").mkdir(parents=True)
+        then = time.time() - days * 24 * 3600
+        os.utime(folder / f".draft-{name}", (then, then))
     run_ingest(PipelineConfig(), target, NoTracker())
-    assert [folder.name for folder in target.storage.local_path("datasets").iterdir()] == ["x"]
-    assert (target.storage.local_path("datasets/x") / "mark").exists()
+    assert sorted(path.name for path in folder.iterdir()) == [".draft-new", "x"]
 
 
-def test_an_unwritable_storage_is_named(tmp_path: Path, random_source: Images) -> None:
+def test_fresh_replaces_what_was_there_once_the_new_is_whole(
+    tmp_path: Path, random_source: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = StageFolder(Storage(str(tmp_path)), "datasets/x", replaces=True)
+    run_ingest(PipelineConfig(), target, NoTracker())
+    (tmp_path / "datasets/x/mark").write_text("the old one")
+
+    def fail(*_: object) -> None:
+        raise DataError("no more")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="no more"):
+        patch.setattr(ingest, "_describe", fail)
+        run_ingest(PipelineConfig(), target, NoTracker())
+    assert (tmp_path / "datasets/x/mark").exists()
+    run_ingest(PipelineConfig(), target, NoTracker())
+    assert not (tmp_path / "datasets/x/mark").exists()
+
+
+def test_an_unwritable_storage_is_named(tmp_path: Path, random_source: Origin) -> None:
     (tmp_path / "datasets").write_text("a file where a folder should be")
     with pytest.raises(ClusterError, match="cannot be written"):
         run_ingest(PipelineConfig(), StageFolder(Storage(str(tmp_path)), "datasets/x"), NoTracker())
 
 
-def test_a_split_without_rows_is_named(random_images: Images) -> None:
+def test_a_split_without_rows_is_named(random_origin: Origin) -> None:
     with pytest.raises(DataError, match="the val split of mnist-sample would have no rows"):
-        split_rows(random_images, PipelineConfig().with_settings({"data.val_fraction": 0.001}))
-
-
-def _manifest_of(digits_storage: Path, digits: IngestResult, tmp_path: Path) -> Path:
-    (tmp_path / "d").mkdir()
-    file = tmp_path / "d" / "manifest.json"
-    file.write_text((digits_storage / digits.folder / "manifest.json").read_text())
-    return file
+        split_rows(random_origin, PipelineConfig().with_settings({"data.val_fraction": 0.001}).data)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"schema_version": 99}, "schema_version is 99, and this rcnn reads up to 1"),
+        ({"schema_version": 99}, "schema_version is 99, and this rcnn reads 2. Upgrade"),
+        ({"schema_version": 1}, "schema_version is 1, and this rcnn reads 2. Ingest"),
         ({"pixel_std": 1.0}, "its content does not match its digest"),
         ({"image_shape": "round"}, "image_shape"),
     ],
@@ -161,34 +242,12 @@ def _manifest_of(digits_storage: Path, digits: IngestResult, tmp_path: Path) -> 
 def test_a_manifest_that_cannot_be_trusted_is_named(
     digits_storage: Path, digits: IngestResult, tmp_path: Path, change: dict[str, object], expected: str
 ) -> None:
-    file = _manifest_of(digits_storage, digits, tmp_path)
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    (tmp_path / "d").mkdir()
+    file = tmp_path / "d" / "manifest.json"
+    whole = json.loads((digits_storage / digits.folder / "manifest.json").read_text())
+    file.write_text(json.dumps(whole | change))
     with pytest.raises(DataError, match=expected):
         read_manifest(Storage(str(tmp_path)), "d")
     file.write_text("{")
     with pytest.raises(DataError, match="no JSON"):
         read_manifest(Storage(str(tmp_path)), "d")
-
-
-def test_a_missing_or_altered_shard_is_named(digits_storage: Path, digits: IngestResult, tmp_path: Path) -> None:
-    manifest = read_manifest(Storage(str(digits_storage)), digits.folder)
-    assert manifest is not None
-    storage = Storage(str(tmp_path))
-    with pytest.raises(DataError, match="the shard cannot be read"):
-        load_rows(storage, "d", manifest, "val")
-    (tmp_path / "d" / "val").mkdir(parents=True)
-    file = tmp_path / "d" / "val" / "val-00000.parquet"
-    file.write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="the shard was changed"):
-        load_rows(storage, "d", manifest, "val")
-    table = pq.read_table(digits_storage / digits.folder / "val")
-    pq.write_table(table.slice(0, 10), file)
-    with pytest.raises(DataError, match="the shard was changed"):
-        load_rows(storage, "d", manifest, "val")
-
-
-def test_other_readers_see_plain_lists(digits_storage: Path, digits: IngestResult) -> None:
-    table = pyarrow.dataset.dataset(digits_storage / digits.folder / "test", format="parquet").to_table()
-    frame = table.to_pandas()
-    assert len(frame) == 500
-    assert len(frame["image"][0]) == 784

@@ -34,7 +34,7 @@ def test_what_is_no_image_is_named(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"a\.png: is no image"):
         list(predict_files(model, [tmp_path / "a.png"]))
-    with pytest.raises(DataError, match=r"b\.png: there is no such file"):
+    with pytest.raises(DataError, match=r"b\.png: is not there"):
         list(predict_files(model, [tmp_path / "b.png"]))
     with pytest.raises(DataError, match="holds no model"):
         list(predict_files(tmp_path, [tmp_path / "a.png"]))

@@ -65,7 +65,7 @@ def test_dropout_stands_after_each_recurrent_layer_but_the_last() -> None:
 
 def test_the_classifier_removes_the_mean_of_each_pixel() -> None:
     mean = torch.arange(2 * 3 * 1, dtype=torch.float32)
-    normalise = MeanRemoval(mean.tolist(), 2.0, (2, 3, 1))
+    normalise = MeanRemoval(mean.tolist(), [2.0], (2, 3, 1))
     images = torch.full((1, 1, 2, 3), 10, dtype=torch.uint8)
     torch.testing.assert_close(normalise(images), ((10 - mean) / 2).reshape(1, 1, 2, 3))
     network = RCNN(8, 1, 1, 10).eval()

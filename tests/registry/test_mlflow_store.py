@@ -15,7 +15,7 @@ import torch
 from mlflow import MlflowClient
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import require_manifest
+from rcnn.data.manifest import require_manifest
 from rcnn.errors import ClusterError, ConfigError
 from rcnn.recipes import debug_tiny
 from rcnn.registry import mlflow_store

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # Ray reads these when it is imported. Reports take 0.1 s instead of 2; the others end noise on the driver's screen, and
@@ -77,29 +78,44 @@ def _stay_on_loopback() -> None:
 
 def _require_shared(storage: Storage) -> None:
     """Every node must see what another one writes; asked before anything long starts."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 or not storage.is_local:
+    if not storage.is_local or len(_nodes()) == 1:
         return
     mark = f".seen-by-all-{os.getpid()}"
     storage.write_text(mark, "")
     try:
-        sees = ray.remote(num_cpus=0)(os.path.exists)
-        answers = {
-            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": sees.options(
-                label_selector={"ray.io/node-id": node["NodeID"]}
-            ).remote(storage.path(mark))
-            for node in nodes
-        }
-        ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=60)
-        blind = [name for name, answer in answers.items() if answer not in ready or not ray.get(answer)]
+        require_seen(storage.local_path(mark), setting="storage")
     finally:
         storage.local_path(mark).unlink()
+
+
+def require_seen(path: Path, *, setting: str) -> None:
+    """Checks that every node sees a path.
+
+    Raises:
+        ClusterError: one does not, or does not answer.
+    """
+    nodes = _nodes()
+    if len(nodes) == 1:
+        return
+    sees = ray.remote(num_cpus=0)(os.path.exists)
+    answers = {
+        f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": sees.options(
+            label_selector={"ray.io/node-id": node["NodeID"]}
+        ).remote(str(path))
+        for node in nodes
+    }
+    ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=60)
+    blind = [name for name, answer in answers.items() if answer not in ready or not ray.get(answer)]
     if blind:
         raise ClusterError(
             f"node {blind[0]} does not see it ({len(blind)} of {len(nodes)} nodes do not)",
-            where=f"storage = {storage.root}",
-            remedy="Set storage to a folder that all nodes mount, or to a URI such as s3://bucket/prefix",
+            where=f"{setting} = {path}",
+            remedy=f"Set {setting} to a folder that all nodes mount, or to a URI such as s3://bucket/prefix",
         )
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def require_room(config: PipelineConfig, *, num_cpus: int, num_gpus: float, settings: str) -> None:

@@ -1,0 +1,125 @@
+"""The data sets of a storage: which there are, and whether one is still what its manifest says."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from pyarrow import fs
+from tqdm import tqdm
+
+from rcnn.data.ingest import DRAFT_PREFIX
+from rcnn.data.manifest import MANIFEST, Manifest, Shard, read_manifest, require_manifest
+from rcnn.data.schema import content_sum, read_block, table_schema
+from rcnn.data.shards import read_shard
+from rcnn.errors import ConfigError, DataError
+from rcnn.storage import Storage
+
+FOLDER = "datasets"
+MIN_DIGEST_PREFIX = 4
+
+
+def list_data_sets(storage: Storage) -> list[dict[str, str]]:
+    """A row for each data set, the unfinished and the damaged ones included."""
+    return [_row(storage, name) for name in _names(storage)]
+
+
+def find_data_set(storage: Storage, wanted: str) -> str:
+    """The folder of the data set with this folder name, data set name or beginning of a digest.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    found = []
+    for name in _names(storage):
+        if name.startswith(DRAFT_PREFIX):
+            continue
+        try:
+            manifest = read_manifest(storage, f"{FOLDER}/{name}")
+        except DataError:
+            manifest = None
+        is_digest = manifest and len(wanted) >= MIN_DIGEST_PREFIX and manifest.digest.startswith(wanted)
+        if name == wanted or (manifest and manifest.name == wanted) or is_digest:
+            found.append(name)
+    if len(found) == 1:
+        return f"{FOLDER}/{found[0]}"
+    if found:
+        raise ConfigError(f"{wanted!r} may be {' or '.join(found)}", where="NAME", remedy="Give the folder's name")
+    raise ConfigError(
+        f"there is no data set {wanted!r}", where=storage.uri(FOLDER), remedy="`rcnn data list` lists them"
+    )
+
+
+def find_faults(storage: Storage, folder: str) -> Iterator[str]:
+    """Reads all of a data set, and tells whatever is not as the manifest says: file, and fault."""
+    manifest = require_manifest(storage, folder)
+    num_shards = sum(len(split.shards) for split in manifest.splits.values())
+    with tqdm(total=num_shards, unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for name, split in manifest.splits.items():
+            content, counts, is_whole = 0, np.zeros(len(manifest.classes), np.int64), True
+            for shard in split.shards:
+                try:
+                    more, of_shard = _check_shard(storage, folder, manifest, shard)
+                    content, counts = content + more, counts + of_shard
+                except DataError as error:
+                    is_whole = False
+                    yield str(error)
+                bar.update()
+            if is_whole and (f"{content % 2**256:064x}" != split.digest or tuple(counts) != split.rows_per_class):
+                yield f"{storage.uri(folder)}: the rows of {name} are not those of the manifest"
+    known = {MANIFEST, "result.json", *(shard.file for split in manifest.splits.values() for shard in split.shards)}
+    for file in sorted(set(_files(storage, folder)) - known):
+        yield f"{storage.uri(folder)}/{file}: is not in the manifest"
+
+
+def _check_shard(storage: Storage, folder: str, manifest: Manifest, shard: Shard) -> tuple[int, np.ndarray]:
+    """Content sum and rows of each class, of a shard that is what it should be.
+
+    Raises:
+        DataError: it is not.
+    """
+    where = storage.uri(f"{folder}/{shard.file}")
+    table = read_shard(storage, folder, shard)
+    expected = table_schema(manifest.image_shape, has_coarse=bool(manifest.coarse_classes))
+    if not table.schema.equals(expected) or len(table) != shard.rows:
+        raise DataError(
+            f"holds {len(table)} rows of {table.schema.names}", where=where, remedy="Ingest again with --fresh"
+        )
+    block = read_block(table)
+    if block.labels.min(initial=0) < 0 or block.labels.max(initial=0) >= len(manifest.classes):
+        raise DataError("has a label without a class", where=where, remedy="Ingest again with --fresh")
+    return content_sum(block), np.bincount(block.labels, minlength=len(manifest.classes))
+
+
+def _names(storage: Storage) -> list[str]:
+    selector = fs.FileSelector(storage.path(FOLDER), allow_not_found=True)
+    infos = storage.filesystem.get_file_info(selector)
+    return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+
+def _files(storage: Storage, folder: str) -> list[str]:
+    base = storage.path(folder)
+    infos = storage.filesystem.get_file_info(fs.FileSelector(base, recursive=True))
+    return [info.path.removeprefix(base + "/") for info in infos if info.type == fs.FileType.File]
+
+
+def _row(storage: Storage, name: str) -> dict[str, str]:
+    row: dict[str, Any] = dict.fromkeys(["rows", "classes", "image", "MB", "digest"], "")
+    folder = f"{FOLDER}/{name}"
+    try:
+        manifest = read_manifest(storage, folder)
+    except DataError as error:
+        return {"folder": name, "data set": "", **row, "state": error.what}
+    if manifest is None:
+        return {"folder": name, "data set": "", **row, "state": "unfinished: the next ingest goes on with it"}
+    num_bytes = sum(shard.num_bytes for split in manifest.splits.values() for shard in split.shards)
+    height, width, channels = manifest.image_shape
+    row = {
+        "rows": " + ".join(f"{split.rows:,}" for split in manifest.splits.values()),
+        "classes": str(len(manifest.classes)),
+        "image": f"{height}x{width}x{channels}",
+        "MB": f"{num_bytes / 1e6:,.1f}",
+        "digest": manifest.digest[:12],
+    }
+    state = f"whole; {len(manifest.skipped):,} rows left out" if manifest.skipped else "whole"
+    return {"folder": name, "data set": manifest.name, **row, "state": state}

@@ -1,0 +1,50 @@
+"""The part of ingest that runs on Ray Data: one function over many jobs, on all nodes, in bounded memory."""
+
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rcnn.ray_session import ensure_ray, require_seen  # isort: skip  (sets what Ray reads)
+
+import ray.data
+from ray.exceptions import RayError
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError
+from rcnn.storage import Storage
+
+Job = TypeVar("Job")
+Outcome = TypeVar("Outcome")
+
+
+def map_on_cluster(
+    config: PipelineConfig, function: Callable[[Job], Outcome], jobs: Sequence[Job]
+) -> Iterator[Outcome]:
+    """The outcome of `function` for each job, as they come.
+
+    Raises:
+        ClusterError: Ray is out of reach, or gives up on a job; or not all nodes see `storage` and `data.root`.
+    """
+    ensure_ray(config, Storage(config.storage))
+    if "://" not in config.data.root:
+        require_seen(Path(config.data.root).expanduser(), setting="data.root")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # As bytes: Ray Data would try to find a column type for our objects first, and complain that there is none.
+    data = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
+
+    def apply(row: dict[str, bytes]) -> dict[str, bytes]:
+        return {"outcome": pickle.dumps(function(pickle.loads(row["job"])))}  # noqa: S301  (made a few lines above)
+
+    try:
+        for row in data.map(apply, num_cpus=1).iter_rows():
+            yield pickle.loads(row["outcome"])  # noqa: S301
+    except RayError as error:
+        raise ClusterError(
+            f"Ray gave up on reading the images ({' '.join(str(error).split())[:300]})",
+            where=f"ray.address = {config.ray.address!r}",
+            remedy="Run the same command again: finished shards are kept",
+            retryable=True,
+        ) from error

@@ -1,0 +1,196 @@
+"""Shards: Parquet files of some 64 MB, each written whole, with a record of what is in it.
+
+Row groups are small (some 3 MB), so that a reader may take them up in any order, and their pages carry checksums, so that
+reading notices what was altered.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rcnn.data.manifest import Part, Shard, Skipped
+from rcnn.data.schema import Block, build_table, content_sum
+from rcnn.data.sources.decode import unwarned
+from rcnn.data.sources.origin import Chunk
+from rcnn.errors import DataError, RcnnError
+from rcnn.storage import Storage
+
+MAX_ROWS_PER_GROUP = 1024
+MIN_ROWS_PER_GROUP = 16
+BYTES_PER_GROUP = 3 * 2**20
+ROWS_PER_SUM = 1024
+
+
+class ShardRecord(Part):
+    """A shard, and the sums over its rows from which the manifest is made.
+
+    Attributes:
+        plan: hash of the rows that were asked for; another plan's shard is not taken for this one.
+        content: see `content_sum`; hexadecimal, since JSON has no large numbers.
+        pixel_sums, square_sums: over the rows, for each pixel in (H, W, C) order.
+    """
+
+    shard: Shard
+    plan: str
+    rows_per_class: tuple[int, ...]
+    content: str
+    pixel_sums: tuple[int, ...]
+    square_sums: tuple[int, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a process needs to write one shard.
+
+    Attributes:
+        storage: root of the storage.
+        folder: the data set's folder.
+        file: the shard's name in it.
+        record: the name of the file for the record; written after the shard.
+        plan: see `ShardRecord`.
+        chunk: the rows.
+        skips_bad_rows: or stops at the first.
+    """
+
+    storage: str
+    folder: str
+    file: str
+    record: str
+    plan: str
+    chunk: Chunk
+    num_classes: int
+    skips_bad_rows: bool
+
+
+def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
+    """Reads the rows and writes them. An error comes back as a value, so that it crosses processes as it is."""
+    try:
+        with unwarned():
+            block, skipped = job.chunk.read()
+        if skipped and not job.skips_bad_rows:
+            raise bad_row(skipped[0])
+        storage = Storage(job.storage)
+        shard = _write(storage, job, block)
+        sums, squares = _sums(block)
+        record = ShardRecord(
+            shard=shard,
+            plan=job.plan,
+            rows_per_class=tuple(np.bincount(block.labels, minlength=job.num_classes).tolist()),
+            content=f"{content_sum(block):064x}",
+            pixel_sums=tuple(sums.tolist()),
+            square_sums=tuple(squares.tolist()),
+            skipped=tuple(skipped),
+        )
+        storage.write_text(job.record, record.model_dump_json())
+        return record
+    except RcnnError as error:
+        return error
+
+
+def bad_row(skipped: Skipped) -> DataError:
+    """The error for a row that cannot be taken."""
+    return DataError(
+        skipped.reason,
+        where=skipped.row_id,
+        remedy="Mend or delete it, or set data.on_error=skip to leave such rows out",
+    )
+
+
+def written_shard(job: ShardJob) -> ShardRecord | None:
+    """The record of a shard that an earlier run finished, if it is still what it was."""
+    storage = Storage(job.storage)
+    try:
+        record = ShardRecord.model_validate(storage.read_json(job.record))
+        is_sound = record.plan == job.plan and sha256_of(storage, f"{job.folder}/{job.file}") == record.shard.sha256
+    except (OSError, ValueError):
+        return None
+    return record if is_sound else None
+
+
+def rows_per_group(image_bytes: int) -> int:
+    """Rows of a row group, for images of so many bytes."""
+    return int(np.clip(BYTES_PER_GROUP // image_bytes, MIN_ROWS_PER_GROUP, MAX_ROWS_PER_GROUP))
+
+
+def sha256_of(storage: Storage, name: str) -> str:
+    """The SHA-256 of a file's content."""
+    with storage.filesystem.open_input_file(storage.path(name)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(storage: Storage, job: ShardJob, block: Block) -> Shard:
+    packed = io.BytesIO()
+    pq.write_table(
+        build_table(block),
+        packed,
+        compression="snappy",  # what every reader knows; zstd takes 3 times as long, for little
+        row_group_size=rows_per_group(block.images[:1].nbytes or 1),
+        write_page_checksum=True,
+    )
+    content = packed.getbuffer()
+    storage.write_bytes(f"{job.folder}/{job.file}", content)
+    return Shard(file=job.file, rows=len(block), num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and sum of squares of each pixel over the rows: whole numbers, so their order does not matter."""
+    flat = block.images.reshape(len(block), -1)
+    sums = np.zeros((2, flat.shape[1]), np.int64)
+    for start in range(0, len(flat), ROWS_PER_SUM):
+        part = flat[start : start + ROWS_PER_SUM]
+        sums[0] += part.sum(0, dtype=np.int64)
+        sums[1] += np.square(part, dtype=np.uint16).sum(0, dtype=np.int64)
+    return sums[0], sums[1]
+
+
+def open_shard(storage: Storage, folder: str, shard: Shard) -> pq.ParquetFile:
+    """A shard to read row groups from; its pages' checksums are checked as they are read.
+
+    Raises:
+        DataError: it is missing, or not what the manifest says.
+    """
+    where = storage.uri(f"{folder}/{shard.file}")
+    try:
+        stream = storage.filesystem.open_input_file(storage.path(f"{folder}/{shard.file}"))
+        if stream.size() != shard.num_bytes:
+            raise changed_shard(where, f"it has {stream.size():,} bytes, the manifest says {shard.num_bytes:,}")
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable_shard(where, error) from error
+    if file.metadata.num_rows != shard.rows:
+        raise changed_shard(where, f"it has {file.metadata.num_rows:,} rows, the manifest says {shard.rows:,}")
+    return file
+
+
+def read_shard(storage: Storage, folder: str, shard: Shard) -> pa.Table:
+    """All rows of a shard, once its SHA-256 is found to be the manifest's.
+
+    Raises:
+        DataError: it is missing, or its checksum is another one.
+    """
+    where = storage.uri(f"{folder}/{shard.file}")
+    try:
+        with storage.filesystem.open_input_stream(storage.path(f"{folder}/{shard.file}")) as stream:
+            content = stream.read()
+        found = hashlib.sha256(content).hexdigest()
+        if found != shard.sha256:
+            raise changed_shard(where, f"its SHA-256 begins {found[:12]}, the manifest says {shard.sha256[:12]}")
+        return pq.read_table(pa.BufferReader(content))
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable_shard(where, error) from error
+
+
+def changed_shard(where: str, fault: str) -> DataError:
+    """The error for a shard that is not the one that ingest wrote."""
+    return DataError(f"the shard was changed: {fault}", where=where, remedy="Ingest again with --fresh")
+
+
+def unreadable_shard(where: str, error: Exception) -> DataError:
+    """The error for a shard that cannot be read."""
+    fault = " ".join(str(error).split())
+    return DataError(f"the shard cannot be read ({fault})", where=where, remedy="Ingest again with --fresh")

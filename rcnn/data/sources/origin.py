@@ -1,0 +1,97 @@
+"""What every source hands to ingest: an `Origin`, which knows labels before any pixel is read, and cuts out `Chunk`s.
+
+A chunk is small enough to be sent to another process, and reads its own pixels there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from rcnn.data.manifest import Skipped, SourceRecord
+from rcnn.data.schema import Block
+
+
+class Chunk(Protocol):
+    """Rows of a source that become one shard."""
+
+    def read(self) -> tuple[Block, list[Skipped]]:
+        """The rows, in order, and those that could not be read, with the reason.
+
+        Raises:
+            SourceError: the origin is out of reach, or damaged as a whole.
+        """
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A source, listed and not yet read.
+
+    Attributes:
+        labels: int64 labels (N) of each part: "train", and "val" and "test" where the source has them.
+        classes: names of the labels.
+        image_shape: (H, W, C) of every image that comes out.
+        record: where it came from.
+        cut: a part's name and row numbers -> the chunk with these rows.
+        coarse_classes: names of the coarse labels, where there are any.
+        skipped: rows that were left out while listing.
+        encoded_bytes: size of files that have to be decoded, row by row; 0 for arrays in memory.
+        is_random_access: whether rows that lie apart are as fast to read as neighbours.
+    """
+
+    labels: dict[str, np.ndarray]
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    record: SourceRecord
+    cut: Callable[[str, np.ndarray], Chunk]
+    coarse_classes: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    encoded_bytes: int = 0
+    is_random_access: bool = False
+
+
+@dataclass(frozen=True)
+class ArrayChunk:
+    """Rows that lie in memory already."""
+
+    block: Block
+
+    def read(self) -> tuple[Block, list[Skipped]]:
+        """The rows; nothing can be wrong with them any more."""
+        return self.block, []
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A part in memory: uint8 images (N, H, W, C), int64 labels (N), coarse labels (N) or None."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    coarse: np.ndarray | None = field(default=None)
+
+
+def origin_of_arrays(
+    parts: dict[str, Arrays],
+    classes: tuple[str, ...],
+    record: SourceRecord,
+    *,
+    coarse_classes: tuple[str, ...] = (),
+) -> Origin:
+    """The origin of a source that fits in memory; a row's id is its part and number."""
+
+    def cut(part: str, rows: np.ndarray) -> ArrayChunk:
+        arrays = parts[part]
+        coarse = None if arrays.coarse is None else arrays.coarse[rows]
+        row_ids = [f"{part}/{row}" for row in rows.tolist()]
+        return ArrayChunk(Block(np.ascontiguousarray(arrays.images[rows]), arrays.labels[rows], row_ids, coarse))
+
+    height, width, channels = parts["train"].images.shape[1:]
+    return Origin(
+        labels={part: arrays.labels for part, arrays in parts.items()},
+        classes=classes,
+        image_shape=(height, width, channels),
+        record=record,
+        cut=cut,
+        coarse_classes=coarse_classes,
+    )
