@@ -9,14 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = ["errors", "config", "results", "storage", "progress", "tracking"]
+SHARED = ["errors", "config", "results", "storage", "progress", "tracking", "ray_session"]
 ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
 HOMES = {
     "prefect": ["flows/"],
-    "ray": ["rcnn/train/ray_trainer.py", "rcnn/ray_session.py", "rcnn/tune/ray_tuner.py", "flows/jobs.py"],
+    "ray": [
+        "rcnn/train/ray_trainer.py",
+        "rcnn/ray_session.py",
+        "rcnn/data/ray_data.py",
+        "rcnn/tune/ray_tuner.py",
+        "flows/jobs.py",
+    ],
     "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],
+    "scipy": ["rcnn/data/sources/svhn.py"],
     "pyarrow": ["rcnn/data/", "rcnn/storage.py"],
-    "torchvision": ["rcnn/data/sources.py"],
+    "torchvision": [],
     "flows": ["flows/", "rcnn/cli.py"],
     "infra": ["infra/"],
 }
@@ -69,7 +76,7 @@ def test_the_model_needs_torch_and_the_standard_library_alone() -> None:
         ("rcnn", ["torch", "ray", "mlflow", "prefect", "pydantic"]),
         ("rcnn.cli", ["torch", "ray", "mlflow", "prefect", "pydantic"]),
         ("rcnn.stages", ["torch", "ray", "mlflow", "prefect", "pyarrow"]),
-        ("rcnn.train.loop", ["ray", "mlflow", "prefect", "torchvision"]),
+        ("rcnn.train.loop", ["ray", "mlflow", "prefect", "torchvision", "PIL"]),
     ],
 )
 def test_importing_stays_light(module: str, absent: list[str]) -> None:

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from rcnn.data.manifest import Part, Shard, Skipped
 from rcnn.data.schema import Block, build_table, content_sum
-from rcnn.data.sources.decode import unwarned
 from rcnn.data.sources.origin import Chunk
 from rcnn.errors import DataError, RcnnError
 from rcnn.storage import Storage
@@ -70,8 +69,7 @@ class ShardJob:
 def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
     """Reads the rows and writes them. An error comes back as a value, so that it crosses processes as it is."""
     try:
-        with unwarned():
-            block, skipped = job.chunk.read()
+        block, skipped = job.chunk.read()
         if skipped and not job.skips_bad_rows:
             raise bad_row(skipped[0])
         storage = Storage(job.storage)

@@ -164,9 +164,10 @@ def test_a_shard_that_was_damaged_in_the_draft_is_written_anew(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(ingest, "_describe", stop)
-        run_ingest(PipelineConfig(), target, NoTracker())
+        with pytest.raises(KeyboardInterrupt):
+            run_ingest(PipelineConfig(), target, NoTracker())
     [shard] = target.storage.local_path("datasets").rglob("train-00000.parquet")
     shard.write_bytes(shard.read_bytes()[:-1])
     run_ingest(PipelineConfig(), target, NoTracker())
@@ -211,9 +212,10 @@ def test_fresh_replaces_what_was_there_once_the_new_is_whole(
     def fail(*_: object) -> None:
         raise DataError("no more")
 
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="no more"):
+    with monkeypatch.context() as patch:
         patch.setattr(ingest, "_describe", fail)
-        run_ingest(PipelineConfig(), target, NoTracker())
+        with pytest.raises(DataError, match="no more"):
+            run_ingest(PipelineConfig(), target, NoTracker())
     assert (tmp_path / "datasets/x/mark").exists()
     run_ingest(PipelineConfig(), target, NoTracker())
     assert not (tmp_path / "datasets/x/mark").exists()

@@ -15,11 +15,10 @@ from PIL import Image, ImageOps
 
 from rcnn.config import DataConfig
 
-# What is read, by content and not by file name. Not EPS: Pillow hands it to another program.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# What is read, by content and not by file name (JPEG includes MPO). Not EPS: Pillow hands it to another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 ORIENTATION_TAG = 0x0112
-SIDES_SWAP_ABOVE = 4  # orientations 5 to 8 lie on their side
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -51,9 +50,9 @@ def find_rule(data: DataConfig, first: IO[bytes] | Path) -> ImageRule:
         BadImage: the first image cannot be read.
     """
     max_pixels = data.max_megapixels * 1_000_000
-    with unwarned(), _opened(first, max_pixels) as image:
+    with unwarned(), _opened(first, max_pixels) as image, _decoding():
         is_grey = data.color == "grey" or (data.color == "auto" and _is_grey(image))
-        width, height = image.size[::-1] if image.getexif().get(ORIENTATION_TAG, 1) > SIDES_SWAP_ABOVE else image.size
+        width, height = _upright(image).size
     if data.image_size:
         width = height = data.image_size
     return ImageRule(
@@ -76,13 +75,12 @@ def decode_image(source: IO[bytes] | Path, rule: ImageRule) -> np.ndarray:
     with _opened(source, rule.max_pixels) as opened:
         if rule.is_grey_required and not _is_grey(opened):
             raise BadImage("is in colour, and the first image is grey: set data.color to grey or rgb")
-        try:
-            image = _eight_bits(opened if _is_upright(opened) else ImageOps.exif_transpose(opened))
+        with _decoding():
+            image = _eight_bits(_upright(opened))
+            image.info.pop("transparency", None)  # Pillow would warn that it falls away
             if image.mode != MODES[channels]:
                 image = image.convert(MODES[channels])
             image.load()
-        except Exception as error:  # Pillow raises whatever the broken bytes lead it to
-            raise BadImage(f"cannot be decoded ({_line(error)})") from error
     if image.size != (width, height):
         if rule.resize is None:
             found = f"{image.width}x{image.height}"
@@ -101,6 +99,8 @@ def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
         if error.errno:
             raise BadImage(f"cannot be read ({error.strerror})") from error
         raise BadImage(f"is no image that can be read ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, above any of ours
+        raise BadImage(f"is larger than data.max_megapixels = {max_pixels // 1_000_000} allows") from error
     except Exception as error:  # Pillow raises whatever the broken bytes lead it to
         raise BadImage(f"is no image that can be read ({_line(error)})") from error
     if image.width * image.height > max_pixels:
@@ -111,6 +111,15 @@ def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
 
 
 @contextmanager
+def _decoding() -> Iterator[None]:
+    """Names what Pillow raises, which is whatever the broken bytes lead it to."""
+    try:
+        yield
+    except Exception as error:
+        raise BadImage(f"cannot be decoded ({_line(error)})") from error
+
+
+@contextmanager
 def unwarned() -> Iterator[None]:
     """Silences Pillow's warning about large images: the limit is ours. Around many images, since it is slow."""
     with warnings.catch_warnings():
@@ -118,9 +127,9 @@ def unwarned() -> Iterator[None]:
         yield
 
 
-def _is_upright(image: Image.Image) -> bool:
-    """Whether EXIF does not ask for a turn: the image is then not copied."""
-    return bool(image.getexif().get(ORIENTATION_TAG, 1) == 1)
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, turned if EXIF asks for it; otherwise it is not copied."""
+    return image if image.getexif().get(ORIENTATION_TAG, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def _is_grey(image: Image.Image) -> bool:
@@ -128,10 +137,15 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit greys scaled to 8 bits; Pillow's own conversion would clip them to white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
-    return image
+    """16-bit greys scaled to 8 bits; Pillow's own conversion would clip them to white. Deeper pixels are refused."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if not image.mode.startswith("I"):
+        return image
+    greys = np.asarray(image, dtype=np.int64)
+    if greys.min() < 0 or greys.max() >= 1 << 16:
+        raise ValueError("its greys exceed 16 bits")
+    return Image.fromarray((greys >> 8).astype(np.uint8))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:

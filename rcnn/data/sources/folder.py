@@ -13,7 +13,7 @@ import numpy as np
 from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
-from rcnn.data.sources.decode import ENDINGS, BadImage, ImageRule, decode_image, find_rule
+from rcnn.data.sources.decode import ENDINGS, BadImage, ImageRule, decode_image, find_rule, unwarned
 from rcnn.data.sources.origin import Origin
 from rcnn.errors import SourceError
 from rcnn.progress import say
@@ -31,6 +31,7 @@ class FileChunk:
     labels: np.ndarray
     rule: ImageRule
 
+    @unwarned()
     def read(self) -> tuple[Block, list[Skipped]]:
         """Decodes the files; those that cannot be are left out and named."""
         images = np.empty((len(self.row_ids), *self.rule.image_shape), np.uint8)

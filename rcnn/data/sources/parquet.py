@@ -25,7 +25,7 @@ from pyarrow import fs
 from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
-from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, find_rule
+from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, find_rule, unwarned
 from rcnn.data.sources.origin import Origin
 from rcnn.errors import SourceError
 
@@ -59,6 +59,7 @@ class ParquetChunk:
     picks: list[tuple[ParquetFile, np.ndarray, np.ndarray]]
     rule: ImageRule
 
+    @unwarned()
     def read(self) -> tuple[Block, list[Skipped]]:
         """Decodes the rows; those that cannot be are left out and named."""
         count = sum(len(rows) for _, rows, _ in self.picks)
