@@ -27,6 +27,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
+def _require_no_credentials(setting: str, uri: str) -> None:
+    """Settings go to logs and to MLflow: a key in them would too."""
+    if re.search(r"://[^/?]*@|[?&](access_key|secret_key|session_token)=", uri):
+        raise ValueError(f"{setting} holds credentials; give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
 IMAGE_FILE_SOURCES = ("folder", "parquet")
 """The sources of encoded images (PNG, JPEG, ...): they need `data.root`, and may be of any size."""
 
@@ -80,6 +86,7 @@ class DataConfig(Section):
     def _settings_fit_the_source(self) -> Self:
         if self.source in IMAGE_FILE_SOURCES and not self.root:
             raise ValueError(f"data.source = {self.source!r} needs data.root; set it to where the images are")
+        _require_no_credentials("data.root", self.root)
         if self.source not in IMAGE_FILE_SOURCES and self.image_size:
             raise ValueError(
                 f"data.image_size = {self.image_size} is for the sources folder and parquet, "
@@ -92,7 +99,8 @@ class DataConfig(Section):
         """The data set's name: names experiments and models."""
         if self.name or self.source not in IMAGE_FILE_SOURCES:
             return self.name or self.source
-        last = re.sub(r"[*?\[].*$", "", self.root).rstrip("/").rpartition("/")[2].removesuffix(".parquet")
+        path = self.root.partition("?")[0] if "://" in self.root else self.root
+        last = re.sub(r"(^|/)[^/]*[*?\[].*$", "", path).rstrip("/").rpartition("/")[2].removesuffix(".parquet")
         return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or self.source
 
 
@@ -236,6 +244,11 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _storage_is_free_of_secrets(self) -> Self:
+        _require_no_credentials("storage", self.storage)
+        return self
 
     def hash(self, *sections: str) -> str:
         """The first 12 hex digits of the SHA-256 of the named parts of the tree, or of all of them.

@@ -57,7 +57,7 @@ class Storage:
 
     def uri(self, name: str) -> str:
         """The path of `name` as a person or another process would write it."""
-        return f"{self.root}/{name}"
+        return f"{self.root.partition('?')[0]}/{name}"
 
     def local_path(self, name: str) -> Path:
         """`name` as a path on this machine.

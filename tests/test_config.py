@@ -74,7 +74,10 @@ def test_every_setting_has_a_meaning() -> None:
 
 SMALLEST_WRONG = {
     "data.source": "imagenet", "data.val_fraction": 1.0, "data.test_fraction": 0, "data.split_seed": -1,
-    "data.shard_megabytes": 0, "model.k": 0, "model.t": -1, "model.dropout": 1.0, "model.lrn_alpha": -0.1,
+    "data.shard_megabytes": 0, "data.name": "a/b", "data.svhn_extra": "perhaps", "data.image_size": -1,
+    "data.resize": "squeeze", "data.color": "blue", "data.max_megapixels": 0, "data.on_error": "ignore",
+    "model.normalise": "whiten", "model.crop": -1, "train.flip": "perhaps", "train.cutout": -1, "train.loader": "lazy",
+    "train.resident_megabytes": 0, "model.k": 0, "model.t": -1, "model.dropout": 1.0, "model.lrn_alpha": -0.1,
     "model.lrn_beta": -1, "train.epochs": 0, "train.batch_size": 0, "train.learning_rate": 0, "train.momentum": 1,
     "train.weight_decay": -1, "train.schedule": "cosine", "train.plateau_factor": 1, "train.plateau_patience": -1,
     "train.one_cycle_warmup": 0, "train.max_shift": -1, "train.clip_norm": -1, "train.ema_decay": 1,
@@ -111,12 +114,29 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         (["recipe=demo"], "Use --recipe NAME"),
         (["model.k=many"], "model.k is 'many'"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),
+        (["data.source=folder"], "data.source = 'folder' needs data.root"),
+        (["data.image_size=32"], "data.image_size = 32 is for the sources folder and parquet"),
     ],
 )
 def test_messages_of_wrong_overrides(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match="--set") as caught:
         resolve_config("demo", overrides=overrides)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "mnist-sample"),
+        ({"data.source": "svhn", "data.root": "/somewhere"}, "svhn"),
+        ({"data.source": "folder", "data.root": "/photos/My cats & dogs/"}, "My-cats-dogs"),
+        ({"data.source": "parquet", "data.root": "s3://bucket/flowers/train-*.parquet"}, "flowers"),
+        ({"data.source": "parquet", "data.root": "/x/digits.parquet"}, "digits"),
+        ({"data.source": "folder", "data.root": "/photos", "data.name": "mine"}, "mine"),
+    ],
+)
+def test_a_data_set_is_named_after_what_it_is(settings: dict[str, object], name: str) -> None:
+    assert PipelineConfig().with_settings(settings).data.dataset == name
 
 
 def test_a_misspelt_environment_variable_is_an_error() -> None:

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 MNIST = Path(__file__).parents[2] / "shared" / "data"
 
@@ -60,6 +62,39 @@ def test_a_search_that_was_interrupted_goes_on_with_what_is_left(tmp_path: Path)
     assert "going on with the search that was interrupted" in output
     assert "trial-00" not in output.split("going on")[1].split("{")[0]
     assert output.count('"outcome": "finished"') == 3
+
+
+@pytest.mark.parametrize("source", ["folder", "parquet"])
+def test_the_users_own_images_become_a_registered_model(tmp_path: Path, source: str) -> None:
+    root = tmp_path / "shapes"
+    draw_shapes(root, num_per_class=120)
+    if source == "parquet":
+        place = ["--set", f"data.root={root}", "--set", "data.image_size=20"]
+        finish(command(tmp_path, "ingest", "--set", "data.source=folder", *place))
+        finish(command(tmp_path, "data", "export", "shapes", "--to", str(tmp_path / "exported" / "shapes")))
+        root = tmp_path / "exported" / "shapes"
+    settings = (f"data.source={source}", f"data.root={root}", "data.image_size=20", "tune.enabled=false", "model.k=8")
+    settings += ("train.epochs=8", "train.num_rows=0", "train.batch_size=16", "train.learning_rate=0.03")
+    flags = [word for setting in settings for word in ("--set", setting)]
+    output = finish(command(tmp_path, "pipeline", "--recipe", "debug_tiny", *flags))
+    assert "rcnn-shapes version 1, champion" in output
+    assert float(output.split("test error ")[1].split(" %")[0]) < 20
+    assert finish(command(tmp_path, "pipeline", "--recipe", "debug_tiny", *flags)).count("nothing to do") == 4
+
+
+def draw_shapes(root: Path, num_per_class: int) -> None:
+    """Grey discs and squares of mixed sizes, with noise."""
+    rng = np.random.default_rng(0)
+    for label in ("disc", "square"):
+        (root / "train" / label).mkdir(parents=True)
+        for number in range(num_per_class):
+            side = int(rng.integers(20, 41))
+            picture = Image.fromarray(rng.integers(0, 60, (side, side), dtype=np.uint8))
+            corner, extent = rng.integers(2, side // 3, 2), side // 2
+            box = [int(corner[0]), int(corner[1]), int(corner[0]) + extent, int(corner[1]) + extent]
+            pen = ImageDraw.Draw(picture)
+            (pen.ellipse if label == "disc" else pen.rectangle)(box, fill=int(rng.integers(150, 256)))
+            picture.save(root / "train" / label / f"{number:03d}.png")
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="the official files are not on this machine")

@@ -161,9 +161,8 @@ def _plan_shards(origin: Origin, plan: Plan, data: DataConfig, draft: "_Draft") 
     group = rows_per_group(image_bytes)
     rows_per_shard = max(1, data.shard_megabytes * 1_000_000 // image_bytes // group) * group
     for split, (part, rows) in plan.items():
-        if split == "train" and origin.is_random_access:
-            # A folder lists class after class; streaming shuffles among neighbours, which should not all be of one.
-            rows = np.random.default_rng(data.split_seed).permutation(rows)
+        if split == "train":
+            rows = _spread(rows, origin.block_rows, data.split_seed)
         for number, start in enumerate(range(0, len(rows), rows_per_shard)):
             chosen = rows[start : start + rows_per_shard]
             name = f"{split}-{number:05d}"
@@ -178,7 +177,16 @@ def _plan_shards(origin: Origin, plan: Plan, data: DataConfig, draft: "_Draft") 
                 chunk=origin.cut(part, chosen),
                 num_classes=len(origin.classes),
                 skips_bad_rows=data.on_error == "skip",
+                shuffle_seed=(data.split_seed, number) if split == "train" else None,
             )
+
+
+def _spread(rows: np.ndarray, block_rows: int, seed: int) -> np.ndarray:
+    """The rows in a random order of blocks. Files often come class after class, and streaming shuffles among neighbours:
+    a shard should hold rows from everywhere."""
+    starts = np.arange(0, len(rows), block_rows)
+    order = np.random.default_rng(seed).permutation(len(starts))
+    return np.concatenate([rows[start : start + block_rows] for start in starts[order]])
 
 
 def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJob]) -> list[ShardRecord]:

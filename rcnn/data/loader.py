@@ -209,25 +209,31 @@ def open_rows(storage: Storage, folder: str, manifest: Manifest, split: str, *, 
 
 
 def _load_some(storage: Storage, folder: str, manifest: Manifest, num_rows: int, seed: int) -> Rows:
-    rows = load_rows(storage, folder, manifest, "train")
-    if 0 < num_rows < len(rows):
-        return rows.take(np.sort(np.random.default_rng(seed).permutation(len(rows))[:num_rows]))
-    return rows
+    """All training rows, or `num_rows` of them drawn by `seed`; the others are read and let go."""
+    count = manifest.splits["train"].rows
+    if not 0 < num_rows < count:
+        return load_rows(storage, folder, manifest, "train")
+    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num_rows])
+    return load_rows(storage, folder, manifest, "train", chosen=chosen)
 
 
-def load_rows(storage: Storage, folder: str, manifest: Manifest, split: str) -> Rows:
-    """All rows of one split, in memory.
+def load_rows(
+    storage: Storage, folder: str, manifest: Manifest, split: str, *, chosen: np.ndarray | None = None
+) -> Rows:
+    """The rows of one split, in memory: all of them, or those of the numbers `chosen`, ascending.
 
     Raises:
         DataError: a shard is missing, or its checksum is not the manifest's.
     """
-    shape = manifest.image_shape
-    count = manifest.splits[split].rows
-    images_NHWC, labels_N = np.empty((count, *shape), np.uint8), np.empty(count, np.int64)
-    start = 0
+    count = manifest.splits[split].rows if chosen is None else len(chosen)
+    images_NHWC, labels_N = np.empty((count, *manifest.image_shape), np.uint8), np.empty(count, np.int64)
+    first, start = 0, 0
     for shard in manifest.splits[split].shards:
         table = read_shard(storage, folder, shard)
+        if chosen is not None:
+            of_shard = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, first + shard.rows)] - first
+            table = table.take(of_shard)
         here = slice(start, start + len(table))
         images_NHWC[here], labels_N[here] = images_of(table), table.column("label").to_numpy()
-        start += len(table)
+        first, start = first + shard.rows, start + len(table)
     return Rows(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), torch.from_numpy(labels_N))

@@ -27,6 +27,15 @@ class Block:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, chosen_N: np.ndarray) -> "Block":
+        """The rows of these numbers, in this order."""
+        return Block(
+            self.images[chosen_N],
+            self.labels[chosen_N],
+            [self.row_ids[number] for number in chosen_N.tolist()],
+            None if self.coarse is None else self.coarse[chosen_N],
+        )
+
 
 def table_schema(image_shape: Sequence[int], *, has_coarse: bool = False) -> pa.Schema:
     """The schema for images of shape (H, W, C)."""

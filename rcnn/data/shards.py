@@ -54,6 +54,7 @@ class ShardJob:
         plan: see `ShardRecord`.
         chunk: the rows.
         skips_bad_rows: or stops at the first.
+        shuffle_seed: puts the rows in a random order; None: in that of the chunk.
     """
 
     storage: str
@@ -64,6 +65,7 @@ class ShardJob:
     chunk: Chunk
     num_classes: int
     skips_bad_rows: bool
+    shuffle_seed: tuple[int, int] | None = None
 
 
 def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
@@ -72,6 +74,8 @@ def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
         block, skipped = job.chunk.read()
         if skipped and not job.skips_bad_rows:
             raise bad_row(skipped[0])
+        if job.shuffle_seed is not None:
+            block = block.take(np.random.default_rng(job.shuffle_seed).permutation(len(block)))
         storage = Storage(job.storage)
         shard = _write(storage, job, block)
         sums, squares = _sums(block)

@@ -126,7 +126,7 @@ class StoredRows:
 def stored_rows(
     storage: Storage, folder: str, manifest: Manifest, split: str, *, num_rows: int = 0, seed: int = 0
 ) -> StoredRows:
-    """The rows of a split; `num_rows` > 0 keeps so many, in whole row groups drawn by `seed`, but for the last."""
+    """The rows of a split; `num_rows` > 0 keeps so many, as many of each row group as of any other, drawn by `seed`."""
     group = rows_per_group(manifest.image_bytes)
     shards = manifest.splits[split].shards
     segments = [
@@ -134,10 +134,21 @@ def stored_rows(
         for number, shard in enumerate(shards)
         for first in range(0, shard.rows, group)
     ]
-    if num_rows:
-        order = np.random.default_rng(seed).permutation(len(segments))
-        segments = list(stretch([segments[number] for number in order], 0, num_rows))
+    if 0 < num_rows < manifest.splits[split].rows:
+        segments = _thinned(segments, num_rows, np.random.default_rng(seed))
     return StoredRows(storage, folder, shards, tuple(segments), manifest.image_shape)
+
+
+def _thinned(segments: Sequence[Segment], num_rows: int, rng: np.random.Generator) -> list[Segment]:
+    """A piece of each segment, `num_rows` rows in all."""
+    ends = np.cumsum([len(segment) for segment in segments])
+    lengths = np.diff(ends * num_rows // ends[-1], prepend=0)
+    starts = [rng.integers(len(segment) - length + 1) for segment, length in zip(segments, lengths, strict=True)]
+    return [
+        replace(segment, start=int(start), stop=int(start + length))
+        for segment, start, length in zip(segments, starts, lengths, strict=True)
+        if length
+    ]
 
 
 def stretch(segments: Sequence[Segment], start: int, stop: int) -> tuple[Segment, ...]:

@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rcnn.config import PipelineConfig
+from rcnn.data.manifest import require_manifest
 from rcnn.errors import RcnnError, TrainingError
 from rcnn.model import count_parameters
 from rcnn.progress import EpochProgress, say
@@ -40,6 +41,8 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
         ClusterError: Ray or the storage is out of reach, or the cluster is too small.
         DataError: the data set is not what its manifest says.
     """
+    manifest = require_manifest(target.storage, data.folder)
+    tracker.log_data(manifest.summary(), target.storage.uri(data.folder), context="training")
     ensure_ray(config, target.storage)
     require_room(
         config,

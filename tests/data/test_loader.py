@@ -42,27 +42,26 @@ def resident(count: int) -> Rows:
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], StoredRows]]:
     """Any first rows of a split of 700, in shards of 300, 300 and 100 rows and row groups of 16."""
     storage = Storage(str(tmp_path_factory.mktemp("stored")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "rows_per_group", lambda image_bytes: GROUP)
-        patch.setattr(streaming, "rows_per_group", lambda image_bytes: GROUP)
-        patch.setattr(streaming, "GROUPS_PER_WINDOW", 4)
-        written = []
-        for start in range(0, NUM_STORED, 300):
-            stop = min(NUM_STORED, start + 300)
-            rows = np.arange(start, stop)
-            block = Block(pixels_of(NUM_STORED)[start:stop], rows, [str(row) for row in rows])
-            file = f"train/train-{len(written):05d}.parquet"
-            job = ShardJob(storage.root, "d", file, f"records/{start}.json", "", ArrayChunk(block), NUM_STORED, False)
+    written = []
+    for start in range(0, NUM_STORED, 300):
+        rows = np.arange(start, min(NUM_STORED, start + 300))
+        block = Block(pixels_of(NUM_STORED)[rows], rows, [str(row) for row in rows])
+        file = f"train/train-{len(written):05d}.parquet"
+        job = ShardJob(storage.root, "d", file, f"records/{start}.json", "", ArrayChunk(block), NUM_STORED, False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "rows_per_group", lambda image_bytes: GROUP)
             written.append(write_shard(job).shard)  # type: ignore[union-attr]
 
-        def first_rows(count: int) -> StoredRows:
-            segments = [
-                Segment(number, first // GROUP, 0, min(GROUP, shard.rows - first))
-                for number, shard in enumerate(written)
-                for first in range(0, shard.rows, GROUP)
-            ]
-            return StoredRows(storage, "d", tuple(written), stretch(segments, 0, count), (4, 4, 3))
+    def first_rows(count: int) -> StoredRows:
+        segments = [
+            Segment(number, first // GROUP, 0, min(GROUP, shard.rows - first))
+            for number, shard in enumerate(written)
+            for first in range(0, shard.rows, GROUP)
+        ]
+        return StoredRows(storage, "d", tuple(written), stretch(segments, 0, count), (4, 4, 3))
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "GROUPS_PER_WINDOW", 4)
         yield first_rows
 
 
@@ -172,8 +171,9 @@ def test_resident_ranks_share_the_global_batches_of_one(rows: int, share: int, r
     assert [sum((part[step] for part in parts), []) for step in range(len(whole))] == whole
 
 
-@given(st.lists(st.integers(1, 20), max_size=12), st.integers(0, 250), st.integers(0, 250))
-def test_a_stretch_is_a_slice_of_the_rows(sizes: list[int], start: int, stop: int) -> None:
+@given(st.lists(st.integers(1, 20), max_size=12), st.integers(0, 250), st.integers(0, 100))
+def test_a_stretch_is_a_slice_of_the_rows(sizes: list[int], start: int, length: int) -> None:
+    stop = start + length
     segments = [Segment(0, number, 5, 5 + size) for number, size in enumerate(sizes)]
 
     def rows(segments: object) -> list[tuple[int, int]]:
@@ -230,6 +230,14 @@ def test_a_subset_has_as_many_rows_as_asked_for(digits_storage: Path, digits: In
         assert len(data.train) == 777
 
 
+def test_a_streamed_subset_is_spread_over_all_row_groups(stored: Callable[[int], StoredRows]) -> None:
+    rows = stored(NUM_STORED)
+    thinned = streaming._thinned(rows.segments, 99, np.random.default_rng(0))
+    assert sum(map(len, thinned)) == 99
+    assert all(1 <= len(segment) <= 3 for segment in thinned)
+    assert len({(segment.shard, segment.group) for segment in thinned}) == len(rows.segments)
+
+
 def test_both_engines_read_the_same_rows(digits_storage: Path, digits: IngestResult, manifest: Manifest) -> None:
     storage = Storage(str(digits_storage))
     for split in digits.rows:
@@ -263,11 +271,14 @@ def test_a_shard_that_was_altered_after_ingest_is_named(
     else:
         content[len(content) // 3] ^= damage == "a byte changed"
         file.write_bytes({"cut off": content[:-9], "one byte longer": content + b"x"}.get(damage, content))
-    with pytest.raises(DataError, match=r"val-00000\.parquet: the shard (was changed|cannot be read).*Ingest again"):
+
+    def load() -> object:
         if engine == "resident":
-            load_rows(storage, "d", manifest, "val")
-        else:
-            list(stored_rows(storage, "d", manifest, "val").batches(100, CPU))
+            return load_rows(storage, "d", manifest, "val")
+        return list(stored_rows(storage, "d", manifest, "val").batches(100, CPU))
+
+    with pytest.raises(DataError, match=r"val-00000\.parquet: the shard (was changed|cannot be read).*Ingest again"):
+        load()
 
 
 def test_a_data_set_larger_than_a_window_is_streamed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

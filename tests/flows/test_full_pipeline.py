@@ -1,6 +1,7 @@
 """The whole flow on real digits, with a real Prefect server, Ray and MLflow."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def test_mlflow_holds_the_runs_nested_with_metrics_by_epoch(config: PipelineConf
     assert runs["train"].data.params["model.k"] == "8"
     assert runs["evaluate"].data.metrics["test/error"] == trees["evaluate"]["test_error"]
     assert "rcnn.prefect_flow_run" in runs["train"].data.tags
+
+
+def test_mlflow_knows_which_data_each_run_read(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    runs = runs_by_name(config)
+    for name, context in (("ingest", "ingest"), ("train", "training"), ("evaluate", "testing")):
+        [noted] = runs[name].inputs.dataset_inputs
+        assert noted.tags[0].value == context
+        assert noted.dataset.name == "mnist-sample"
+        assert noted.dataset.digest == trees["ingest"]["digest"][:36]
+        assert json.loads(noted.dataset.profile)["digest"] == trees["ingest"]["digest"]
+        assert json.loads(noted.dataset.source)["uri"].endswith(trees["ingest"]["folder"])
 
 
 def test_the_registered_champion_scores_batches_of_1_and_7(config: PipelineConfig, trees: dict[str, Any]) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import TrainingData, load_training_data
-from rcnn.errors import ClusterError, DataError, TrainingError
+from rcnn.data.loader import Rows, TrainingData, load_training_data
+from rcnn.errors import ClusterError, ConfigError, DataError, TrainingError
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import load_model
-from rcnn.train.loop import Metrics, fit
+from rcnn.train.loop import Metrics, fit, training_data
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "debug_tiny.json"
 
@@ -54,6 +54,40 @@ def test_a_small_model_learns_real_digits(tiny_config: PipelineConfig, data: Tra
     )  # fmt: skip
     state = fit(config, data, ignore)
     assert state.history[-1]["val/error"] < 0.35 < state.history[0]["val/error"]
+
+
+def test_a_streamed_model_learns_as_well_and_resumes_to_the_same_weights(
+    tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path
+) -> None:
+    config = tiny_config.with_settings(
+        {"model.k": 16, "model.dropout": 0.1, "train.epochs": 4, "train.batch_size": 16, "train.learning_rate": 0.03,
+         "train.loader": "streaming", "train.num_rows": 1500, "train.max_shift": 1}
+    )  # fmt: skip
+    data = training_data(config, Storage(config.storage), digits.folder)
+    assert not isinstance(data.train, Rows)
+
+    def keep_the_second(metrics: Metrics, save: Callable[[Path], None]) -> None:
+        if metrics["epoch"] == 2:
+            save(tmp_path)
+
+    whole = fit(config, data, keep_the_second)
+    assert whole.history[-1]["val/error"] < 0.35
+    resumed = fit(config, data, ignore, resume_from=tmp_path)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_the_network_may_see_a_window_of_each_image(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    config = tiny_config.with_settings(
+        {"model.crop": 20, "model.normalise": "channel", "train.flip": True, "train.cutout": 4}
+    )
+    state = fit(config, data, ignore)
+    images = data.val.images[:4]  # type: ignore[attr-defined]
+    model = state.model.eval()
+    assert torch.equal(model(images), model(images[:, :, 4:24, 4:24]))
+    with pytest.raises(
+        ConfigError, match=r"model\.crop = 30: is larger than the images of mnist-sample, which are 28x28"
+    ):
+        fit(tiny_config.with_settings({"model.crop": 30}), data, ignore)
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "one_cycle"])

@@ -61,6 +61,13 @@ def test_one_worker_and_two_agree_and_checkpoints_are_kept(tiny_config: Pipeline
     assert one.num_parameters == 4938
 
 
+def test_two_workers_stream_uneven_rows_to_the_end(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+    config = tiny_config.with_settings(
+        {"train.loader": "streaming", "train.num_rows": 333, "train.num_workers": 2, "train.batch_size": 10}
+    )
+    assert train(config, digits, "runs/streaming").epochs == 2
+
+
 def test_a_killed_worker_is_replaced_and_a_finished_run_is_not_trained_again(
     tiny_config: PipelineConfig, digits: IngestResult
 ) -> None:

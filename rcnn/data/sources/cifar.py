@@ -163,11 +163,11 @@ def _read_archive(files: CifarFiles, archive: Path) -> Iterator[tuple[str, bytes
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
-                tarfile.data_filter(member, "/nowhere")  # refuses ../, absolute paths, links and devices
+                tarfile.data_filter(member, "/nowhere")  # refuses ../, links that lead out, and devices
                 folder, _, name = member.name.rpartition("/")
-                if folder == files.folder and name in _members(files):
+                if folder == files.folder and name in _members(files) and member.isreg():
                     stream = tar.extractfile(member)
-                    assert stream is not None, f"{member.name} is no file"
+                    assert stream is not None, f"{member.name} is a regular file"
                     yield name, stream.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise SourceError(f"is no sound archive ({error})", where=str(archive), remedy="Fetch it again") from error

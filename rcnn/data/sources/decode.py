@@ -3,6 +3,7 @@
 Ingest and `rcnn predict` both come here, so a model is asked about images made the way it was trained on.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 ORIENTATION_TAG = 0x0112
 MODES = {1: "L", 3: "RGB"}
+NO_IMAGE = "is no image that can be read ({})"
 
 
 class BadImage(Exception):
@@ -98,16 +100,20 @@ def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
     except OSError as error:
         if error.errno:
             raise BadImage(f"cannot be read ({error.strerror})") from error
-        raise BadImage(f"is no image that can be read ({', '.join(FORMATS)})") from error
+        raise BadImage("is empty" if _is_empty(source) else NO_IMAGE.format(", ".join(FORMATS))) from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, above any of ours
-        raise BadImage(f"is larger than data.max_megapixels = {max_pixels // 1_000_000} allows") from error
+        raise BadImage(f"is larger than data.max_megapixels = {max_pixels // 1_000_000} allows ({error})") from error
     except Exception as error:  # Pillow raises whatever the broken bytes lead it to
-        raise BadImage(f"is no image that can be read ({_line(error)})") from error
+        raise BadImage(NO_IMAGE.format(_line(error))) from error
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"
         image.close()
         raise BadImage(f"is {size}, and data.max_megapixels = {max_pixels // 1_000_000} allows no more")
     return image
+
+
+def _is_empty(source: IO[bytes] | Path) -> bool:
+    return (source.stat().st_size if isinstance(source, Path) else source.seek(0, os.SEEK_END)) == 0
 
 
 @contextmanager

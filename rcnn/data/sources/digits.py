@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ ARTICLES = (
 )  # fmt: skip
 SPLITS = {"train": "train", "test": "t10k"}
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
+SIDE = 28
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,22 @@ def _open_idx(files: IdxFiles, data: DataConfig, downloads: Path) -> Origin:
     for split, prefix in SPLITS.items():
         images = _read_idx(files, folder, f"{prefix}-images-idx3-ubyte", IMAGES_MAGIC, checksums)
         labels = _read_idx(files, folder, f"{prefix}-labels-idx1-ubyte", LABELS_MAGIC, checksums)
-        if len(images) != len(labels):
-            raise SourceError(
-                f"holds {len(images)} images, and there are {len(labels)} labels",
-                where=str(folder / f"{prefix}-images-idx3-ubyte"),
-                remedy="Fetch the files again",
-            )
+        if fault := _mismatch(images, labels, len(files.classes)):
+            where = str(folder / f"{prefix}-images-idx3-ubyte")
+            raise SourceError(fault, where=where, remedy="Fetch the files again")
         parts[split] = Arrays(images[..., None], labels.astype(np.int64))
     record = SourceRecord(name=files.name, url=files.mirrors[0], files=checksums)
     return origin_of_arrays(parts, files.classes, record)
+
+
+def _mismatch(images: np.ndarray, labels: np.ndarray, num_classes: int) -> str:
+    if len(images) == 0 or len(images) != len(labels):
+        return f"holds {len(images)} images, and there are {len(labels)} labels"
+    if images.shape[1:] != (SIDE, SIDE):
+        return f"its images are {images.shape[2]}x{images.shape[1]}, and must be {SIDE}x{SIDE}"
+    if labels.max(initial=0) >= num_classes:
+        return f"one of its labels is {labels.max()}, and must be 0 to {num_classes - 1}"
+    return ""
 
 
 def _find(files: IdxFiles, root: Path) -> Path:
@@ -132,14 +141,16 @@ def _read_idx(files: IdxFiles, folder: Path, name: str, magic: int, checksums: d
     header = 4 * (1 + num_dimensions)
     if len(content) >= header:
         found, *shape = struct.unpack(f">{1 + num_dimensions}I", content[:header])
-        if found == magic and len(content) == header + int(np.prod(shape)):
+        if found == magic and len(content) == header + math.prod(shape):
             return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
     raise SourceError("is no IDX file of its kind, or is cut off", where=str(file), remedy="Fetch the file again")
 
 
 def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, Path]:
     plain, packed = folder / name, folder / f"{name}.gz"
-    file = plain if plain.exists() else packed
+    packed_md5, content_md5 = files.md5[name]
+    # Where both lie there, as torchvision leaves them, the one whose MD5 is known.
+    file = packed if packed.exists() and not (content_md5 and plain.exists()) else plain
     try:
         raw = file.read_bytes()
         content = raw if file == plain else gzip.decompress(raw)
@@ -149,7 +160,6 @@ def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, P
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"cannot be read ({error})", where=str(file), remedy="Fetch the file again") from error
-    packed_md5, content_md5 = files.md5[name]
     found, expected = (_md5(content), content_md5) if content_md5 else (_md5(raw), packed_md5)
     if found != expected and (content_md5 or file == packed):
         raise SourceError(

@@ -97,6 +97,8 @@ def _fetch_resuming(url: str, draft: Path) -> None:
             if error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise _DownloadFailed(f"HTTP {error.code} {error.reason}") from error
             fault = f"HTTP {error.code} {error.reason}"
+        except (ValueError, http.client.InvalidURL) as error:
+            raise _DownloadFailed(f"is no http address ({error})") from error
         except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as error:
             fault = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         after = draft.stat().st_size if draft.exists() else 0
@@ -123,7 +125,7 @@ def _append(url: str, draft: Path) -> None:
     with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
             there = 0  # this server does not resume
-        missing = int(response.headers.get("Content-Length", -1))
+        missing = -1 if response.length is None else response.length
         with draft.open("ab" if there else "wb") as stream:
             received = _copy(response, stream, there, missing, draft.stem)
     if 0 <= received < missing:
@@ -139,8 +141,16 @@ def _copy(response: IO[bytes], stream: IO[bytes], there: int, missing: int, name
     with tqdm(
         desc=f"  {name}", total=total, initial=there, unit="B", unit_scale=True, leave=False, disable=is_quiet
     ) as bar:
-        while content := response.read(BYTES_PER_READ):
+        while content := _received(response):
             stream.write(content)
             received += len(content)
             bar.update(len(content))
     return received
+
+
+def _received(response: IO[bytes]) -> bytes:
+    """The next bytes. What the network does is told from what the disk does: a route that is gone is a mere OSError."""
+    try:
+        return response.read(BYTES_PER_READ)
+    except OSError as error:
+        raise ConnectionError(error.strerror or str(error)) from error

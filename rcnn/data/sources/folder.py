@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def open_folder(data: DataConfig, downloads: Path) -> Origin:
     """Lists the tree and reads the header of its first image."""
     root = _existing(data.root)
     folders = _part_folders(root)
-    classes = _classes(folders)
+    classes = _classes(root, folders)
     listing = _Listing(root)
     for part, folder in folders.items():
         listing.row_ids[part], listing.labels[part] = [], []
@@ -87,7 +88,6 @@ def open_folder(data: DataConfig, downloads: Path) -> Origin:
         cut=cut,
         skipped=tuple(listing.skipped),
         encoded_bytes=listing.encoded_bytes,
-        is_random_access=True,
     )
 
 
@@ -101,14 +101,14 @@ def _existing(text: str) -> Path:
 
 def _part_folders(root: Path) -> dict[str, Path]:
     """The folder of each part; a root that holds the classes itself is all training rows."""
-    folders = {name: root / name for name in _subfolders(root)}
+    folders = {entry.name: entry for entry in _subfolders(root)}
     found: dict[str, Path] = {}
-    for name, folder in folders.items():
+    for name, entry in folders.items():
         part = PARTS.get(name.lower())
         if part in found:
             raise SourceError(f"{found[part].name}/ and {name}/ are one part", where=str(root), remedy="Keep one")
         if part:
-            found[part] = folder
+            found[part] = _folder_within(root, entry)
     if "train" not in found:
         if found or not folders:
             raise SourceError("holds no train/ folder", where=str(root), remedy="Lay it out as train/<class>/*.png")
@@ -118,9 +118,11 @@ def _part_folders(root: Path) -> dict[str, Path]:
     return found
 
 
-def _classes(folders: dict[str, Path]) -> tuple[str, ...]:
+def _classes(root: Path, folders: dict[str, Path]) -> tuple[str, ...]:
     """The classes, which are the same in every part."""
-    of_part = {part: set(_subfolders(folder)) for part, folder in folders.items()}
+    of_part = {
+        part: {_folder_within(root, entry).name for entry in _subfolders(folder)} for part, folder in folders.items()
+    }
     classes = of_part["train"]
     if len(classes) < 2:
         raise SourceError(
@@ -137,28 +139,40 @@ def _classes(folders: dict[str, Path]) -> tuple[str, ...]:
     return tuple(sorted(classes))
 
 
-def _subfolders(folder: Path) -> list[str]:
+def _subfolders(folder: Path) -> list[os.DirEntry[str]]:
+    """Folders, links to folders, and links to nothing: a folder may have been there."""
+    return [entry for entry in _entries(folder) if not os.path.isfile(entry.path)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, in alphabetical order; hidden files are left out."""
     try:
-        return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+        return sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
     except OSError as error:
         raise SourceError(
             f"cannot be listed ({error.strerror})", where=str(folder), remedy="Check its permissions"
         ) from error
 
 
+def _folder_within(root: Path, entry: os.DirEntry[str]) -> Path:
+    if fault := _fault_of_entry(root, entry, "folder"):
+        raise SourceError(fault, where=_printable(entry.path), remedy="Mend or delete it")
+    return Path(entry.path)
+
+
 def _list_class(listing: _Listing, part: str, folder: Path, label: int) -> None:
-    before = len(listing.row_ids[part])
+    before, skipped_before = len(listing.row_ids[part]), len(listing.skipped)
     for entry in _files_below(folder):
         row_id = os.path.relpath(entry.path, listing.root)
-        if Path(entry.name).suffix.lower() not in ENDINGS:
+        if Path(entry.name).suffix.lower() not in ENDINGS and not os.path.isdir(entry.path):
             listing.others.append(_printable(row_id))
-        elif fault := _fault_of_path(listing.root, entry, row_id):
+        elif fault := _fault_of_entry(listing.root, entry, "file"):
             listing.skipped.append(Skipped(row_id=_printable(row_id), reason=fault))
         else:
             listing.row_ids[part].append(row_id)
             listing.encoded_bytes += entry.stat().st_size
     found = len(listing.row_ids[part]) - before
-    if not found and not listing.skipped:
+    if not found and len(listing.skipped) == skipped_before:
         raise SourceError(
             "the class has no images",
             where=str(folder),
@@ -168,32 +182,25 @@ def _list_class(listing: _Listing, part: str, folder: Path, label: int) -> None:
 
 
 def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Files in alphabetical order, those of folders below included."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise SourceError(
-            f"cannot be listed ({error.strerror})", where=str(folder), remedy="Check its permissions"
-        ) from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
+    """Files in alphabetical order, those of folders below included; links to folders are not followed."""
+    for entry in _entries(folder):
         if entry.is_dir(follow_symlinks=False):
             yield from _files_below(Path(entry.path))
         else:
             yield entry
 
 
-def _fault_of_path(root: Path, entry: os.DirEntry[str], row_id: str) -> str:
-    if row_id != _printable(row_id):
+def _fault_of_entry(root: Path, entry: os.DirEntry[str], kind: Literal["file", "folder"]) -> str:
+    """Why an entry cannot be taken for a file, or a folder, of the root."""
+    if entry.path != _printable(entry.path):
         return "its name is not UTF-8: rename it"
-    if entry.is_symlink():
-        target = Path(entry.path).resolve()
-        if not target.is_relative_to(root):
-            return f"is a link to {target}, out of data.root: copy the file"
-        if not target.is_file():
-            return f"is a link to {target}, which is no file"
-    return ""
+    is_one = os.path.isfile(entry.path) if kind == "file" else os.path.isdir(entry.path)
+    if not entry.is_symlink():
+        return "" if is_one else f"is no {kind}, and cannot be read"
+    target = os.path.realpath(entry.path)
+    if not Path(target).is_relative_to(root):
+        return f"is a link to {_printable(target)}, out of data.root: copy the {kind}"
+    return "" if is_one else f"is a link to {_printable(target)}, which is no {kind}"
 
 
 def _printable(name: str) -> str:

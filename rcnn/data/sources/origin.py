@@ -37,7 +37,7 @@ class Origin:
         coarse_classes: names of the coarse labels, where there are any.
         skipped: rows that were left out while listing.
         encoded_bytes: size of files that have to be decoded, row by row; 0 for arrays in memory.
-        is_random_access: whether rows that lie apart are as fast to read as neighbours.
+        block_rows: rows that are best read together. Training rows are stored in random order, by blocks of so many.
     """
 
     labels: dict[str, np.ndarray]
@@ -48,7 +48,7 @@ class Origin:
     coarse_classes: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     encoded_bytes: int = 0
-    is_random_access: bool = False
+    block_rows: int = 1
 
 
 @dataclass(frozen=True)

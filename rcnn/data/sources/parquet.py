@@ -34,6 +34,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
          "test": "test", "testing": "test"}  # fmt: skip
 ROWS_PER_READ = 64
+BLOCK_ROWS = 1024
 NUM_FIRST_IMAGES = 100  # tried, until one can be read, to find out size and colour
 
 
@@ -71,7 +72,7 @@ class ParquetChunk:
             encoded = _read_rows(self.root, file, rows)
             for row, label, content in zip(rows.tolist(), file_labels.tolist(), encoded, strict=True):
                 try:
-                    images[len(labels)] = _decoded(content, self.rule)
+                    images[len(labels)] = decode_image(_stream(content), self.rule)
                 except BadImage as error:
                     skipped.append(Skipped(row_id=f"{file.name}#{row}", reason=str(error)))
                     continue
@@ -87,12 +88,12 @@ def open_parquet(data: DataConfig, downloads: Path) -> Origin:
     _require_same_classes(files, classes, data.root)
     labels, faults = _read_labels(files, data, classes)
     num_classes = len(classes) or 1 + max(int(numbers.max(initial=-1)) for numbers in labels.values())
-    rule = _rule_of_first(files, labels, data)
     parts = {part: [file for file in files if _part_of(file.name) == part] for part in ("train", "val", "test")}
     if not parts["train"]:
         raise SourceError(
             "holds no training file", where=f"data.root = {data.root}", remedy="Name it train-....parquet"
         )
+    rule = _rule_of_first(parts["train"], labels, data)
     # A part's row numbers count the good rows of its files, one after the other.
     good = {file.name: np.flatnonzero(labels[file.name] >= 0) for file in files}
     first = {part: np.cumsum([0, *(len(good[file.name]) for file in of)]) for part, of in parts.items()}
@@ -121,6 +122,7 @@ def open_parquet(data: DataConfig, downloads: Path) -> Origin:
         cut=cut,
         skipped=tuple(faults),
         encoded_bytes=sum(file.num_bytes for file in files),
+        block_rows=BLOCK_ROWS,
     )
 
 
@@ -136,6 +138,11 @@ def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
         if info.type == fs.FileType.File:
             return [(info.base_name, info)]
         below = filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        names = [info.path.removeprefix(base.rstrip("/") + "/") for info in below]
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            "the name of a file in it is not UTF-8", where=f"data.root = {root}", remedy="Rename it"
+        ) from error
     except (OSError, pa.ArrowInvalid) as error:
         raise SourceError(
             f"cannot be listed ({' '.join(str(error).split())})",
@@ -143,7 +150,7 @@ def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
             remedy="Check address and credentials",
             retryable="://" in root,
         ) from error
-    found = [(info.path.removeprefix(base.rstrip("/") + "/"), info) for info in below if info.type == fs.FileType.File]
+    found = [(name, info) for name, info in zip(names, below, strict=True) if info.type == fs.FileType.File]
     chosen = sorted(
         (pair for pair in found if fnmatch.fnmatch(pair[0], pattern or "*.parquet") and not _is_hidden(pair[0])),
         key=lambda pair: pair[0],
@@ -161,12 +168,13 @@ def _is_hidden(name: str) -> bool:
 
 def _resolved(root: str) -> tuple[Any, str, str]:
     """(filesystem, folder or file in it, pattern below that; empty for none)."""
-    plain, slash, pattern = root, "", ""
-    if wild := re.search(r"[*?\[]", root):
-        plain, slash, _ = root[: wild.start()].rpartition("/")
-        pattern = root[len(plain + slash) :]
-        plain = plain or ("/" if slash else ".")
-    filesystem, base = _filesystem(plain)
+    plain, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    pattern = ""
+    if wild := re.search(r"[*?\[]", plain):
+        before, slash, _ = plain[: wild.start()].rpartition("/")
+        pattern = plain[len(before + slash) :]
+        plain = before or ("/" if slash else ".")
+    filesystem, base = _filesystem(plain + mark + query)
     return filesystem, base, pattern
 
 
@@ -211,13 +219,17 @@ def _read_footer(root: str, name: str, info: fs.FileInfo) -> ParquetFile:
         schema = file.schema_arrow
     image, label = (_column(schema, names, name) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     kind = schema.field(image).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0 or not _is_binary(kind.field("bytes").type):
         raise SourceError(
             f"column {image!r} is {kind}", where=name, remedy="It must be struct<bytes: binary, path: string>"
         )
     if not pa.types.is_integer(schema.field(label).type):
         raise SourceError(f"column {label!r} is {schema.field(label).type}", where=name, remedy="It must be int64")
     return ParquetFile(info.path, name, info.size, image, label, _class_names(schema, label, name))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return any(of(kind) for of in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def _column(schema: pa.Schema, names: tuple[str, ...], file: str) -> str:
@@ -247,10 +259,11 @@ def _class_names(schema: pa.Schema, label: str, file: str) -> tuple[str, ...]:
 
 
 def _require_same_classes(files: list[ParquetFile], classes: tuple[str, ...], root: str) -> None:
-    for file in files:
-        if file.classes and file.classes != classes:
+    named = [file for file in files if file.classes]
+    for file in named:
+        if file.classes != classes:
             raise SourceError(
-                f"its class names are not those of {files[0].name}",
+                f"its class names are not those of {named[0].name}",
                 where=f"{file.name} in data.root = {root}",
                 remedy="Give all files the same names in the same order",
             )
@@ -278,15 +291,15 @@ def _read_labels(
             except (OSError, pa.ArrowException) as error:
                 raise _unreadable(file.name, data.root, error) from error
         is_null = column.is_null().to_numpy()
-        numbers = column.fill_null(-1).to_numpy().astype(np.int64)
-        is_wrong = (numbers < 0) | ((numbers >= len(classes)) if classes else False)
+        numbers = column.fill_null(0).to_numpy()
+        is_wrong = is_null | (numbers < 0) | (numbers >= (len(classes) or 2**63))
         for row in np.flatnonzero(is_wrong).tolist():
             found = "null" if is_null[row] else str(numbers[row])
             bound = f"0 to {len(classes) - 1}" if classes else "0 or above"
             faults.append(
                 Skipped(row_id=f"{file.name}#{row}", reason=f"{file.label_column} is {found}, and must be {bound}")
             )
-        labels[file.name] = np.where(is_wrong, -1, numbers)
+        labels[file.name] = np.where(is_wrong, -1, numbers.astype(np.int64))
     if not classes:
         _require_dense(labels, data.root)
     return labels, faults
@@ -297,7 +310,7 @@ def _require_dense(labels: dict[str, np.ndarray], root: str) -> None:
     found = np.unique(np.concatenate(list(labels.values())))
     found = found[found >= 0]
     if len(found) < 2 or found[-1] != len(found) - 1:
-        missing = int(np.flatnonzero(found != np.arange(len(found)))[0]) if len(found) > 1 else len(found)
+        missing = np.setdiff1d(np.arange(len(found) + 1), found)[0]
         raise SourceError(
             f"no row has the label {missing}, and the largest is {int(found[-1]) if len(found) else 'none'}",
             where=f"data.root = {root}",
@@ -311,9 +324,7 @@ def _rule_of_first(files: list[ParquetFile], labels: dict[str, np.ndarray], data
         rows = np.flatnonzero(labels[file.name] >= 0)[:NUM_FIRST_IMAGES]
         for row, content in zip(rows.tolist(), _read_rows(data.root, file, rows), strict=True):
             try:
-                if not content:
-                    raise BadImage("image.bytes is null")
-                return find_rule(data, io.BytesIO(content))
+                return find_rule(data, _stream(content))
             except BadImage as error:
                 fault = f"{file.name}#{row}: {error}"
                 if data.on_error == "fail":
@@ -343,14 +354,14 @@ def _read_group(
     try:
         for batch in opened.iter_batches(ROWS_PER_READ, row_groups=[group], columns=[f"{file.image_column}.bytes"]):
             chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(batch))] - start
-            if len(chosen):
-                yield from batch.column(0).field("bytes").take(pa.array(chosen)).to_pylist()
+            contents = batch.column(0).field("bytes")
+            yield from (contents[row].as_py() for row in chosen.tolist())
             start += len(batch)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(f"{file.name}, row group {group}", root, error) from error
 
 
-def _decoded(content: bytes | None, rule: ImageRule) -> np.ndarray:
-    if not content:
+def _stream(content: bytes | None) -> io.BytesIO:
+    if content is None:
         raise BadImage("image.bytes is null")
-    return decode_image(io.BytesIO(content), rule)
+    return io.BytesIO(content)

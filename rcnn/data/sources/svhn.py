@@ -62,11 +62,14 @@ def _read(file: Path) -> Arrays:
         raise SourceError(
             f"is no MATLAB file with X and y ({error})", where=str(file), remedy="Fetch it again"
         ) from error
-    is_sound = pixels_HWCN.dtype == np.uint8 and pixels_HWCN.shape == (32, 32, 3, len(labels))
-    if not is_sound or not ((labels >= 0) & (labels <= len(DIGITS))).all():
-        raise SourceError(
-            f"X is {pixels_HWCN.dtype} {pixels_HWCN.shape}, and y has {len(labels)} labels",
-            where=str(file),
-            remedy="Fetch it again",
-        )
+    if fault := _fault(pixels_HWCN, labels):
+        raise SourceError(fault, where=str(file), remedy="Fetch it again")
     return Arrays(np.moveaxis(pixels_HWCN, 3, 0), labels % len(DIGITS))
+
+
+def _fault(pixels_HWCN: np.ndarray, labels: np.ndarray) -> str:
+    if pixels_HWCN.dtype != np.uint8 or pixels_HWCN.shape != (32, 32, 3, len(labels)):
+        return f"X is {pixels_HWCN.dtype} {pixels_HWCN.shape}, and y has {len(labels)} labels"
+    if not ((labels >= 0) & (labels <= len(DIGITS))).all():
+        return f"its labels are {labels.min()} to {labels.max()}, and must be 0 to {len(DIGITS)}"
+    return ""

@@ -1,0 +1,77 @@
+"""A real S3 protocol, served on this machine: a source there, and a storage there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from rcnn.config import PipelineConfig
+from rcnn.data.catalog import find_faults, list_data_sets
+from rcnn.data.export import export_huggingface
+from rcnn.data.ingest import run_ingest
+from rcnn.data.loader import load_training_data
+from rcnn.data.manifest import require_manifest
+from rcnn.data.sources import fingerprint
+from rcnn.errors import SourceError
+from rcnn.results import IngestResult
+from rcnn.storage import StageFolder, Storage
+from rcnn.tracking import NoTracker
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """The query that leads pyarrow to the server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        host, port = server.get_host_and_port()
+        yield f"scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def exported(
+    endpoint: str, digits_storage: Path, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The digits as Parquet files in a bucket."""
+    folder = tmp_path_factory.mktemp("exported") / "digits"
+    export_huggingface(Storage(str(digits_storage)), digits.folder, folder)
+    filesystem, base = fs.FileSystem.from_uri(f"s3://source/digits?{endpoint}")
+    filesystem.create_dir("source")
+    for file in (folder / "data").iterdir():
+        with filesystem.open_output_stream(f"{base}/{file.name}") as stream:
+            stream.write(file.read_bytes())
+    return f"s3://source/digits?{endpoint}"
+
+
+def test_parquet_files_are_read_from_s3(exported: str, digits: IngestResult, tmp_path: Path) -> None:
+    config = PipelineConfig().with_settings(
+        {"data.source": "parquet", "data.root": exported, "data.name": "digits", "storage": str(tmp_path)}
+    )
+    result = run_ingest(config, StageFolder(Storage(str(tmp_path)), "datasets/x"), NoTracker())
+    assert result.rows == digits.rows
+    assert fingerprint(config.data) == fingerprint(config.data)
+    missing = config.data.model_copy(update={"root": exported.replace("digits?", "nothing?")})
+    with pytest.raises(SourceError, match="there is no Parquet file"):
+        fingerprint(missing)
+
+
+def test_a_data_set_is_kept_on_s3(endpoint: str, digits: IngestResult) -> None:
+    storage = Storage(f"s3://kept/root?{endpoint}")
+    storage.filesystem.create_dir("kept")
+    result = run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x"), NoTracker())
+    manifest = require_manifest(storage, "datasets/x")
+    assert result.rows == {"train": 3600, "val": 400, "test": 1000}
+    assert list(find_faults(storage, "datasets/x")) == []
+    assert [row["state"] for row in list_data_sets(storage)] == ["whole"]
+    for engine in ("resident", "streaming"):
+        assert len(load_training_data(storage, "datasets/x", engine=engine).train) == 3600
+    [shard] = manifest.splits["test"].shards
+    table = pq.read_table(storage.path(f"datasets/x/{shard.file}"), filesystem=storage.filesystem)
+    assert len(table) == 1000
