@@ -85,12 +85,12 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _settings_fit_the_source(self) -> Self:
         if self.source in IMAGE_FILE_SOURCES and not self.root:
-            raise ValueError(f"data.source = {self.source!r} needs data.root; set it to where the images are")
-        _require_no_credentials("data.root", self.root)
+            raise ValueError(f"source = {self.source!r} needs data.root; set it to where the images are")
+        _require_no_credentials("root", self.root)
         if self.source not in IMAGE_FILE_SOURCES and self.image_size:
             raise ValueError(
-                f"data.image_size = {self.image_size} is for the sources folder and parquet, "
-                f"and data.source is {self.source!r}; leave it at 0"
+                f"image_size = {self.image_size} is for the sources folder and parquet, "
+                f"and source is {self.source!r}; leave it at 0"
             )
         return self
 

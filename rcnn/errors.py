@@ -28,7 +28,10 @@ class RcnnError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{head}. {self.remedy}" if self.remedy else head
+        text = f"{head}. {self.remedy}" if self.remedy else head
+        return "".join(
+            sign if sign.isprintable() else repr(sign)[1:-1] for sign in text
+        )  # a file name may hold a newline
 
     def __reduce__(self) -> tuple:
         # Ray and Prefect send errors between processes; keyword-only arguments need a hand to be pickled.

@@ -114,8 +114,8 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         (["recipe=demo"], "Use --recipe NAME"),
         (["model.k=many"], "model.k is 'many'"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),
-        (["data.source=folder"], "data.source = 'folder' needs data.root"),
-        (["data.image_size=32"], "data.image_size = 32 is for the sources folder and parquet"),
+        (["data.source=folder"], "data source = 'folder' needs data.root"),
+        (["data.image_size=32"], "data image_size = 32 is for the sources folder and parquet"),
     ],
 )
 def test_messages_of_wrong_overrides(overrides: list[str], expected: str) -> None:

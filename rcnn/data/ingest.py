@@ -24,9 +24,9 @@ from tqdm import tqdm
 from rcnn.config import DataConfig, PipelineConfig
 from rcnn.data.manifest import MANIFEST, Manifest, Split, read_manifest
 from rcnn.data.schema import SCHEMA_VERSION
-from rcnn.data.shards import ShardJob, ShardRecord, bad_row, rows_per_group, write_shard, written_shard
+from rcnn.data.shards import ShardJob, ShardRecord, rows_per_group, write_shard, written_shard
 from rcnn.data.sources import open_source
-from rcnn.data.sources.origin import Origin
+from rcnn.data.sources.origin import Origin, bad_row
 from rcnn.errors import DataError, RcnnError
 from rcnn.progress import say
 from rcnn.results import IngestResult
@@ -131,16 +131,18 @@ def split_rows(origin: Origin, data: DataConfig) -> Plan:
     plan["train"] = ("train", rows)
     for name in SPLITS:
         if len(plan[name][1]) == 0:
-            raise _empty(name, data, len(labels_N))
+            raise _empty(name, data, len(labels_N), is_given=name in origin.labels)
     return {name: plan[name] for name in SPLITS}
 
 
-def _empty(split: str, data: DataConfig, num_rows: int) -> DataError:
-    return DataError(
-        f"the {split} split of {data.dataset} would have no rows (of {num_rows})",
-        where=f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}",
-        remedy="Raise the fraction, or bring more images",
-    )
+def _empty(split: str, data: DataConfig, num_rows: int, *, is_given: bool) -> DataError:
+    what = f"the {split} split of {data.dataset} would have no rows (of {num_rows})"
+    where = f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}"
+    if split == "train" and num_rows:
+        return DataError(what, where=where, remedy="Lower the fractions, or bring more images")
+    if is_given:
+        return DataError(what, where=f"data.root = {data.root}", remedy=f"Bring {split} images, or remove that part")
+    return DataError(what, where=where, remedy="Raise the fraction, or bring more images")
 
 
 def _hold_out(
@@ -223,7 +225,10 @@ def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) 
         of_split = [record for record in records if record.shard.file.startswith(f"{name}/")]
         splits[name] = _add_up(of_split)
         if splits[name].rows == 0:
-            raise _empty(name, data, sum(len(labels) for labels in origin.labels.values()))
+            raise _empty(name, data, sum(map(len, origin.labels.values())), is_given=True)
+    for label, count in enumerate(splits["train"].rows_per_class):
+        if count == 0:
+            say(f"  the class {origin.classes[label]!r} has no training rows")
     skipped = (*origin.skipped, *itertools.chain.from_iterable(record.skipped for record in records))
     if skipped:
         say(

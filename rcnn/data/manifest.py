@@ -112,9 +112,13 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
         tree: Any = storage.read_json(name)
     except ValueError as error:
         raise _damaged(storage.uri(name), f"no JSON ({error})") from error
+    except OSError as error:
+        raise _damaged(storage.uri(name), f"cannot be read ({' '.join(str(error).split())})") from error
     if tree is None:
         return None
-    version = tree.get("schema_version") if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        raise _damaged(storage.uri(name), f"holds a {type(tree).__name__}, not a table")
+    version = tree.get("schema_version")
     if isinstance(version, int) and version != SCHEMA_VERSION:
         remedy = "Upgrade rcnn, or ingest" if version > SCHEMA_VERSION else "Ingest"
         raise DataError(

@@ -3,7 +3,6 @@
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from rcnn.ray_session import ensure_ray, require_seen  # isort: skip  (sets what Ray reads)
@@ -12,6 +11,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from rcnn.config import PipelineConfig
+from rcnn.data.sources.origin import expanded
 from rcnn.errors import ClusterError
 from rcnn.storage import Storage
 
@@ -29,7 +29,7 @@ def map_on_cluster(
     """
     ensure_ray(config, Storage(config.storage))
     if "://" not in config.data.root:
-        require_seen(Path(config.data.root).expanduser(), setting="data.root")
+        require_seen(expanded(config.data.root), setting="data.root")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
     ray.data.DataContext.get_current().enable_progress_bars = False
     # As bytes: Ray Data would try to find a column type for our objects first, and complain that there is none.

@@ -75,7 +75,7 @@ def content_sum(block: Block) -> int:
 
     The sum of a SHA-256 per row: the same rows have the same one in whatever order and however they are packed.
     """
-    pixels = np.ascontiguousarray(block.images).reshape(len(block), -1)
+    pixels = np.ascontiguousarray(block.images).reshape(len(block), int(np.prod(block.images.shape[1:])))
     coarse = np.full(len(block), -1) if block.coarse is None else block.coarse
     labels = np.stack([block.labels, coarse], 1).astype("<i8")
     total = 0

@@ -6,6 +6,7 @@ reading notices what was altered.
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rcnn.data.manifest import Part, Shard, Skipped
-from rcnn.data.schema import Block, build_table, content_sum
-from rcnn.data.sources.origin import Chunk
+from rcnn.data.schema import Block, build_table, content_sum, table_schema
+from rcnn.data.sources.origin import Chunk, bad_row
 from rcnn.errors import DataError, RcnnError
 from rcnn.storage import Storage
 
@@ -94,15 +95,6 @@ def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
         return error
 
 
-def bad_row(skipped: Skipped) -> DataError:
-    """The error for a row that cannot be taken."""
-    return DataError(
-        skipped.reason,
-        where=skipped.row_id,
-        remedy="Mend or delete it, or set data.on_error=skip to leave such rows out",
-    )
-
-
 def written_shard(job: ShardJob) -> ShardRecord | None:
     """The record of a shard that an earlier run finished, if it is still what it was."""
     storage = Storage(job.storage)
@@ -141,7 +133,7 @@ def _write(storage: Storage, job: ShardJob, block: Block) -> Shard:
 
 def _sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
     """Sum and sum of squares of each pixel over the rows: whole numbers, so their order does not matter."""
-    flat = block.images.reshape(len(block), -1)
+    flat = block.images.reshape(len(block), int(np.prod(block.images.shape[1:])))
     sums = np.zeros((2, flat.shape[1]), np.int64)
     for start in range(0, len(flat), ROWS_PER_SUM):
         part = flat[start : start + ROWS_PER_SUM]
@@ -150,8 +142,10 @@ def _sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
     return sums[0], sums[1]
 
 
-def open_shard(storage: Storage, folder: str, shard: Shard) -> pq.ParquetFile:
+def open_shard(storage: Storage, folder: str, shard: Shard, image_shape: Sequence[int]) -> pq.ParquetFile:
     """A shard to read row groups from; its pages' checksums are checked as they are read.
+
+    Its SHA-256 is not: that would take reading all of it. `rcnn data verify` does.
 
     Raises:
         DataError: it is missing, or not what the manifest says.
@@ -162,8 +156,11 @@ def open_shard(storage: Storage, folder: str, shard: Shard) -> pq.ParquetFile:
         if stream.size() != shard.num_bytes:
             raise changed_shard(where, f"it has {stream.size():,} bytes, the manifest says {shard.num_bytes:,}")
         file = pq.ParquetFile(stream, page_checksum_verification=True)
+        found = [field for field in file.schema_arrow if field.name in ("image", "label")]
     except (OSError, pa.ArrowException) as error:
         raise unreadable_shard(where, error) from error
+    if found != list(table_schema(image_shape))[:2]:
+        raise changed_shard(where, f"its columns are {', '.join(map(str, file.schema_arrow.names))}, or of other types")
     if file.metadata.num_rows != shard.rows:
         raise changed_shard(where, f"it has {file.metadata.num_rows:,} rows, the manifest says {shard.rows:,}")
     return file

@@ -112,7 +112,7 @@ class StoredRows:
         """Rows of one shard."""
         shard = self.shards[segments[0].shard]
         where = self.storage.uri(f"{self.folder}/{shard.file}")
-        with open_shard(self.storage, self.folder, shard) as file:
+        with open_shard(self.storage, self.folder, shard, self.image_shape) as file:
             for segment in segments:
                 try:
                     table = file.read_row_group(segment.group, columns=["image", "label"], use_threads=False)

@@ -63,10 +63,17 @@ def test_lossless_pixels_come_back_as_they_were(kind: str, options: dict[str, An
     np.testing.assert_array_equal(decoded(encoded(COLOURS, kind, **options)), COLOURS)
 
 
-@pytest.mark.parametrize("content", [encoded(COLOURS, kind) for kind in ("EPS", "ICO", "PDF", "TGA")] + [b"", b"hello"])
+@pytest.mark.parametrize("content", [encoded(COLOURS, kind) for kind in ("EPS", "ICO", "PDF", "TGA")] + [b"hello"])
 def test_other_formats_and_other_files_are_refused(content: bytes) -> None:
     with pytest.raises(BadImage, match=NO_IMAGE):
         decoded(content)
+
+
+def test_an_empty_image_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "x.png").touch()
+    for source in (tmp_path / "x.png", io.BytesIO()):
+        with pytest.raises(BadImage, match="is empty"):
+            find_rule(DataConfig(source="folder", root="x"), source)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rcnn.config import IMAGE_FILE_SOURCES, DataConfig
-from rcnn.data.sources.origin import Origin
+from rcnn.data.sources.origin import Origin, expanded
 from rcnn.errors import SourceError
 
 SECONDS_TO_REMEMBER = 30
@@ -124,13 +124,13 @@ def _hash_of(entries: Iterator[str]) -> str:
 
 
 def _folder_entries(root: str) -> Iterator[str]:
-    if not Path(root).expanduser().is_dir():
+    if not os.path.isdir(expanded(root)):
         raise SourceError(
             "there is no such folder",
             where=f"data.root = {root}",
             remedy="Give the folder with train/<class>/*.png",
         )
-    for folder, names, files in os.walk(Path(root).expanduser()):
+    for folder, names, files in os.walk(expanded(root)):
         names.sort()
         for name in sorted(files):
             found = os.lstat(os.path.join(folder, name))

@@ -18,7 +18,7 @@ import numpy as np
 from rcnn.config import DataConfig
 from rcnn.data.manifest import SourceRecord
 from rcnn.data.sources.download import fetch, md5_of
-from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
+from rcnn.data.sources.origin import Arrays, Origin, expanded, origin_of_arrays
 from rcnn.errors import SourceError
 
 URL = "https://www.cs.toronto.edu/~kriz/"
@@ -95,7 +95,7 @@ def open_cifar100(data: DataConfig, downloads: Path) -> Origin:
 
 
 def _open(files: CifarFiles, data: DataConfig, downloads: Path) -> Origin:
-    where = _find(files, Path(data.root).expanduser()) if data.root else _download(files, data.mirror, downloads)
+    where = _find(files, expanded(data.root)) if data.root else _download(files, data.mirror, downloads)
     members = dict(_read_archive(files, where) if where.is_file() else _read_folder(files, where))
     meta = _unpickled(members, files.meta[0], where)
     record = SourceRecord(

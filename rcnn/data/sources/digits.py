@@ -13,7 +13,7 @@ import numpy as np
 from rcnn.config import DataConfig
 from rcnn.data.manifest import SourceRecord
 from rcnn.data.sources.download import fetch
-from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
+from rcnn.data.sources.origin import Arrays, Origin, expanded, origin_of_arrays
 from rcnn.errors import SourceError
 
 DIGITS = tuple("0123456789")
@@ -90,7 +90,7 @@ def open_fashion_mnist(data: DataConfig, downloads: Path) -> Origin:
 
 
 def _open_idx(files: IdxFiles, data: DataConfig, downloads: Path) -> Origin:
-    folder = _find(files, Path(data.root).expanduser()) if data.root else _download(files, data.mirror, downloads)
+    folder = _find(files, expanded(data.root)) if data.root else _download(files, data.mirror, downloads)
     checksums: dict[str, str] = {}
     parts = {}
     for split, prefix in SPLITS.items():

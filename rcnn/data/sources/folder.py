@@ -15,7 +15,7 @@ from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
 from rcnn.data.sources.decode import ENDINGS, BadImage, ImageRule, decode_image, find_rule, unwarned
-from rcnn.data.sources.origin import Origin
+from rcnn.data.sources.origin import Origin, bad_row, expanded
 from rcnn.errors import SourceError
 from rcnn.progress import say
 
@@ -69,10 +69,12 @@ def open_folder(data: DataConfig, downloads: Path) -> Origin:
     listing = _Listing(root)
     for part, folder in folders.items():
         listing.row_ids[part], listing.labels[part] = [], []
+        listing.others += [os.path.relpath(entry.path, root) for entry in _entries(folder) if entry.is_file()]
         for label, name in enumerate(classes):
             _list_class(listing, part, folder / name, label)
     if listing.others:
-        say(f"  {len(listing.others):,} files are no images by their ending, and stay out: {listing.others[0]}, ...")
+        first = _printable(listing.others[0])
+        say(f"  {len(listing.others):,} files stay out, since they are no images or in no class: {first}, ...")
     rule = _rule_of_first(data, listing)
     row_ids = {part: np.array(names, dtype=object) for part, names in listing.row_ids.items()}
     labels = {part: np.array(numbers, np.int64) for part, numbers in listing.labels.items()}
@@ -92,8 +94,8 @@ def open_folder(data: DataConfig, downloads: Path) -> Origin:
 
 
 def _existing(text: str) -> Path:
-    root = Path(text).expanduser()
-    if "://" in text or not root.is_dir():
+    root = expanded(text) if "://" not in text else Path(text)
+    if "://" in text or not os.path.isdir(root):
         fault = "is no local folder" if "://" in text else "there is no such folder"
         raise SourceError(fault, where=f"data.root = {text}", remedy="Give the folder with train/<class>/*.png")
     return root.resolve()
@@ -208,17 +210,18 @@ def _printable(name: str) -> str:
 
 
 def _rule_of_first(data: DataConfig, listing: _Listing) -> ImageRule:
-    fault = ""
+    faults = list(listing.skipped)
     for row_id in listing.row_ids["train"][:NUM_FIRST_IMAGES]:
         try:
             return find_rule(data, listing.root / row_id)
         except BadImage as error:
-            fault = fault or f"{row_id}: {error}"
+            faults.append(Skipped(row_id=row_id, reason=str(error)))
             if data.on_error == "fail":
                 break
-    faults = [f"{skip.row_id}: {skip.reason}" for skip in listing.skipped]
+    if data.on_error == "fail":
+        raise bad_row(faults[0])
     raise SourceError(
-        f"none of the first images can be read ({next(iter([*filter(None, [fault]), *faults]), 'there are none')})",
-        where=str(listing.root),
-        remedy="Mend or delete it",
+        f"none of the first {len(faults)} images can be read ({faults[0].row_id}: {faults[0].reason})",
+        where=f"data.root = {data.root}",
+        remedy="Mend or delete them",
     )

@@ -3,14 +3,42 @@
 A chunk is small enough to be sent to another process, and reads its own pixels there.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
+from rcnn.errors import DataError, SourceError
+
+
+def bad_row(skipped: Skipped) -> DataError:
+    """The error for a row that cannot be taken."""
+    return DataError(
+        skipped.reason,
+        where=skipped.row_id,
+        remedy="Mend or delete it, or set data.on_error=skip to leave such rows out",
+    )
+
+
+def expanded(root: str) -> Path:
+    """`data.root` as a path, with the home folder for ~.
+
+    Raises:
+        SourceError: there is no such user, or the text cannot be a path.
+    """
+    try:
+        path = Path(root).expanduser().absolute()
+        path.as_posix().encode()
+        os.path.lexists(path)
+    except (RuntimeError, ValueError) as error:
+        printable = root.encode(errors="replace").decode()
+        raise SourceError(f"is no path ({error})", where=f"data.root = {printable}", remedy="Give another") from error
+    return path
 
 
 class Chunk(Protocol):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, find_rule, unwarned
-from rcnn.data.sources.origin import Origin
+from rcnn.data.sources.origin import Origin, bad_row, expanded
 from rcnn.errors import SourceError
 
 IMAGE_COLUMNS = ("image", "img")
@@ -139,7 +140,7 @@ def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
             return [(info.base_name, info)]
         below = filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
         names = [info.path.removeprefix(base.rstrip("/") + "/") for info in below]
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise SourceError(
             "the name of a file in it is not UTF-8", where=f"data.root = {root}", remedy="Rename it"
         ) from error
@@ -181,7 +182,7 @@ def _resolved(root: str) -> tuple[Any, str, str]:
 @cache
 def _filesystem(plain: str) -> tuple[Any, str]:
     if "://" not in plain:
-        return fs.LocalFileSystem(), str(Path(plain).expanduser().absolute())
+        return fs.LocalFileSystem(), str(expanded(plain))
     try:
         filesystem, base = fs.FileSystem.from_uri(plain)
     except (OSError, ValueError) as error:
@@ -201,7 +202,9 @@ def _open(root: str, path: str, name: str) -> pq.ParquetFile:
     filesystem = _resolved(root)[0]
     try:
         # Column by column in small reads: a row group may be larger than the memory.
-        return pq.ParquetFile(filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
+        return pq.ParquetFile(
+            filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        )
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(name, root, error) from error
 
@@ -234,6 +237,8 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _column(schema: pa.Schema, names: tuple[str, ...], file: str) -> str:
     for name in names:
+        if schema.names.count(name) > 1:
+            raise SourceError(f"has the column {name!r} twice", where=file, remedy="Rename one of them")
         if name in schema.names:
             return name
     raise SourceError(
@@ -249,6 +254,8 @@ def _class_names(schema: pa.Schema, label: str, file: str) -> tuple[str, ...]:
         return ()
     try:
         names = json.loads(text)["info"]["features"][label].get("names", [])
+        if not isinstance(names, list) or len({str(name) for name in names}) < len(names):
+            raise ValueError(f"names are {names!r}, no list of different names")
         return tuple(str(name) for name in names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
@@ -262,8 +269,13 @@ def _require_same_classes(files: list[ParquetFile], classes: tuple[str, ...], ro
     named = [file for file in files if file.classes]
     for file in named:
         if file.classes != classes:
+            number, ours, theirs = next(
+                (number, ours, theirs)
+                for number, (ours, theirs) in enumerate(zip_longest(file.classes, classes))
+                if ours != theirs
+            )
             raise SourceError(
-                f"its class names are not those of {named[0].name}",
+                f"its class {number} is {ours!r}, and {theirs!r} in {named[0].name}",
                 where=f"{file.name} in data.root = {root}",
                 remedy="Give all files the same names in the same order",
             )
@@ -290,6 +302,7 @@ def _read_labels(
                 column = opened.read(columns=[file.label_column]).column(0)
             except (OSError, pa.ArrowException) as error:
                 raise _unreadable(file.name, data.root, error) from error
+            _require_whole(opened, column, file, data.root)
         is_null = column.is_null().to_numpy()
         numbers = column.fill_null(0).to_numpy()
         is_wrong = is_null | (numbers < 0) | (numbers >= (len(classes) or 2**63))
@@ -300,9 +313,23 @@ def _read_labels(
                 Skipped(row_id=f"{file.name}#{row}", reason=f"{file.label_column} is {found}, and must be {bound}")
             )
         labels[file.name] = np.where(is_wrong, -1, numbers.astype(np.int64))
+    if faults and data.on_error == "fail":
+        raise bad_row(faults[0])
+    if not any((numbers >= 0).any() for numbers in labels.values()):
+        fault = f"no row has a label that can be ({faults[0].row_id}: {faults[0].reason})" if faults else "has no rows"
+        raise SourceError(fault, where=f"data.root = {data.root}", remedy="Give files with labelled images")
     if not classes:
         _require_dense(labels, data.root)
     return labels, faults
+
+
+def _require_whole(opened: pq.ParquetFile, column: pa.ChunkedArray, file: ParquetFile, root: str) -> None:
+    """A damaged footer may count its rows in several ways."""
+    footer = opened.metadata
+    in_groups = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    if not len(column) == footer.num_rows == in_groups:
+        counts = f"its footer counts {footer.num_rows} rows, {in_groups} in row groups, {len(column)} labels"
+        raise _unreadable(file.name, root, ValueError(counts))
 
 
 def _require_dense(labels: dict[str, np.ndarray], root: str) -> None:
@@ -319,21 +346,20 @@ def _require_dense(labels: dict[str, np.ndarray], root: str) -> None:
 
 
 def _rule_of_first(files: list[ParquetFile], labels: dict[str, np.ndarray], data: DataConfig) -> ImageRule:
-    fault = "there are no rows"
+    faults: list[Skipped] = []
     for file in files:
         rows = np.flatnonzero(labels[file.name] >= 0)[:NUM_FIRST_IMAGES]
         for row, content in zip(rows.tolist(), _read_rows(data.root, file, rows), strict=True):
             try:
                 return find_rule(data, _stream(content))
             except BadImage as error:
-                fault = f"{file.name}#{row}: {error}"
+                faults.append(Skipped(row_id=f"{file.name}#{row}", reason=str(error)))
                 if data.on_error == "fail":
-                    break
-        if len(rows) and data.on_error == "fail":
-            break
-    raise SourceError(
-        f"none of the first images can be read ({fault})", where=f"data.root = {data.root}", remedy="Mend or delete it"
+                    raise bad_row(faults[0]) from error
+    fault = (
+        f"none of {len(faults)} images can be read ({faults[0].row_id}: {faults[0].reason})" if faults else "no rows"
     )
+    raise SourceError(f"its training part: {fault}", where=f"data.root = {data.root}", remedy="Mend or delete them")
 
 
 def _read_rows(root: str, file: ParquetFile, rows: np.ndarray) -> Iterator[bytes | None]:
@@ -344,7 +370,11 @@ def _read_rows(root: str, file: ParquetFile, rows: np.ndarray) -> Iterator[bytes
         groups = np.unique(np.searchsorted(starts, rows, side="right") - 1).tolist()
         for group in groups:
             wanted = rows[np.searchsorted(rows, starts[group]) : np.searchsorted(rows, starts[group + 1])]
-            yield from _read_group(root, file, opened, group, wanted - starts[group])
+            contents = list(_read_group(root, file, opened, group, wanted - starts[group]))
+            if len(contents) != len(wanted):
+                counts = ValueError(f"{len(contents)} of {len(wanted)} images could be read")
+                raise _unreadable(f"{file.name}, row group {group}", root, counts)
+            yield from contents
 
 
 def _read_group(

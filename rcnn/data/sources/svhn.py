@@ -8,7 +8,7 @@ from rcnn.config import DataConfig
 from rcnn.data.manifest import SourceRecord
 from rcnn.data.sources.digits import DIGITS
 from rcnn.data.sources.download import fetch, md5_of
-from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
+from rcnn.data.sources.origin import Arrays, Origin, expanded, origin_of_arrays
 from rcnn.errors import SourceError
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
@@ -36,7 +36,7 @@ def _locate(name: str, data: DataConfig, downloads: Path) -> Path:
     """The checked file of a part."""
     if not data.root:
         return fetch(f"{name}_32x32.mat", md5=MD5[name], mirrors=[data.mirror or URL], folder=downloads / "svhn")
-    file = Path(data.root).expanduser() / f"{name}_32x32.mat"
+    file = expanded(data.root) / f"{name}_32x32.mat"
     if not file.exists():
         raise SourceError(
             "is missing",
