@@ -5,7 +5,7 @@ READY := .venv/.ready
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format lock up down clean
+.PHONY: help demo test test-slow bench check format lock up down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,11 @@ demo: $(READY)  ## the whole pipeline on real digits, offline
 test: $(READY)  ## the tests, but those that take minutes
 	@$(BIN)/python -m pytest
 
-test-slow: $(READY)  ## the tests that take minutes: full MNIST, the local stack
+test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack
 	@$(BIN)/python -m pytest -m slow
+
+bench: $(READY)  ## speed: each side against its baseline, in one run
+	@$(BIN)/python -m tests.bench.data
 
 check: $(READY)  ## lint, format, types, and who imports whom
 	@$(BIN)/ruff check .

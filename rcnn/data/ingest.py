@@ -131,18 +131,23 @@ def split_rows(origin: Origin, data: DataConfig) -> Plan:
     plan["train"] = ("train", rows)
     for name in SPLITS:
         if len(plan[name][1]) == 0:
-            raise _empty(name, data, len(labels_N), is_given=name in origin.labels)
+            raise _empty(name, data, origin)
     return {name: plan[name] for name in SPLITS}
 
 
-def _empty(split: str, data: DataConfig, num_rows: int, *, is_given: bool) -> DataError:
-    what = f"the {split} split of {data.dataset} would have no rows (of {num_rows})"
-    where = f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}"
-    if split == "train" and num_rows:
-        return DataError(what, where=where, remedy="Lower the fractions, or bring more images")
-    if is_given:
-        return DataError(what, where=f"data.root = {data.root}", remedy=f"Bring {split} images, or remove that part")
-    return DataError(what, where=where, remedy="Raise the fraction, or bring more images")
+def _empty(split: str, data: DataConfig, origin: Origin) -> DataError:
+    if split != "train" and split in origin.labels:
+        there = f"{data.root}/{split}" if data.source == "folder" else f"{data.root}, {split}....parquet"
+        return DataError(
+            f"the {split} split of {data.dataset} would have no rows (of {len(origin.labels[split])})",
+            where=f"data.root = {there}",
+            remedy=f"Bring {split} images, or remove that part",
+        )
+    return DataError(
+        f"the {split} split of {data.dataset} would have no rows (of {len(origin.labels['train'])})",
+        where=f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}",
+        remedy=f"{'Lower the fractions' if split == 'train' else 'Raise the fraction'}, or bring more images",
+    )
 
 
 def _hold_out(
@@ -225,7 +230,7 @@ def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) 
         of_split = [record for record in records if record.shard.file.startswith(f"{name}/")]
         splits[name] = _add_up(of_split)
         if splits[name].rows == 0:
-            raise _empty(name, data, sum(map(len, origin.labels.values())), is_given=True)
+            raise _empty(name, data, origin)
     for label, count in enumerate(splits["train"].rows_per_class):
         if count == 0:
             say(f"  the class {origin.classes[label]!r} has no training rows")

@@ -171,7 +171,7 @@ def test_the_error_of_a_stage_comes_out_of_the_flow(tmp_path: Path) -> None:
     from flows.full_pipeline import full_pipeline
 
     config = debug_tiny().with_settings({"storage": str(tmp_path), "data.source": "mnist", "data.root": str(tmp_path)})
-    with pytest.raises(SourceError, match="holds none of MNIST's files"):
+    with pytest.raises(SourceError, match="holds none of the files of mnist"):
         full_pipeline(config)
     assert [run.info.status for run in _runs(config, "rcnn/mnist")] == ["FAILED", "FAILED"]
 
