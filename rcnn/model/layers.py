@@ -7,6 +7,7 @@ In: the layer's static input u (N, C, H, W). Out: the state x(T) (N, K, H, W) af
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rcnn.model.lrn import LocalResponseNorm
 
@@ -25,13 +26,22 @@ class RecurrentConvLayer(nn.Module):
         num_steps: T, recurrent steps after the feed-forward one; 0 makes it a convolution + ReLU + LRN, without a
             recurrent kernel.
         lrn_alpha, lrn_beta: constants of the local response normalisation.
+        recompute: trades time for memory: the backward pass computes each step's activations once more, from the state
+            before it, instead of keeping them.
     """
 
     def __init__(
-        self, in_maps: int, num_maps: int, num_steps: int, *, lrn_alpha: float = 0.001, lrn_beta: float = 0.75
+        self,
+        in_maps: int,
+        num_maps: int,
+        num_steps: int,
+        *,
+        lrn_alpha: float = 0.001,
+        lrn_beta: float = 0.75,
+        recompute: bool = False,
     ):
         super().__init__()
-        self.num_steps = num_steps
+        self.num_steps, self.recompute = num_steps, recompute
         self.feed_forward = nn.Conv2d(in_maps, num_maps, kernel_size=3, padding=1)
         # An unused kernel would count as a parameter and make DDP wait for a gradient that never comes.
         self.recurrent = nn.Conv2d(num_maps, num_maps, kernel_size=3, padding=1, bias=False) if num_steps else None
@@ -51,8 +61,14 @@ class RecurrentConvLayer(nn.Module):
     def forward(self, u_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H, W)."""
         z0_NKHW = self.feed_forward(u_NCHW)  # w_f * u + b is the same at every step: computed once
-        x_NKHW = self.norm(z0_NKHW.relu())
-        if self.recurrent is not None:
-            for _ in range(self.num_steps):
-                x_NKHW = self.norm((z0_NKHW + self.recurrent(x_NKHW)).relu_())
+        x_NKHW = self.norm.rectified(z0_NKHW)
+        for _ in range(self.num_steps):
+            if self.recompute and torch.is_grad_enabled():
+                x_NKHW = checkpoint(self._step, x_NKHW, z0_NKHW, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_NKHW = self._step(x_NKHW, z0_NKHW)
         return x_NKHW
+
+    def _step(self, x_NKHW: Tensor, z0_NKHW: Tensor) -> Tensor:
+        assert self.recurrent is not None, "a layer without recurrent steps takes none"
+        return self.norm.rectified(self.recurrent(x_NKHW), z0_NKHW)

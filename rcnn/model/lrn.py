@@ -2,8 +2,13 @@
 
     g(x)_k = x_k / (1 + (alpha / N) * sum of x_j^2 over the N maps j around k) ^ beta
 
-In and out: (N, K, H, W). Two forms that agree: `reference_lrn`, the formula as it stands, and `LocalResponseNorm`, whose
-backward is written by hand, because autograd through the formula costs several times the convolutions beside it.
+In and out: (N, K, H, W). `reference_lrn` is the formula as it stands; `LocalResponseNorm` agrees with it and has a backward
+written by hand, because autograd through the formula costs several times the convolutions beside it:
+
+    d = 1 + (alpha / N) band(x^2)        y = x d^-beta        dx = g d^-beta - (2 alpha beta / N) x band'(g y / d)
+
+How that is done depends on the device: `lrn_cpu.py` works through pieces that stay in the cache, `lrn_triton.py` does all in
+one pass, and for whatever else there is, the sum over neighbouring maps is a 1x1 convolution with a banded kernel.
 
 Shapes in names: N images, K feature maps, H, W.
 """
@@ -12,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rcnn.model.lrn_cpu import RectifiedLrn
+
 
 def reference_lrn(x_NKHW: Tensor, *, window: int, alpha: float = 0.001, beta: float = 0.75) -> Tensor:
-    """The equation as written, through autograd; slow, and the truth that the fast form is tested against."""
+    """The equation as written, through autograd; slow, and the truth that the fast forms are tested against."""
     squares_NKHW = functional.pad(x_NKHW.square(), (0, 0, 0, 0, window // 2, (window - 1) // 2))
     sums_NKHW = squares_NKHW.unfold(1, window, 1).sum(-1)
     return x_NKHW * (1 + alpha / window * sums_NKHW).pow(-beta)
@@ -27,18 +34,47 @@ class LocalResponseNorm(nn.Module):
         num_maps: K, the feature maps of the input.
         window: N, the feature maps that take part in a sum; the paper's is K / 8 + 1.
         alpha, beta: the paper's constants (0.001 and 0.75).
+        triton: whether a kernel of our own works on GPUs.
     """
 
     band: Tensor
 
-    def __init__(self, num_maps: int, *, window: int, alpha: float = 0.001, beta: float = 0.75):
+    def __init__(self, num_maps: int, *, window: int, alpha: float = 0.001, beta: float = 0.75, triton: bool = False):
         super().__init__()
+        self.triton = triton
         self.num_maps, self.window, self.alpha, self.beta = num_maps, window, alpha, beta
         self.register_buffer("band", _band(num_maps, window), persistent=False)
 
     def forward(self, x_NKHW: Tensor) -> Tensor:
-        """Normalises (N, K, H, W); the denominator is float32 or wider, whatever the input's type."""
-        return _LocalResponseNorm.apply(x_NKHW, self.band, self.alpha / self.window, self.beta)
+        """g(x) of (N, K, H, W); the denominator is float32 or wider, whatever the input's type."""
+        if form := self._fused(x_NKHW):
+            return form.apply(x_NKHW, None, self.window, self.alpha / self.window, self.beta, False)
+        return self._by_convolution(x_NKHW)
+
+    def rectified(self, z_NKHW: Tensor, plus_NKHW: Tensor | None = None) -> Tensor:
+        """g(relu(z + plus)), the step of a recurrent layer, in one go.
+
+        Where there is a `plus`, `z` may be overwritten: it must be nobody else's, as what a convolution has just returned.
+        """
+        if form := self._fused(z_NKHW):
+            return form.apply(z_NKHW, plus_NKHW, self.window, self.alpha / self.window, self.beta, True)
+        return self._by_convolution(z_NKHW.relu() if plus_NKHW is None else (z_NKHW + plus_NKHW).relu_())
+
+    def _fused(self, x: Tensor) -> type[torch.autograd.Function] | None:
+        """The form that does all at once on this device, if there is one."""
+        if self.triton and x.dtype != torch.float64:
+            from rcnn.model.lrn_triton import TritonLrn  # there is no Triton on every machine
+
+            return TritonLrn
+        is_cpus = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        return RectifiedLrn if is_cpus and not torch.compiler.is_compiling() else None
+
+    def _by_convolution(self, x_NKHW: Tensor) -> Tensor:
+        return _LocalResponseNorm.apply(x_NKHW, self._scaled_band(x_NKHW)[:, :, None, None], self.beta)
+
+    def _scaled_band(self, like: Tensor) -> Tensor:
+        """(K, K) with alpha / N on the band, as wide as the sums are."""
+        return self.band.to(_wide(like)) * (self.alpha / self.window)
 
     def extra_repr(self) -> str:
         """What `print(model)` tells."""
@@ -46,37 +82,36 @@ class LocalResponseNorm(nn.Module):
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """y = x d^-beta with d = 1 + scale * band(x^2); the band sum is a 1x1 convolution, which the BLAS does well."""
+    """For any device and type; the band sum is a 1x1 convolution."""
 
     @staticmethod
-    def forward(ctx, x_NKHW: Tensor, band_KK11: Tensor, scale: float, beta: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x_NKHW: Tensor, band_KK11: Tensor, beta: float) -> Tensor:  # type: ignore[no-untyped-def]
         wide_NKHW = x_NKHW.to(_wide(x_NKHW))
-        d_NKHW = _band_sum(wide_NKHW.square(), band_KK11).mul_(scale).add_(1)
-        power_NKHW = _negative_power(d_NKHW, beta)
-        ctx.save_for_backward(x_NKHW, d_NKHW, power_NKHW, band_KK11)
-        ctx.scale, ctx.beta = scale, beta
-        return (wide_NKHW * power_NKHW).to(x_NKHW.dtype)
+        d_NKHW = _band_sum(wide_NKHW.square(), band_KK11).add_(1)
+        ctx.save_for_backward(x_NKHW, d_NKHW, band_KK11)
+        ctx.beta = beta
+        return (wide_NKHW * _negative_power(d_NKHW, beta)).to(x_NKHW.dtype)
 
     @staticmethod
     def backward(ctx, grad_NKHW: Tensor):  # type: ignore[no-untyped-def]
-        # dx = g d^-beta - 2 scale beta x band'(g x d^-beta / d); band' is the transpose, since an even window leans.
-        x_NKHW, d_NKHW, power_NKHW, band_KK11 = ctx.saved_tensors
-        direct_NKHW = grad_NKHW.to(d_NKHW.dtype) * power_NKHW
+        x_NKHW, d_NKHW, band_KK11 = ctx.saved_tensors
+        direct_NKHW = grad_NKHW.to(d_NKHW.dtype) * _negative_power(d_NKHW, ctx.beta)
         inner_NKHW = (direct_NKHW * x_NKHW).div_(d_NKHW)
-        spread_NKHW = _band_sum(inner_NKHW, band_KK11.transpose(0, 1))
-        dx_NKHW = direct_NKHW.addcmul_(spread_NKHW.mul_(x_NKHW), spread_NKHW.new_tensor(-2 * ctx.scale * ctx.beta))
-        return dx_NKHW.to(x_NKHW.dtype), None, None, None
+        spread_NKHW = _band_sum(inner_NKHW, band_KK11.transpose(0, 1))  # transposed, since an even window leans
+        dx_NKHW = direct_NKHW.addcmul_(spread_NKHW, x_NKHW.to(d_NKHW.dtype), value=-2 * ctx.beta)
+        return dx_NKHW.to(x_NKHW.dtype), None, None
 
 
 def _band(num_maps: int, window: int) -> Tensor:
-    """(K, K, 1, 1): one where map j lies in the window of map k, clipped at the first and the last map."""
+    """(K, K): one where map j lies in the window of map k, clipped at the first and the last map."""
     offset_KK = torch.arange(num_maps)[None, :] - torch.arange(num_maps)[:, None]
     inside_KK = (offset_KK >= -(window // 2)) & (offset_KK <= (window - 1) // 2)
-    return inside_KK.to(torch.float32)[:, :, None, None]
+    return inside_KK.to(torch.float32)
 
 
 def _band_sum(values_NKHW: Tensor, band_KK11: Tensor) -> Tensor:
-    return functional.conv2d(values_NKHW, band_KK11.to(values_NKHW.dtype))
+    with torch.autocast(values_NKHW.device.type, enabled=False):
+        return functional.conv2d(values_NKHW, band_KK11)
 
 
 def _wide(x: Tensor) -> torch.dtype:

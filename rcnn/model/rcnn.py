@@ -19,6 +19,7 @@ class RCNN(nn.Module):
         num_classes: logits per image.
         dropout: rate after each RCL but the last. The paper does not state it; re-implementations use 0.2 to 0.5.
         lrn_alpha, lrn_beta: constants of the local response normalisation (0.001 and 0.75 in the paper).
+        recompute: see `RecurrentConvLayer`.
 
     Input (N, C, H, W) with H, W >= 1; output (N, num_classes), before the softmax.
     """
@@ -33,11 +34,14 @@ class RCNN(nn.Module):
         dropout: float = 0.2,
         lrn_alpha: float = 0.001,
         lrn_beta: float = 0.75,
+        recompute: bool = False,
     ):
         super().__init__()
 
         def recurrent_layer() -> RecurrentConvLayer:
-            return RecurrentConvLayer(num_maps, num_maps, num_steps, lrn_alpha=lrn_alpha, lrn_beta=lrn_beta)
+            return RecurrentConvLayer(
+                num_maps, num_maps, num_steps, lrn_alpha=lrn_alpha, lrn_beta=lrn_beta, recompute=recompute
+            )
 
         self.first = nn.Conv2d(in_channels, num_maps, kernel_size=5, padding=2)
         # One source has a normalisation after the first layer too; none contradicts it.
@@ -53,7 +57,7 @@ class RCNN(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> logits (N, num_classes)."""
         one, two, three, four = self.recurrent_layers
-        x_NKHW = self.pool(self.first_norm(self.first(images_NCHW).relu_()))
+        x_NKHW = self.pool(self.first_norm.rectified(self.first(images_NCHW)))
         x_NKHW = self.dropout(two(self.dropout(one(x_NKHW))))
         x_NKHW = four(self.dropout(three(self.pool(x_NKHW))))
         return self.classifier(x_NKHW.amax(dim=(2, 3)))

@@ -1,10 +1,39 @@
 """One step of training, and one pass of scoring: the inner loops, with no host synchronisation in them."""
 
+import ctypes
+import platform
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rcnn.data.loader import RowSource
+
+# glibc gives large blocks back to the system at once, and each new one is then cleared by it, page by page.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+BYTES_TO_KEEP = 2**31 - 1
+
+
+def prepare(device: torch.device, *, deterministic: bool = False) -> None:
+    """Sets up the process for training on a device.
+
+    Args:
+        device: where the model is.
+        deterministic: two runs on one machine give the same bits; operations that cannot are refused by torch.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    if device.type == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Lets activations reuse memory instead of fetching it from the system: a fifth of a CPU step, where glibc is used."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(setting, BYTES_TO_KEEP)
 
 
 def train_step(

@@ -45,7 +45,7 @@ def test_the_stages_own_error_comes_back_from_the_job(config: PipelineConfig, tm
 
     wrong = config.with_settings({"data.source": "mnist", "data.root": str(tmp_path / "nowhere")})
     for _ in range(2):  # the id of a failed job is free again
-        with pytest.raises(SourceError, match=r"data\.root = .*nowhere.*holds none of MNIST's files"):
+        with pytest.raises(SourceError, match=r"data\.root = .*nowhere.*holds none of the files of mnist"):
             run_as_job(wrong, "ingest", {})
 
 

@@ -60,8 +60,8 @@ def test_a_streamed_model_learns_as_well_and_resumes_to_the_same_weights(
     tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path
 ) -> None:
     config = tiny_config.with_settings(
-        {"model.k": 16, "model.dropout": 0.1, "train.epochs": 4, "train.batch_size": 16, "train.learning_rate": 0.03,
-         "train.loader": "streaming", "train.num_rows": 1500, "train.max_shift": 1}
+        {"model.k": 16, "train.epochs": 5, "train.batch_size": 16, "train.learning_rate": 0.03, "seed": 1,
+         "train.schedule": "one_cycle", "train.loader": "streaming", "train.num_rows": 1500, "train.max_shift": 1}
     )  # fmt: skip
     data = training_data(config, Storage(config.storage), digits.folder)
     assert not isinstance(data.train, Rows)
