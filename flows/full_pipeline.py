@@ -42,6 +42,7 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False) -> dict[
     show_on_screen()
     if deployment.id:
         config = config.placed_by(os.environ)
+    config = config.rooted()
     trees: dict[str, Any] = {}
     with _log_in_prefect(), _pipeline_run(config, fresh) as parent:
         for name in planned(config):

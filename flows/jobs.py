@@ -46,14 +46,14 @@ def run_as_job(
         say(nothing_to_do(name, target))
         return done
     job_id = f"rcnn-{os.path.basename(target.name)}"
-    if fresh:
+    if fresh and name != "ingest":  # ingest replaces the old data set when the new one is whole
         target.storage.delete(target.name)  # before the cluster is asked: a retry must not find the old result
     with _reachable(config.ray.address):
         client = JobSubmissionClient(config.ray.address)
         if _status(client, job_id) in UNFINISHED:
             say(f"{name}: attaching to Ray job {job_id}, which is running")
         else:
-            _submit(client, job_id, config, name, results, parent)
+            _submit(client, job_id, config, name, results, parent, fresh=fresh and name == "ingest")
             say(f"{name}: submitted as Ray job {job_id}")
         target.storage.write_text(_mark_of(job_id, dict(parent.tags).get(FLOW_RUN_TAG, "")), "")
         status = asyncio.run(_follow(client, job_id))
@@ -99,7 +99,9 @@ def _status(client: Any, job_id: str) -> str | None:
     return str(jobs[job_id].value) if job_id in jobs else None
 
 
-def _submit(client: Any, job_id: str, config: PipelineConfig, name: str, results: Results, parent: Parent) -> None:
+def _submit(
+    client: Any, job_id: str, config: PipelineConfig, name: str, results: Results, parent: Parent, *, fresh: bool
+) -> None:
     if _status(client, job_id) is not None:
         client.delete_job(job_id)  # an earlier attempt ended badly; Ray takes each id once
     storage = Storage(config.storage)
@@ -111,6 +113,7 @@ def _submit(client: Any, job_id: str, config: PipelineConfig, name: str, results
     on_cluster = config.with_settings({"ray.address": "auto", "storage": storage.root})
     command = ["rcnn", name, "--config", on_cluster.model_dump_json(), "--inputs", json.dumps(inputs)]
     command += ["--result", f"{_result_folder(job_id)}/outcome.json"]
+    command += ["--fresh"] if fresh else []
     client.submit_job(
         entrypoint=shlex.join(command),
         submission_id=job_id,

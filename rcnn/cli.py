@@ -126,7 +126,7 @@ def _add(
 def _resolve(options: argparse.Namespace) -> Any:
     from rcnn.recipes import resolve_config
 
-    return resolve_config(options.recipe, file=options.config, environ=os.environ, overrides=options.set)
+    return resolve_config(options.recipe, file=options.config, environ=os.environ, overrides=options.set).rooted()
 
 
 def _pipeline(options: argparse.Namespace) -> None:
@@ -325,13 +325,14 @@ def _sources(options: argparse.Namespace) -> None:
 
 def _print_table(rows: Sequence[dict[str, str]], *, title: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(escape, row.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

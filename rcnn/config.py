@@ -7,6 +7,7 @@ Out: a validated `PipelineConfig`, which goes to every stage as it is, beside ev
 import difflib
 import hashlib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -80,18 +81,25 @@ class DataConfig(Section):
         0.2, gt=0, lt=1, description="Share of all rows held out for testing, where the source has no test split."
     )
     split_seed: int = Field(0, ge=0, description="Seed that decides which row goes to which split.")
-    shard_megabytes: int = Field(64, ge=1, le=1024, description="Size of a Parquet shard, MB of uncompressed pixels.")
+    shard_megabytes: int = Field(64, ge=1, le=256, description="Size of a Parquet shard, MB of uncompressed pixels.")
 
     @model_validator(mode="after")
     def _settings_fit_the_source(self) -> Self:
         if self.source in IMAGE_FILE_SOURCES and not self.root:
             raise ValueError(f"source = {self.source!r} needs data.root; set it to where the images are")
         _require_no_credentials("root", self.root)
-        if self.source not in IMAGE_FILE_SOURCES and self.image_size:
+        _require_no_credentials("mirror", self.mirror)
+        if self.source == "mnist-sample" and self.root:
             raise ValueError(
-                f"image_size = {self.image_size} is for the sources folder and parquet, "
-                f"and source is {self.source!r}; leave it at 0"
+                f"root = {self.root!r} means nothing to the source 'mnist-sample'; set data.source to folder, parquet, ..."
             )
+        for name in ("image_size", "resize", "color", "max_megapixels", "on_error"):
+            default, value = type(self).model_fields[name].default, getattr(self, name)
+            if self.source not in IMAGE_FILE_SOURCES and value != default:
+                raise ValueError(
+                    f"{name} = {value!r} is for the sources folder and parquet, and source is {self.source!r}; "
+                    f"leave it at {default!r}"
+                )
         return self
 
     @property
@@ -100,7 +108,7 @@ class DataConfig(Section):
         if self.name or self.source not in IMAGE_FILE_SOURCES:
             return self.name or self.source
         path = self.root.partition("?")[0] if "://" in self.root else self.root
-        last = re.sub(r"(^|/)[^/]*[*?\[].*$", "", path).rstrip("/").rpartition("/")[2].removesuffix(".parquet")
+        last = re.sub(r"(^|/)[^/]*[*?].*$", "", path).rstrip("/").rpartition("/")[2].removesuffix(".parquet")
         return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or self.source
 
 
@@ -262,6 +270,13 @@ class PipelineConfig(Section):
     def with_settings(self, settings: Mapping[str, Any]) -> "PipelineConfig":
         """A copy with dotted settings changed, e.g. `{"model.k": 64}`, and all bounds checked anew."""
         return _validated(_merged(self.model_dump(mode="json"), _nested(settings, origin="settings")), "settings")
+
+    def rooted(self) -> "PipelineConfig":
+        """A copy in which a local `data.root` is an absolute path: stages may run in other folders, and it is in their key."""
+        root = self.data.root
+        if not root or "://" in root:
+            return self
+        return self.with_settings({"data.root": os.path.abspath(os.path.expanduser(root))})
 
     def placed_by(self, environ: Mapping[str, str]) -> "PipelineConfig":
         """A copy in which the environment says where things run and are kept, unless the config says it already.

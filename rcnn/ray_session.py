@@ -111,6 +111,7 @@ def require_seen(path: Path, *, setting: str) -> None:
             f"node {blind[0]} does not see it ({len(blind)} of {len(nodes)} nodes do not)",
             where=f"{setting} = {path}",
             remedy=f"Set {setting} to a folder that all nodes mount, or to a URI such as s3://bucket/prefix",
+            retryable=True,
         )
 
 

@@ -157,6 +157,21 @@ class Storage:
         with self.writing(name):
             self.filesystem.delete_file(self.path(name))
 
+    def require_size(self, name: str, num_bytes: int) -> None:
+        """Checks that a file is there, whole.
+
+        Raises:
+            ClusterError: it is not.
+        """
+        found = self.filesystem.get_file_info(self.path(name)).size
+        if found != num_bytes:
+            raise ClusterError(
+                f"has {found} bytes, and {num_bytes:,} were written",
+                where=self.uri(name),
+                remedy="Something else removed or changed it: run the same command again",
+                retryable=True,
+            )
+
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
         """Tells a full disk or a missing permission in the body as what it is.

@@ -115,6 +115,10 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         (["model.k=many"], "model.k is 'many'"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),
         (["data.source=folder"], "data source = 'folder' needs data.root"),
+        (["data.root=photos"], "data root = 'photos' means nothing to the source 'mnist-sample'"),
+        (["data.source=mnist", "data.mirror=https://me:secret@host/"], "data mirror holds credentials"),
+        (["data.on_error=skip"], "data on_error = 'skip' is for the sources folder and parquet"),
+        (["storage=s3://key:secret@bucket/x"], "storage holds credentials"),
         (["data.image_size=32"], "data image_size = 32 is for the sources folder and parquet"),
     ],
 )
@@ -137,6 +141,17 @@ def test_messages_of_wrong_overrides(overrides: list[str], expected: str) -> Non
 )
 def test_a_data_set_is_named_after_what_it_is(settings: dict[str, object], name: str) -> None:
     assert PipelineConfig().with_settings(settings).data.dataset == name
+
+
+def test_a_relative_root_becomes_the_one_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def rooted(root: str) -> str:
+        return PipelineConfig().with_settings({"data.source": "parquet", "data.root": root}).rooted().data.root
+
+    assert rooted("photos/*.parquet") == str(tmp_path / "photos" / "*.parquet")
+    assert rooted("s3://bucket/x") == "s3://bucket/x"
+    assert PipelineConfig().rooted() == PipelineConfig()
 
 
 def test_a_misspelt_environment_variable_is_an_error() -> None:

@@ -82,6 +82,29 @@ def test_the_users_own_images_become_a_registered_model(tmp_path: Path, source: 
     assert finish(command(tmp_path, "pipeline", "--recipe", "debug_tiny", *flags)).count("nothing to do") == 4
 
 
+def test_a_bad_image_met_on_ray_ends_the_command_and_leaves_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / "train" / label).mkdir(parents=True)
+        for number in range(300):
+            noise = Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8))
+            noise.save(tmp_path / "photos" / "train" / label / f"{number:03d}.png")
+    bad = tmp_path / "photos" / "train" / "dog" / "150.png"
+    bad.write_bytes(bad.read_bytes()[:5000])
+    settings = (
+        "data.source=folder",
+        f"data.root={tmp_path / 'photos'}",
+        "data.image_size=64",
+        "data.shard_megabytes=1",
+    )
+    process = command(tmp_path, "ingest", *(word for setting in settings for word in ("--set", setting)))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "rcnn: DataError: train/dog/150.png: cannot be decoded" in output
+    assert "Traceback" not in output
+    assert list((tmp_path / "storage" / "datasets").iterdir()) == []
+
+
 def draw_shapes(root: Path, num_per_class: int) -> None:
     """Grey discs and squares of mixed sizes, with noise."""
     rng = np.random.default_rng(0)

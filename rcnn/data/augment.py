@@ -43,7 +43,8 @@ class Augmentation:
         max_shift: black pixels put around an image before a window is cut out of it at random ("pad and crop").
         crop: side of the window, pixels (24 in the paper); 0: as large as the image.
         flip: mirrors left to right with probability 1/2.
-        cutout: side of a square that is blackened, its centre anywhere in the image; 0: none (DeVries and Taylor, 2017).
+        cutout: side of a square that is blackened, its centre anywhere in the image (as DeVries and Taylor, 2017, but
+            for the colour: theirs is the mean); 0: none.
     """
 
     max_shift: int = 0

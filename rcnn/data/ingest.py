@@ -8,13 +8,14 @@ taken up by the next one.
     .locks/<name>.lock                held while one is at work    datasets/<name>/                  whole
 """
 
+import errno
 import hashlib
 import itertools
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,8 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
         manifest = None if target.replaces else read_manifest(target.storage, target.name)
         if manifest is None:
             manifest = _ingest(config, target)
+        else:
+            target.storage.delete(_Draft(target.storage, target.name).folder)  # a run was killed as it cleaned up
     tracker.log_params({"source": config.data.source, "digest": manifest.digest})
     tracker.log_metrics({f"rows/{name}": split.rows for name, split in manifest.splits.items()})
     tracker.log_data(manifest.summary(), target.storage.uri(target.name), context="ingest")
@@ -74,7 +77,7 @@ def _alone(target: StageFolder) -> Iterator[None]:
         return
     name = f".locks/{target.name.rpartition('/')[2]}.lock"
     target.storage.make_folder(".locks")
-    lock = FileLock(target.storage.local_path(name))
+    lock = _lock_of(target.storage, target.name.rpartition("/")[2])
     with target.storage.writing(name):
         try:
             lock.acquire(blocking=False)
@@ -87,6 +90,10 @@ def _alone(target: StageFolder) -> Iterator[None]:
         lock.release()
 
 
+def _lock_of(storage: Storage, name: str) -> FileLock:
+    return FileLock(storage.local_path(f".locks/{name}.lock"))
+
+
 def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
     storage = target.storage
     draft = _Draft(storage, target.name)
@@ -97,6 +104,8 @@ def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
         origin = open_source(config.data, _downloads(storage))
         if origin.skipped and config.data.on_error == "fail":
             raise bad_row(origin.skipped[0])
+        found = " + ".join(f"{len(labels):,} {part}" for part, labels in origin.labels.items())
+        say(f"  found {found} rows in {len(origin.classes)} classes")
         plan = split_rows(origin, config.data)
         jobs = list(_plan_shards(origin, plan, config.data, draft))
         records = _write_shards(config, origin, jobs)
@@ -206,14 +215,18 @@ def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJo
     missing = [job for job in jobs if job.file not in there]
     if there:
         say(f"  {len(there)} of {len(jobs)} shards are there already")
-    outcomes: Iterator[ShardRecord | RcnnError]
+    outcomes: Generator[ShardRecord | RcnnError, None, None]
     if missing and origin.encoded_bytes > BYTES_WORTH_A_CLUSTER:
         from rcnn.data.ray_data import map_on_cluster
 
         outcomes = map_on_cluster(config, write_shard, missing)
     else:
-        outcomes = map(write_shard, missing)
-    with tqdm(total=len(jobs), initial=len(there), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
+        outcomes = (write_shard(job) for job in missing)
+    # Closed before an error leaves: what Ray is still at would go on writing, and would outlive its driver.
+    with (
+        closing(outcomes),
+        tqdm(total=len(jobs), initial=len(there), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar,
+    ):
         for outcome in outcomes:
             if isinstance(outcome, RcnnError):
                 raise outcome
@@ -290,29 +303,41 @@ class _Draft:
         for record in records:
             if record.shard.rows == 0:
                 self.storage.delete_file(f"{self.data}/{record.shard.file}")
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                self.storage.require_size(f"{self.data}/{shard.file}", shard.num_bytes)
         self.storage.write_json(f"{self.data}/{MANIFEST}", manifest.model_dump(mode="json"))
         if self.storage.is_local:
-            whole, place = self.storage.local_path(self.data), self.storage.local_path(target.name)
             with self.storage.writing(target.name):
-                for leftover in whole.rglob("*.part"):  # of a killed process
-                    leftover.unlink()
-                if place.exists():
-                    shutil.rmtree(place)
-                whole.rename(place)
+                self._move_to(self.storage.local_path(target.name))
         self.storage.delete(self.folder)
 
+    def _move_to(self, place: Path) -> None:
+        """Renames the old data set away, and this one to its place: there is never half of one."""
+        whole, old = self.storage.local_path(self.data), self.storage.local_path(self.folder) / "replaced"
+        for leftover in whole.rglob("*.part"):  # of a killed process
+            leftover.unlink()
+        shutil.rmtree(old, ignore_errors=True)
+        if place.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in the place of the data set")
+        if place.exists():
+            place.rename(old)
+        whole.rename(place)
+
     def delete(self) -> None:
-        """Removes it."""
+        """Removes it. On an object store its shards stay, since a twin may have written them; the next run takes them up."""
         self.storage.delete(self.folder)
-        if not self.storage.is_local and read_manifest(self.storage, self.data) is None:
-            self.storage.delete(self.data)
 
 
 def _delete_old_drafts(storage: Storage, *, keep: str) -> None:
-    """Removes what killed runs left long ago and nobody took up."""
+    """Removes what killed runs left long ago, nobody took up and nobody is at."""
     if not storage.is_local:
         return
     for folder in storage.local_path("datasets").glob(f"{DRAFT_PREFIX}*"):
-        age = time.time() - max((file.stat().st_mtime for file in [folder, *folder.glob("records/*")]), default=0)
-        if f"datasets/{folder.name}" != keep and age > SECONDS_TO_KEEP_A_DRAFT:
-            shutil.rmtree(folder, ignore_errors=True)
+        if f"datasets/{folder.name}" == keep:
+            continue
+        lock = _lock_of(storage, folder.name.removeprefix(DRAFT_PREFIX))
+        with suppress(Timeout, FileNotFoundError), lock.acquire(blocking=False):
+            last_change = max(file.stat().st_mtime for file in [folder, *folder.glob("records/*")])
+            if time.time() - last_change > SECONDS_TO_KEEP_A_DRAFT:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -188,11 +188,12 @@ def load_training_data(
     fits = wanted * manifest.image_bytes <= resident_megabytes * 1_000_000
     if engine == "resident" or (engine == "auto" and fits):
         train: RowSource = _load_some(storage, folder, manifest, num_rows, seed)
-        return TrainingData(manifest, train, load_rows(storage, folder, manifest, "val"))
-    from rcnn.data.streaming import stored_rows
+    else:
+        from rcnn.data.streaming import stored_rows
 
-    train = stored_rows(storage, folder, manifest, "train", num_rows=num_rows, seed=seed)
-    return TrainingData(manifest, train, stored_rows(storage, folder, manifest, "val"))
+        train = stored_rows(storage, folder, manifest, "train", num_rows=num_rows, seed=seed)
+    val = open_rows(storage, folder, manifest, "val", resident_megabytes=resident_megabytes)
+    return TrainingData(manifest, train, val)
 
 
 def open_rows(storage: Storage, folder: str, manifest: Manifest, split: str, *, resident_megabytes: int) -> RowSource:

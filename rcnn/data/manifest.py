@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rcnn.data.schema import SCHEMA_VERSION
-from rcnn.errors import DataError
+from rcnn.errors import ClusterError, DataError
 from rcnn.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -113,6 +113,13 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
     except ValueError as error:
         raise _damaged(storage.uri(name), f"no JSON ({error})") from error
     except OSError as error:
+        if not storage.is_local:
+            raise ClusterError(
+                f"cannot be read ({' '.join(str(error).split())})",
+                where=storage.uri(name),
+                remedy="Check network and credentials",
+                retryable=True,
+            ) from error
         raise _damaged(storage.uri(name), f"cannot be read ({' '.join(str(error).split())})") from error
     if tree is None:
         return None

@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 from rcnn.ray_session import ensure_ray, require_seen  # isort: skip  (sets what Ray reads)
@@ -11,7 +11,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from rcnn.config import PipelineConfig
-from rcnn.data.sources.origin import expanded
+from rcnn.data.sources.origin import without_pattern
 from rcnn.errors import ClusterError
 from rcnn.storage import Storage
 
@@ -21,7 +21,7 @@ Outcome = TypeVar("Outcome")
 
 def map_on_cluster(
     config: PipelineConfig, function: Callable[[Job], Outcome], jobs: Sequence[Job]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """The outcome of `function` for each job, as they come.
 
     Raises:
@@ -29,7 +29,7 @@ def map_on_cluster(
     """
     ensure_ray(config, Storage(config.storage))
     if "://" not in config.data.root:
-        require_seen(expanded(config.data.root), setting="data.root")
+        require_seen(without_pattern(config.data.root), setting="data.root")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
     ray.data.DataContext.get_current().enable_progress_bars = False
     # As bytes: Ray Data would try to find a column type for our objects first, and complain that there is none.

@@ -14,6 +14,7 @@ IMAGES_PER_CLASS = 40
 IMAGES_PER_ROW = 10
 ROWS_PER_READ = 1000
 OVERVIEW = "all.png"
+CLASSES_IN_OVERVIEW = 100
 
 
 def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:
@@ -27,7 +28,11 @@ def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:
 
 
 def write_sheets(storage: Storage, folder: str, target: str) -> list[str]:
-    """Draws training images: a sheet of each class, and one with a row of each; returns the names of the files."""
+    """Draws training images: a sheet of each class, and one with a row of each of the first hundred.
+
+    Returns:
+        The names of the files.
+    """
     manifest = require_manifest(storage, folder)
     found = _first_of_each_class(storage, folder, manifest)
     with tempfile.TemporaryDirectory() as draft:
@@ -38,7 +43,9 @@ def write_sheets(storage: Storage, folder: str, target: str) -> list[str]:
                 sheet = contact_sheet(title, images, [""] * len(images), num_columns=IMAGES_PER_ROW)
                 sheet.save(Path(draft, names[label]))
         rows = [
-            (name, image) for name, images in zip(manifest.classes, found, strict=True) for image in _row_of(images)
+            (name, image)
+            for name, images in list(zip(manifest.classes, found, strict=True))[:CLASSES_IN_OVERVIEW]
+            for image in _row_of(images)
         ]
         sheet = contact_sheet(
             manifest.name, [image for _, image in rows], [name for name, _ in rows], num_columns=IMAGES_PER_ROW
@@ -62,7 +69,7 @@ def _first_of_each_class(storage: Storage, folder: str, manifest: Manifest) -> l
     for images_NHWC, labels_N in stored_rows(storage, folder, manifest, "train").read_in_order(ROWS_PER_READ):
         for image_HWC, label in zip(images_NHWC, labels_N.tolist(), strict=True):
             if len(found[label]) < wanted[label]:
-                found[label].append(image_HWC)
+                found[label].append(image_HWC.copy())
         if [len(images) for images in found] == wanted:
             break
     return found

@@ -10,18 +10,20 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+LARGEST_INCHES, MOST_NAMES = 20.0, 100
 BLUE, ORANGE = "#2a6f97", "#d1495b"
 
 
 def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, file: Path) -> None:
     """Draws a confusion matrix (classes, classes); counts off the diagonal stand out, since they are what one looks for."""
     mistakes = confusion.float().fill_diagonal_(0)
-    size = max(5.0, 0.45 * len(classes) + 1.5)
+    size = min(max(5.0, 0.45 * len(classes) + 1.5), LARGEST_INCHES)
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     axes.imshow(mistakes, cmap="OrRd", vmin=0, vmax=max(1.0, float(mistakes.max())))
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 3 else 60)
-    axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= MOST_NAMES:
+        axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 3 else 60)
+        axes.set_yticks(range(len(classes)), classes)
     if len(classes) <= 30:
         for row in range(len(classes)):
             for column in range(len(classes)):

@@ -1,7 +1,9 @@
 """The evaluate stage: a finished model and the test rows in, figures, plots and a short report out."""
 
+import operator
 import tempfile
 import time
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -69,11 +71,12 @@ def _score(config: PipelineConfig, rows: RowSource, trained: TrainResult, target
     started = time.perf_counter()
     with torch.inference_mode():
         # Each batch's figures come to the host: the clock below has waited for the device.
-        scores = [
+        scores = (
             score_logits(model(images_NCHW), labels_N)
             for images_NCHW, labels_N in rows.batches(config.evaluate.batch_size, device)
-        ]
-    return sum(scores[1:], scores[0]), len(rows) / (time.perf_counter() - started)
+        )
+        total = reduce(operator.add, scores)
+    return total, len(rows) / (time.perf_counter() - started)
 
 
 def _write_report(

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rcnn.config import PipelineConfig
+from rcnn.data import streaming
 from rcnn.data.augment import Augmentation
 from rcnn.data.ingest import run_ingest
 from rcnn.data.loader import Batch, Loader, Order, Rows, load_training_data
@@ -33,7 +34,7 @@ BATCH_SIZE = 64
 IMAGES_PER_ROUND = 12_800
 PADDING = 4
 NUM_WORKERS = 2
-TRAINING_STEPS = 30
+TRAINING_STEPS = 40
 CPU = torch.device("cpu")
 
 
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("--mnist", type=Path, default=SHARED / "MNIST" / "raw", help="folder with the official files")
     parser.add_argument("--cifar10-jpeg", type=Path, default=SHARED / "cifar10-jpeg", help="folder with Parquet files")
     options = parser.parse_args()
+    for flag, folder in (("--mnist", options.mnist), ("--cifar10-jpeg", options.cifar10_jpeg)):
+        if not folder.is_dir():
+            parser.error(f"{flag}: there is no folder {folder}; the benchmark needs both data sets")
     print(machine())
     results = [
         measure("MNIST", {"data.source": "mnist", "data.root": str(options.mnist)}, flip=False, rounds=options.rounds),
@@ -153,6 +157,7 @@ def _repeat(epoch: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:
 
 def share_of_waiting(config: PipelineConfig, loader: Loader, folder: str) -> float:
     """The part of training steps (RCNN-32, T = 3, on the CPU) that passes before the batch is there."""
+    streaming.GROUPS_PER_WINDOW = 1  # small windows, so that the steps timed cross some borders
     state = new_state(config, require_manifest(Storage(config.storage), folder), device=CPU, num_steps=TRAINING_STEPS)
     batches = _repeat(loader.epoch)
     waited, started = [], time.perf_counter()

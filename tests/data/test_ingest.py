@@ -253,3 +253,56 @@ def test_a_manifest_that_cannot_be_trusted_is_named(
     file.write_text("{")
     with pytest.raises(DataError, match="no JSON"):
         read_manifest(Storage(str(tmp_path)), "d")
+
+
+def test_a_replacement_that_is_killed_leaves_nothing_or_all_and_is_taken_up(
+    tmp_path: Path, random_source: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    first = run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x"), NoTracker())
+    renamed = 0
+    rename = Path.rename
+
+    def rename_once(self: Path, target: Path) -> Path:
+        nonlocal renamed
+        renamed += 1
+        if renamed == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_once)
+        with pytest.raises(KeyboardInterrupt):
+            run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x", replaces=True), NoTracker())
+    assert read_manifest(storage, "datasets/x") is None
+    assert run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x"), NoTracker()) == first
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["x"]
+
+
+def test_an_old_draft_that_somebody_is_at_is_left_alone(target: StageFolder, random_source: Origin) -> None:
+    draft = target.storage.local_path("datasets/.draft-old")
+    (draft / "records").mkdir(parents=True)
+    os.utime(draft, (0, 0))
+    target.storage.make_folder(".locks")
+    with ingest._lock_of(target.storage, "old"):
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=_ingest, args=(target.storage.root,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert draft.exists()
+
+
+def test_a_shard_that_vanished_before_the_end_is_noticed(
+    target: StageFolder, random_source: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = ingest._describe
+
+    def lose_a_shard(*arguments: object) -> object:
+        next(target.storage.local_path("datasets").rglob("val-00000.parquet")).unlink()
+        return describe(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ingest, "_describe", lose_a_shard)
+    with pytest.raises(ClusterError, match=r"val-00000\.parquet: has None bytes"):
+        run_ingest(PipelineConfig(), target, NoTracker())
+    assert read_manifest(target.storage, "datasets/x") is None

@@ -15,7 +15,6 @@ from rcnn.data.augment import Augmentation
 from rcnn.data.ingest import run_ingest
 from rcnn.data.loader import Loader, Order, ResidentLoader, Rows, RowSource, load_rows, load_training_data
 from rcnn.data.manifest import Manifest, Shard, SourceRecord, require_manifest
-from rcnn.data.schema import Block
 from rcnn.data.shards import ShardJob, write_shard
 from rcnn.data.sources.origin import ArrayChunk, Arrays, origin_of_arrays
 from rcnn.data.streaming import Segment, StoredRows, StreamingLoader, stored_rows, stretch
@@ -45,9 +44,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int],
     written = []
     for start in range(0, NUM_STORED, 300):
         rows = np.arange(start, min(NUM_STORED, start + 300))
-        block = Block(pixels_of(NUM_STORED)[rows], rows, [str(row) for row in rows])
+        chunk = ArrayChunk("train", Arrays(pixels_of(NUM_STORED), np.arange(NUM_STORED)), rows)
         file = f"train/train-{len(written):05d}.parquet"
-        job = ShardJob(storage.root, "d", file, f"records/{start}.json", "", ArrayChunk(block), NUM_STORED, False)
+        job = ShardJob(storage.root, "d", file, f"records/{start}.json", "", chunk, NUM_STORED, False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shards, "rows_per_group", lambda image_bytes: GROUP)
             written.append(write_shard(job).shard)  # type: ignore[union-attr]

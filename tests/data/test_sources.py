@@ -55,7 +55,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> DataConfig:
 
 @pytest.mark.parametrize("source", [name for name in SOURCES if name not in IMAGE_FILE_SOURCES])
 def test_official_files_have_no_fingerprint(source: str) -> None:
-    assert fingerprint(DataConfig(source=source, root="anywhere")) == ""
+    assert fingerprint(DataConfig(source=source, root="" if source == "mnist-sample" else "anywhere")) == ""
 
 
 def test_the_fingerprint_is_the_same_while_nothing_changes(data: DataConfig) -> None:
@@ -120,3 +120,22 @@ def test_names_that_are_no_utf8_have_a_fingerprint_or_are_refused(data: DataConf
 def test_the_fingerprint_of_what_is_not_there_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=rf"data\.root = {tmp_path}/nowhere: there is no"):
         fingerprint(DataConfig(source=source, root=f"{tmp_path}/nowhere"))
+
+
+def test_the_fingerprint_follows_links_and_overlooks_what_is_beside_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SECONDS_TO_REMEMBER", -1)
+    root = tmp_path / "photos"
+    for version in ("v1", "v2"):
+        (root / ".pool" / version / "cat").mkdir(parents=True)
+        (root / ".pool" / version / "cat" / "0.png").write_bytes(b"x")
+    (root / "train").symlink_to(root / ".pool" / "v1")
+    data = DataConfig(source="folder", root=str(root))
+    before = fingerprint(data)
+    (root / "storage").mkdir()
+    (root / "storage" / "mlflow.db").write_bytes(b"x")
+    assert fingerprint(data) == before
+    (root / "train").unlink()
+    (root / "train").symlink_to(root / ".pool" / "v2")
+    assert fingerprint(data) != before

@@ -6,12 +6,12 @@ In: `DataConfig`, and a folder for downloads. Out: what ingest splits into train
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rcnn.config import IMAGE_FILE_SOURCES, DataConfig
-from rcnn.data.sources.origin import Origin, expanded
+from rcnn.data.sources.origin import PARTS, Origin, expanded
 from rcnn.errors import SourceError
 
 SECONDS_TO_REMEMBER = 30
@@ -124,17 +124,35 @@ def _hash_of(entries: Iterator[str]) -> str:
 
 
 def _folder_entries(root: str) -> Iterator[str]:
-    if not os.path.isdir(expanded(root)):
+    """Files and links below the parts' folders, or where there are none, below all folders: what ingest looks at."""
+    if "://" in root or not os.path.isdir(expanded(root)):
+        fault = "is no local folder" if "://" in root else "there is no such folder"
+        raise SourceError(fault, where=f"data.root = {root}", remedy="Give the folder with train/<class>/*.png")
+    try:
+        yield from _entries_below(expanded(root), only=PARTS if _has_parts(expanded(root)) else None)
+    except OSError as error:
         raise SourceError(
-            "there is no such folder",
-            where=f"data.root = {root}",
-            remedy="Give the folder with train/<class>/*.png",
-        )
-    for folder, names, files in os.walk(expanded(root)):
-        names.sort()
-        for name in sorted(files):
-            found = os.lstat(os.path.join(folder, name))
-            yield f"{folder}/{name} {found.st_size} {found.st_mtime_ns}"
+            f"cannot be listed ({error.strerror})",
+            where=str(error.filename or root),
+            remedy="Check its permissions, and that nothing changes it meanwhile",
+        ) from error
+
+
+def _has_parts(root: Path) -> bool:
+    return any(PARTS.get(name.lower()) == "train" for name in os.listdir(root))
+
+
+def _entries_below(folder: Path, *, only: Mapping[str, str] | None = None) -> Iterator[str]:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or (only is not None and entry.name.lower() not in only):
+            continue
+        if entry.is_symlink():
+            yield f"{entry.path} -> {os.path.realpath(entry.path)}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from _entries_below(Path(entry.path))
+        elif only is None or entry.is_symlink():
+            found = entry.stat(follow_symlinks=False)
+            yield f"{entry.path} {found.st_size} {found.st_mtime_ns}"
 
 
 def _parquet_entries(root: str) -> Iterator[str]:

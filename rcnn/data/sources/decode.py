@@ -3,6 +3,7 @@
 Ingest and `rcnn predict` both come here, so a model is asked about images made the way it was trained on.
 """
 
+import errno
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,10 +16,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from rcnn.config import DataConfig
+from rcnn.errors import SourceError
 
 # What is read, by content and not by file name (JPEG includes MPO). Not EPS: Pillow hands it to another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+# Not the image's fault: to leave it out for good would be wrong.
+PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 ORIENTATION_TAG = 0x0112
 MODES = {1: "L", 3: "RGB"}
 NO_IMAGE = "is no image that can be read ({})"
@@ -98,6 +102,13 @@ def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
     except FileNotFoundError as error:
         raise BadImage("is not there") from error
     except OSError as error:
+        if error.errno in PASSING_FAULTS:
+            raise SourceError(
+                f"cannot be read for now ({error.strerror})",
+                where=str(source),
+                remedy="Run the same command again: what is finished is kept",
+                retryable=True,
+            ) from error
         if error.errno:
             raise BadImage(f"cannot be read ({error.strerror})") from error
         raise BadImage("is empty" if _is_empty(source) else NO_IMAGE.format(", ".join(FORMATS))) from error

@@ -15,6 +15,7 @@ from rcnn.data.manifest import SourceRecord
 from rcnn.data.sources.download import fetch
 from rcnn.data.sources.origin import Arrays, Origin, expanded, origin_of_arrays
 from rcnn.errors import SourceError
+from rcnn.progress import say
 
 DIGITS = tuple("0123456789")
 ARTICLES = (
@@ -161,6 +162,8 @@ def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, P
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"cannot be read ({error})", where=str(file), remedy="Fetch the file again") from error
     found, expected = (_md5(content), content_md5) if content_md5 else (_md5(raw), packed_md5)
+    if file == plain and not content_md5:
+        say(f"  {name} is taken unchecked: only {name}.gz has a known checksum")
     if found != expected and (content_md5 or file == packed):
         raise SourceError(
             f"the MD5 of its content is {found}, the official file's is {expected}",

@@ -51,9 +51,18 @@ def fetch(file: str, *, md5: str, mirrors: Sequence[str], folder: Path) -> Path:
 
 
 def md5_of(file: Path) -> str:
-    """The MD5 of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    """The MD5 of a file's content.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise SourceError(
+            f"cannot be read ({error.strerror})", where=str(file), remedy="Give a file that can be"
+        ) from error
 
 
 def _fetch_from_any(file: str, md5: str, mirrors: Sequence[str], target: Path) -> None:

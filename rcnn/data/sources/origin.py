@@ -4,6 +4,7 @@ A chunk is small enough to be sent to another process, and reads its own pixels 
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,19 @@ def expanded(root: str) -> Path:
         printable = root.encode(errors="replace").decode()
         raise SourceError(f"is no path ({error})", where=f"data.root = {printable}", remedy="Give another") from error
     return path
+
+
+def without_pattern(root: str) -> Path:
+    """The part of a local `data.root` that is a path: what stands before the first * or ?."""
+    plain = re.split(r"[*?]", root)[0]
+    return expanded(plain if plain == root else plain.rpartition("/")[0] or ("/" if plain.startswith("/") else "."))
+
+
+# Words that name a part, in a folder's or a file's name.
+PARTS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
 
 
 class Chunk(Protocol):
@@ -80,23 +94,28 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class ArrayChunk:
-    """Rows that lie in memory already."""
-
-    block: Block
-
-    def read(self) -> tuple[Block, list[Skipped]]:
-        """The rows; nothing can be wrong with them any more."""
-        return self.block, []
-
-
-@dataclass(frozen=True)
 class Arrays:
     """A part in memory: uint8 images (N, H, W, C), int64 labels (N), coarse labels (N) or None."""
 
     images: np.ndarray
     labels: np.ndarray
     coarse: np.ndarray | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class ArrayChunk:
+    """Some rows of a part in memory; copied when they are read, so that not all chunks hold pixels at once."""
+
+    part: str
+    arrays: Arrays
+    rows: np.ndarray
+
+    def read(self) -> tuple[Block, list[Skipped]]:
+        """The rows; nothing can be wrong with them any more."""
+        arrays, rows = self.arrays, self.rows
+        coarse = None if arrays.coarse is None else arrays.coarse[rows]
+        row_ids = [f"{self.part}/{row}" for row in rows.tolist()]
+        return Block(np.ascontiguousarray(arrays.images[rows]), arrays.labels[rows], row_ids, coarse), []
 
 
 def origin_of_arrays(
@@ -109,10 +128,7 @@ def origin_of_arrays(
     """The origin of a source that fits in memory; a row's id is its part and number."""
 
     def cut(part: str, rows: np.ndarray) -> ArrayChunk:
-        arrays = parts[part]
-        coarse = None if arrays.coarse is None else arrays.coarse[rows]
-        row_ids = [f"{part}/{row}" for row in rows.tolist()]
-        return ArrayChunk(Block(np.ascontiguousarray(arrays.images[rows]), arrays.labels[rows], row_ids, coarse))
+        return ArrayChunk(part, parts[part], rows)
 
     height, width, channels = parts["train"].images.shape[1:]
     return Origin(

@@ -7,7 +7,6 @@ Which part a file belongs to is said by a word in its path: train, val (valid, v
 file's path below the root, and its number in it.
 """
 
-import fnmatch
 import io
 import json
 import re
@@ -27,15 +26,14 @@ from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, find_rule, unwarned
-from rcnn.data.sources.origin import Origin, bad_row, expanded
+from rcnn.data.sources.origin import PARTS, Origin, bad_row, expanded
 from rcnn.errors import SourceError
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-         "test": "test", "testing": "test"}  # fmt: skip
 ROWS_PER_READ = 64
 BLOCK_ROWS = 1024
+BLOCKS_PER_SHARD = 32
 NUM_FIRST_IMAGES = 100  # tried, until one can be read, to find out size and colour
 
 
@@ -123,8 +121,14 @@ def open_parquet(data: DataConfig, downloads: Path) -> Origin:
         cut=cut,
         skipped=tuple(faults),
         encoded_bytes=sum(file.num_bytes for file in files),
-        block_rows=BLOCK_ROWS,
+        block_rows=_block_rows(rule, data),
     )
+
+
+def _block_rows(rule: ImageRule, data: DataConfig) -> int:
+    """Neighbours that stay together: as many as are well read at once, and few enough that a shard mixes 32 places."""
+    rows_per_shard = data.shard_megabytes * 1_000_000 // int(np.prod(rule.image_shape))
+    return max(1, min(BLOCK_ROWS, rows_per_shard // BLOCKS_PER_SHARD))
 
 
 def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
@@ -153,7 +157,7 @@ def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
         ) from error
     found = [(name, info) for name, info in zip(names, below, strict=True) if info.type == fs.FileType.File]
     chosen = sorted(
-        (pair for pair in found if fnmatch.fnmatch(pair[0], pattern or "*.parquet") and not _is_hidden(pair[0])),
+        (pair for pair in found if _matches(pair[0], pattern or "**/*.parquet") and not _is_hidden(pair[0])),
         key=lambda pair: pair[0],
     )
     if not chosen:
@@ -161,6 +165,15 @@ def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
             "there is no Parquet file", where=f"data.root = {root}", remedy="Give a .parquet file, a folder or a glob"
         )
     return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path below the root is meant: * and ? stay within a folder, ** goes through any number of them."""
+    parts = [
+        r"(?:[^/]+/)*" if part == "**" else re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") + "/"
+        for part in pattern.split("/")
+    ]
+    return re.fullmatch("".join(parts).removesuffix("/"), name) is not None
 
 
 def _is_hidden(name: str) -> bool:
@@ -171,7 +184,7 @@ def _resolved(root: str) -> tuple[Any, str, str]:
     """(filesystem, folder or file in it, pattern below that; empty for none)."""
     plain, mark, query = root.partition("?") if "://" in root else (root, "", "")
     pattern = ""
-    if wild := re.search(r"[*?\[]", plain):
+    if wild := re.search(r"[*?]", plain):
         before, slash, _ = plain[: wild.start()].rpartition("/")
         pattern = plain[len(before + slash) :]
         plain = before or ("/" if slash else ".")
@@ -210,6 +223,13 @@ def _open(root: str, path: str, name: str) -> pq.ParquetFile:
 
 
 def _unreadable(name: str, root: str, error: Exception) -> SourceError:
+    if "://" in root and isinstance(error, OSError):
+        return SourceError(
+            f"cannot be read ({' '.join(str(error).split())})",
+            where=f"{name} in data.root = {root}",
+            remedy="Check the network, and run the same command again: what is finished is kept",
+            retryable=True,
+        )
     return SourceError(
         f"is no sound Parquet file ({' '.join(str(error).split())})",
         where=f"{name} in data.root = {root}",
@@ -387,6 +407,8 @@ def _read_group(
             contents = batch.column(0).field("bytes")
             yield from (contents[row].as_py() for row in chosen.tolist())
             start += len(batch)
+            if start > rows[-1]:
+                return
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(f"{file.name}, row group {group}", root, error) from error
 
