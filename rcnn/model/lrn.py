@@ -43,7 +43,7 @@ class LocalResponseNorm(nn.Module):
         super().__init__()
         self.triton = triton
         self.num_maps, self.window, self.alpha, self.beta = num_maps, window, alpha, beta
-        self.register_buffer("band", _band(num_maps, window), persistent=False)
+        self.register_buffer("band", band_matrix(num_maps, window), persistent=False)
 
     def forward(self, x_NKHW: Tensor) -> Tensor:
         """g(x) of (N, K, H, W); the denominator is float32 or wider, whatever the input's type."""
@@ -102,7 +102,7 @@ class _LocalResponseNorm(torch.autograd.Function):
         return dx_NKHW.to(x_NKHW.dtype), None, None
 
 
-def _band(num_maps: int, window: int) -> Tensor:
+def band_matrix(num_maps: int, window: int) -> Tensor:
     """(K, K): one where map j lies in the window of map k, clipped at the first and the last map."""
     offset_KK = torch.arange(num_maps)[None, :] - torch.arange(num_maps)[:, None]
     inside_KK = (offset_KK >= -(window // 2)) & (offset_KK <= (window - 1) // 2)

@@ -4,8 +4,7 @@ In and out: (N, K, H, W), seen here as a matrix of M = N H W positions and K map
 their maps: what it reads it reads once, and the band sum is a product with the banded matrix on the tensor cores, in three
 TF32 products that together are as exact as float32. The backward pass keeps x alone, and computes the denominator once more.
 
-Off unless `train.triton` is set, and then compared with the reference before training starts (`check`): it was tested in
-Triton's interpreter, and no GPU was at hand.
+Off unless a `LocalResponseNorm` is made with `triton=True`: it was tested in Triton's interpreter alone, no GPU was at hand.
 """
 
 from typing import Any
@@ -16,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rcnn.model.lrn import LocalResponseNorm, band_matrix, reference_lrn
+
 POSITIONS_PER_PROGRAM = 32
 SMALLEST_BLOCK = 16  # of a product on tensor cores
-TOLERANCE = 1e-2
 
 
 @triton.jit
@@ -82,7 +82,7 @@ class TritonLrn(torch.autograd.Function):
         """The value; x is kept for the gradient."""
         z = z_NKHW.contiguous(memory_format=torch.channels_last)
         plus = z if plus_NKHW is None else plus_NKHW.to(z.dtype).contiguous(memory_format=torch.channels_last)
-        band_KK = scale * band_matrix(z.shape[1], window, device=z.device)
+        band_KK = (scale * band_matrix(z.shape[1], window)).to(z.device)
         x, y = torch.empty_like(z), torch.empty_like(z)
         sizes, blocks, grid = _launch(z)
         _forward_kernel[grid](
@@ -105,13 +105,6 @@ class TritonLrn(torch.autograd.Function):
         return dz, dz if ctx.has_plus else None, None, None, None, None
 
 
-def band_matrix(num_maps: int, window: int, *, device: torch.device) -> Tensor:
-    """(K, K): one where map j lies in the window of map k."""
-    maps = torch.arange(num_maps, device=device)
-    offset_KK = maps[None, :] - maps[:, None]
-    return ((offset_KK >= -(window // 2)) & (offset_KK <= (window - 1) // 2)).float()
-
-
 def _launch(z_NKHW: Tensor) -> tuple[tuple[int, int], dict[str, Any], tuple[int]]:
     num_rows, num_maps = z_NKHW.numel() // z_NKHW.shape[1], z_NKHW.shape[1]
     blocks = {"rows_per": POSITIONS_PER_PROGRAM, "maps_per": max(SMALLEST_BLOCK, triton.next_power_of_2(num_maps))}
@@ -120,8 +113,6 @@ def _launch(z_NKHW: Tensor) -> tuple[tuple[int, int], dict[str, Any], tuple[int]
 
 def largest_error(device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative error of value and gradients against float64, over a few shapes."""
-    from rcnn.model.lrn import LocalResponseNorm, reference_lrn
-
     errors = [0.0]
     for num_maps in (5, 32, 96):
         norm = LocalResponseNorm(num_maps, window=num_maps // 8 + 1, alpha=0.1, triton=True).to(device)

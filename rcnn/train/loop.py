@@ -20,7 +20,7 @@ from rcnn.data.loader import Loader, Order, Rows, RowSource, TrainingData, load_
 from rcnn.errors import ClusterError, TrainingError
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
-from rcnn.train.step import score, train_step
+from rcnn.train.step import prepare, score, train_step
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics, Callable[[Path], None]], None]
@@ -51,6 +51,7 @@ def fit(
         DataError: there are fewer rows than one batch.
     """
     device = choose_device(config.train.use_gpu)
+    prepare(device)
     rank, num_ranks = process_group()
     order = Order(config.train.batch_size, config.seed, rank, num_ranks)
     loader = data.train.loader(order, augmentation_of(config), device)

@@ -11,7 +11,7 @@ from rcnn.data.loader import RowSource
 
 # glibc gives large blocks back to the system at once, and each new one is then cleared by it, page by page.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-BYTES_TO_KEEP = 2**31 - 1
+BYTES_TO_KEEP, OLDER_GLIBCS_LIMIT = 2**31 - 1, 2**25
 
 
 def prepare(device: torch.device, *, deterministic: bool = False) -> None:
@@ -32,8 +32,8 @@ def _keep_freed_memory() -> None:
     """Lets activations reuse memory instead of fetching it from the system: a fifth of a CPU step, where glibc is used."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(setting, BYTES_TO_KEEP)
+        libc.mallopt(M_MMAP_THRESHOLD, BYTES_TO_KEEP) or libc.mallopt(M_MMAP_THRESHOLD, OLDER_GLIBCS_LIMIT)
+        libc.mallopt(M_TRIM_THRESHOLD, BYTES_TO_KEEP)
 
 
 def train_step(
