@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rcnn.model.lrn_cpu import RectifiedLrn
+from rcnn.model.lrn_cpu import RectifiedLrn, negative_power
 
 
 def reference_lrn(x_NKHW: Tensor, *, window: int, alpha: float = 0.001, beta: float = 0.75) -> Tensor:
@@ -90,12 +90,12 @@ class _LocalResponseNorm(torch.autograd.Function):
         d_NKHW = _band_sum(wide_NKHW.square(), band_KK11).add_(1)
         ctx.save_for_backward(x_NKHW, d_NKHW, band_KK11)
         ctx.beta = beta
-        return (wide_NKHW * _negative_power(d_NKHW, beta)).to(x_NKHW.dtype)
+        return (wide_NKHW * negative_power(d_NKHW, beta)).to(x_NKHW.dtype)
 
     @staticmethod
     def backward(ctx, grad_NKHW: Tensor):  # type: ignore[no-untyped-def]
         x_NKHW, d_NKHW, band_KK11 = ctx.saved_tensors
-        direct_NKHW = grad_NKHW.to(d_NKHW.dtype) * _negative_power(d_NKHW, ctx.beta)
+        direct_NKHW = grad_NKHW.to(d_NKHW.dtype) * negative_power(d_NKHW, ctx.beta)
         inner_NKHW = (direct_NKHW * x_NKHW).div_(d_NKHW)
         spread_NKHW = _band_sum(inner_NKHW, band_KK11.transpose(0, 1))  # transposed, since an even window leans
         dx_NKHW = direct_NKHW.addcmul_(spread_NKHW, x_NKHW.to(d_NKHW.dtype), value=-2 * ctx.beta)
@@ -117,10 +117,3 @@ def _band_sum(values_NKHW: Tensor, band_KK11: Tensor) -> Tensor:
 def _wide(x: Tensor) -> torch.dtype:
     """float32 at least: at unit-scale activations d is 1.0008, which bfloat16 rounds to 1."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _negative_power(d_NKHW: Tensor, beta: float) -> Tensor:
-    """d^-beta; for the paper's 0.75 by two square roots, which are vectorised where `pow` is not."""
-    if beta == 0.75:
-        return (d_NKHW * d_NKHW.sqrt()).rsqrt_()
-    return d_NKHW.pow(-beta)

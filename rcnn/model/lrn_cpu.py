@@ -44,7 +44,7 @@ class RectifiedLrn(torch.autograd.Function):
                 torch.clamp_min(z, 0, out=x)
             torch.mul(x, x, out=band.input(len(x)))
             torch.add(one_K, band.sum(len(x)), alpha=scale, out=d)
-            torch.mul(x, _negative_power(d, beta, out=y), out=y)
+            torch.mul(x, negative_power(d, beta, out=y), out=y)
         ctx.save_for_backward(x_MK, d_MK)
         ctx.settings = window, scale, beta, is_rectified, plus_NKHW is not None
         return _images(y_MK, z_NKHW)
@@ -58,7 +58,7 @@ class RectifiedLrn(torch.autograd.Function):
         dz_MK = torch.empty_like(x_MK)
         band = _BandSum(x_MK, window, before=(window - 1) // 2)  # the other way round, since an even window leans
         for grad, x, d, dz in zip(*map(_pieces, (_rows(grad_NKHW), x_MK, d_MK, dz_MK)), strict=True):
-            torch.mul(grad, _negative_power(d, beta, out=dz), out=dz)
+            torch.mul(grad, negative_power(d, beta, out=dz), out=dz)
             torch.mul(dz, x, out=band.input(len(x))).div_(d)
             if is_rectified:
                 torch.ops.aten.threshold_backward.grad_input(dz, x, 0, grad_input=dz)
@@ -124,7 +124,7 @@ def _images(x_MK: Tensor, like_NKHW: Tensor) -> Tensor:
     return x_MK.view(num_images, height, width, num_maps).permute(0, 3, 1, 2)
 
 
-def _negative_power(d: Tensor, beta: float, *, out: Tensor) -> Tensor:
+def negative_power(d: Tensor, beta: float, *, out: Tensor | None = None) -> Tensor:
     """d^-beta; for the paper's 0.75 by two square roots, which are vectorised where `pow` is not."""
     if beta == 0.75:
         return torch.sqrt(d, out=out).mul_(d).rsqrt_()

@@ -15,11 +15,9 @@ from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
 from rcnn.data.sources.decode import ENDINGS, BadImage, ImageRule, decode_image, find_rule, unwarned
-from rcnn.data.sources.origin import PARTS, Origin, bad_row, expanded
+from rcnn.data.sources.origin import NUM_FIRST_IMAGES, PARTS, Origin, bad_row, expanded
 from rcnn.errors import SourceError
 from rcnn.progress import say
-
-NUM_FIRST_IMAGES = 100  # tried, until one can be read, to find out size and colour
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def without_pattern(root: str) -> Path:
     return expanded(plain if plain == root else plain.rpartition("/")[0] or ("/" if plain.startswith("/") else "."))
 
 
+NUM_FIRST_IMAGES = 100  # tried, until one can be read, to find out size and colour
+
 # Words that name a part, in a folder's or a file's name.
 PARTS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",

@@ -26,7 +26,7 @@ from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, find_rule, unwarned
-from rcnn.data.sources.origin import PARTS, Origin, bad_row, expanded
+from rcnn.data.sources.origin import NUM_FIRST_IMAGES, PARTS, Origin, bad_row, expanded
 from rcnn.errors import SourceError
 
 IMAGE_COLUMNS = ("image", "img")
@@ -34,7 +34,6 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 ROWS_PER_READ = 64
 BLOCK_ROWS = 1024
 BLOCKS_PER_SHARD = 32
-NUM_FIRST_IMAGES = 100  # tried, until one can be read, to find out size and colour
 
 
 @dataclass(frozen=True)
