@@ -7,17 +7,19 @@ written by hand, because autograd through the formula costs several times the co
 
     d = 1 + (alpha / N) band(x^2)        y = x d^-beta        dx = g d^-beta - (2 alpha beta / N) x band'(g y / d)
 
-How that is done depends on the device: `lrn_cpu.py` works through pieces that stay in the cache, `lrn_triton.py` does all in
-one pass, and for whatever else there is, the sum over neighbouring maps is a 1x1 convolution with a banded kernel.
+How that is done depends on the device: `lrn_cpu.py` and `lrn_triton.py` do all in one pass over the memory, and for whatever
+else there is, the sum over neighbouring maps is a 1x1 convolution with a banded kernel.
 
 Shapes in names: N images, K feature maps, H, W.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rcnn.model.lrn_cpu import RectifiedLrn, negative_power
+from rcnn.model import lrn_cpu
 
 
 def reference_lrn(x_NKHW: Tensor, *, window: int, alpha: float = 0.001, beta: float = 0.75) -> Tensor:
@@ -47,8 +49,8 @@ class LocalResponseNorm(nn.Module):
 
     def forward(self, x_NKHW: Tensor) -> Tensor:
         """g(x) of (N, K, H, W); the denominator is float32 or wider, whatever the input's type."""
-        if form := self._fused(x_NKHW):
-            return form.apply(x_NKHW, None, self.window, self.alpha / self.window, self.beta, False)
+        if form := self._fused(x_NKHW, is_rectified=False):
+            return form(x_NKHW, None)
         return self._by_convolution(x_NKHW)
 
     def rectified(self, z_NKHW: Tensor, plus_NKHW: Tensor | None = None) -> Tensor:
@@ -56,18 +58,22 @@ class LocalResponseNorm(nn.Module):
 
         Where there is a `plus`, `z` may be overwritten: it must be nobody else's, as what a convolution has just returned.
         """
-        if form := self._fused(z_NKHW):
-            return form.apply(z_NKHW, plus_NKHW, self.window, self.alpha / self.window, self.beta, True)
+        if form := self._fused(z_NKHW, is_rectified=True):
+            return form(z_NKHW, plus_NKHW)
         return self._by_convolution(z_NKHW.relu() if plus_NKHW is None else (z_NKHW + plus_NKHW).relu_())
 
-    def _fused(self, x: Tensor) -> type[torch.autograd.Function] | None:
-        """The form that does all at once on this device, if there is one."""
-        if self.triton and x.dtype != torch.float64:
+    def _fused(self, z: Tensor, *, is_rectified: bool) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """The form that does all in one pass on this device, if there is one."""
+        scale = self.alpha / self.window
+        if self.triton and z.dtype != torch.float64:
             from rcnn.model.lrn_triton import TritonLrn  # there is no Triton on every machine
 
-            return TritonLrn
-        is_cpus = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        return RectifiedLrn if is_cpus and not torch.compiler.is_compiling() else None
+            return lambda z, plus: TritonLrn.apply(z, plus, self.window, scale, self.beta, is_rectified)
+        if z.device.type != "cpu" or self.beta != lrn_cpu.EXPONENT or torch.compiler.is_compiling():
+            return None
+        if lrn_cpu.kernel(self.num_maps, self.window, z.dtype, is_rectified) is None:
+            return None
+        return lambda z, plus: lrn_cpu.CompiledLrn.apply(z, plus, self.window, scale, is_rectified)
 
     def _by_convolution(self, x_NKHW: Tensor) -> Tensor:
         return _LocalResponseNorm.apply(x_NKHW, self._scaled_band(x_NKHW)[:, :, None, None], self.beta)
@@ -117,3 +123,8 @@ def _band_sum(values_NKHW: Tensor, band_KK11: Tensor) -> Tensor:
 def _wide(x: Tensor) -> torch.dtype:
     """float32 at least: at unit-scale activations d is 1.0008, which bfloat16 rounds to 1."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def negative_power(d: Tensor, beta: float) -> Tensor:
+    """d^-beta; for the paper's 0.75 by two square roots, which are vectorised where `pow` is not."""
+    return d.sqrt().mul_(d).rsqrt_() if beta == 0.75 else d.pow(-beta)

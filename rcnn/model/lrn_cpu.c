@@ -1,0 +1,158 @@
+/* Sum, ReLU and LRN on the CPU, in one pass over the memory, forward and backward.
+ *
+ * Compiled by lrn_cpu.py for one network at a time, with these names set, so that the inner loops have known lengths:
+ *
+ *   MAPS       K, feature maps
+ *   WINDOW     N, maps in a sum
+ *   BFLOAT16   1: the tensors are bfloat16; 0: they are of type REAL
+ *   REAL       the type of the arithmetic: float or double
+ *   RECTIFIED  whether there is a ReLU
+ *
+ * Tensors are matrices of positions (rows) and MAPS columns. d = 1 + scale * (sum of squares), and the exponent is 3/4.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <tgmath.h>
+
+typedef REAL real;
+
+#if BFLOAT16
+typedef uint16_t element;
+typedef union { uint32_t bits; float value; } word;
+static inline real load(element narrow) {
+  return (word){.bits = (uint32_t)narrow << 16}.value;
+}
+static inline element rounded(real wide) { /* to nearest, ties to even; what is not a number stays so */
+  uint32_t bits = (word){.value = wide}.bits;
+  return wide != wide ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+#else
+typedef real element;
+static inline real load(element same) { return same; }
+static inline element rounded(real same) { return same; }
+#endif
+
+enum {
+  PADDED = MAPS + WINDOW - 1,                /* a row with the zeros around it that its outermost sums take in */
+  ROWS = MAPS < 512 ? 512 / MAPS : 1,        /* rows of a block, which stays in the first-level cache */
+  ROOM = ROWS * PADDED + WINDOW + 64,        /* what sums and vectors read beyond the last row */
+  SMALL = 1 << 14,                           /* elements that are not worth waking other threads for */
+};
+
+/* A block of padded rows, and the sums of four neighbours in it. */
+typedef struct {
+  real values[ROOM] __attribute__((aligned(64)));
+  real fours[ROOM] __attribute__((aligned(64)));
+} block;
+
+static inline real rectified(real z) {
+  return RECTIFIED && z < 0 ? 0 : z;
+}
+
+static inline void sum_fours(block *b, long rows) {
+  if (WINDOW < 4) return;
+  const real *restrict v = b->values;
+  real *restrict fours = b->fours;
+  for (long i = 0; i < rows * PADDED; i++) fours[i] = (v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]);
+}
+
+/* The sum of the WINDOW values from `at` on. */
+static inline real window_sum(const real *values, const real *fours, long at) {
+  real sum = 0;
+#pragma GCC unroll 128
+  for (int j = 0; j < WINDOW / 4; j++) sum += fours[at + 4 * j];
+#pragma GCC unroll 4
+  for (int j = WINDOW / 4 * 4; j < WINDOW; j++) sum += values[at + j];
+  return sum;
+}
+
+/* The squares of a block's rows, and their sums of four; with `plus`, z becomes z + plus. */
+static inline void square(block *b, element *z, const element *plus, long rows) {
+  for (long r = 0; r < rows; r++) {
+    element *zr = z + r * MAPS;
+    const element *restrict plus_r = plus + r * MAPS;
+    real *restrict squares = b->values + r * PADDED + WINDOW / 2;
+    if (plus) {
+#pragma GCC ivdep
+      for (long k = 0; k < MAPS; k++) zr[k] = rounded(load(zr[k]) + load(plus_r[k]));
+    }
+#pragma GCC ivdep
+    for (long k = 0; k < MAPS; k++) squares[k] = rectified(load(zr[k])) * rectified(load(zr[k]));
+  }
+  sum_fours(b, rows);
+}
+
+static inline void forward_block(block *squares, element *z, const element *plus, element *y, long rows, real scale) {
+  square(squares, z, plus, rows);
+  for (long r = 0; r < rows; r++) {
+    const real *restrict v = squares->values + r * PADDED, *restrict fours = squares->fours + r * PADDED;
+    const element *restrict zr = z + r * MAPS;
+    element *restrict yr = y + r * MAPS;
+#pragma GCC ivdep
+    for (long k = 0; k < MAPS; k++) {
+      real root = 1 / sqrt(1 + scale * window_sum(v, fours, k)); /* d^-1/2 */
+      yr[k] = rounded(rectified(load(zr[k])) * root * sqrt(root));
+    }
+  }
+}
+
+/* dz = [z > 0] (g d^-3/4 - 3/2 scale x band'(g y / d)), where x = relu(z), y = x d^-3/4; band' leans the other way. */
+static inline void backward_block(block *squares, block *inner, const element *g, const element *z, element *dz, long rows,
+                                  real scale) {
+  real direct[ROWS * MAPS]; /* g d^-3/4 */
+  square(squares, (element *)z, 0, rows);
+  for (long r = 0; r < rows; r++) {
+    const real *restrict v = squares->values + r * PADDED, *restrict fours = squares->fours + r * PADDED;
+    const element *restrict zr = z + r * MAPS, *restrict gr = g + r * MAPS;
+    real *restrict direct_r = direct + r * MAPS, *restrict inner_r = inner->values + r * PADDED + (WINDOW - 1) / 2;
+#pragma GCC ivdep
+    for (long k = 0; k < MAPS; k++) {
+      real root = 1 / sqrt(1 + scale * window_sum(v, fours, k));
+      direct_r[k] = load(gr[k]) * root * sqrt(root);
+      inner_r[k] = direct_r[k] * rectified(load(zr[k])) * root * root;
+    }
+  }
+  sum_fours(inner, rows);
+  for (long r = 0; r < rows; r++) {
+    const real *restrict v = inner->values + r * PADDED, *restrict fours = inner->fours + r * PADDED;
+    const real *restrict direct_r = direct + r * MAPS;
+    const element *restrict zr = z + r * MAPS;
+    element *restrict dzr = dz + r * MAPS;
+#pragma GCC ivdep
+    for (long k = 0; k < MAPS; k++) {
+      real x = load(zr[k]);
+      real dx = direct_r[k] - (real)1.5 * scale * x * window_sum(v, fours, k);
+      dzr[k] = rounded(RECTIFIED && x <= 0 ? 0 : dx);
+    }
+  }
+}
+
+static inline long rows_from(long first, long rows) {
+  return rows - first < ROWS ? rows - first : ROWS;
+}
+
+/* y = g(z), with ReLU and sum where there are any. z: overwritten by z + plus where there is a plus. */
+void lrn_forward(element *z, const element *plus, element *y, long rows, double scale, int threads) {
+#pragma omp parallel num_threads(threads) if (rows * MAPS > SMALL)
+  {
+    block squares = {{0}, {0}};
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row += ROWS) {
+      long at = row * MAPS;
+      forward_block(&squares, z + at, plus ? plus + at : 0, y + at, rows_from(row, rows), scale);
+    }
+  }
+}
+
+/* dz, the gradient with respect to z (and to plus), from g, the gradient with respect to y. */
+void lrn_backward(const element *g, const element *z, element *dz, long rows, double scale, int threads) {
+#pragma omp parallel num_threads(threads) if (rows * MAPS > SMALL)
+  {
+    block squares = {{0}, {0}}, inner = {{0}, {0}};
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row += ROWS) {
+      long at = row * MAPS;
+      backward_block(&squares, &inner, g + at, z + at, dz + at, rows_from(row, rows), scale);
+    }
+  }
+}

@@ -1,0 +1,113 @@
+"""What is particular to the kernel that is compiled for the CPU; its numbers are tested in test_lrn.py."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rcnn.model import lrn_cpu
+from rcnn.model.lrn import LocalResponseNorm, reference_lrn
+
+NETWORK = (16, 3, torch.float32, True)
+
+needs_compiler = pytest.mark.skipif(not lrn_cpu.can_compile(), reason="there is no C compiler")
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What was compiled, or found missing, is forgotten before and after."""
+    lrn_cpu.kernel.cache_clear()
+    lrn_cpu.can_compile.cache_clear()
+    yield
+    lrn_cpu.kernel.cache_clear()
+    lrn_cpu.can_compile.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_do_not_change_a_bit(num_threads: int) -> None:
+    torch.manual_seed(0)
+    norm = LocalResponseNorm(24, window=4, alpha=0.1)
+    z, plus = (torch.randn(7, 24, 15, 13, requires_grad=True) for _ in range(2))
+
+    def value_and_gradients() -> list[torch.Tensor]:
+        y = norm.rectified(z * 1, plus)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (z, plus))]
+
+    before = torch.get_num_threads()
+    expected = value_and_gradients()
+    try:
+        torch.set_num_threads(num_threads)
+        assert all(map(torch.equal, value_and_gradients(), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_not_hidden(value: float, dtype: torch.dtype) -> None:
+    z = torch.ones(2, 16, 3, 3, dtype=dtype)
+    z[0, 7, 1, 2] = value
+    z.requires_grad_()
+    y = LocalResponseNorm(16, window=3).rectified(z)
+    [gradient] = torch.autograd.grad(y.sum(), z)
+    truth = reference_lrn(z.detach().double().relu(), window=3)
+    assert torch.equal(y.isnan(), truth.isnan())
+    assert gradient[0, 7, 1, 2].isnan()
+    assert not y[1].isnan().any()
+    assert not gradient[1].isnan().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(0, 16, 3, 3), (2, 16, 0, 3)])
+def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
+    z = torch.ones(shape, requires_grad=True)
+    y = LocalResponseNorm(16, window=3).rectified(z * 1, z)
+    y.sum().backward()
+    assert y.shape == z.grad.shape == shape
+
+
+@needs_compiler
+def test_an_input_that_is_changed_before_the_backward_pass_is_noticed() -> None:
+    z = torch.ones(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    copy = z * 1
+    y = LocalResponseNorm(16, window=3)(copy)
+    copy.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@needs_compiler
+def test_nothing_is_left_on_the_disk(forgetful: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert lrn_cpu.kernel(*NETWORK) is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_it_says_so_once(
+    forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with caplog.at_level(logging.INFO, logger="rcnn"):
+        x = torch.randn(2, 16, 3, 3)
+        for _ in range(2):
+            torch.testing.assert_close(LocalResponseNorm(16, window=3)(x), reference_lrn(x, window=3))
+    assert [record.getMessage() for record in caplog.records if "no C compiler" in record.getMessage()] != []
+    assert len(caplog.records) == 1
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_reported_with_its_words(
+    forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'cannot find the assembler' >&2\nexit 1\n")
+    broken.chmod(0o700)
+    monkeypatch.setenv("CC", str(broken))
+    with caplog.at_level(logging.INFO, logger="rcnn"):
+        x = torch.randn(2, 16, 3, 3)
+        torch.testing.assert_close(LocalResponseNorm(16, window=3)(x), reference_lrn(x, window=3))
+    assert "cannot find the assembler" in caplog.text
