@@ -169,7 +169,30 @@ class TrainConfig(Section):
     num_workers: int = Field(1, ge=1, description="Ray Train workers; batch_size must divide by it.")
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores (and threads) of each worker.")
     use_gpu: bool = Field(False, description="Whether each worker takes one GPU.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type of the arithmetic; weights are float32 always. bfloat16 is faster where the processor has "
+        "instructions for it; auto: bfloat16 on such a GPU, float32 elsewhere.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether torch compiles the step, which takes a minute at the start; auto: in long runs on a GPU.",
+    )
+    deterministic: bool = Field(False, description="Whether two runs on one machine give the same bits, GPUs included.")
+    recompute: bool = Field(
+        False,
+        description="Trades time for memory: the backward pass computes each recurrent step's activations once more.",
+    )
+    triton: bool = Field(
+        False, description="Whether a Triton kernel normalises on the GPU; checked against the equation at the start."
+    )
     max_failures: int = Field(2, ge=0, description="Worker failures after which training resumes from a checkpoint.")
+
+    @model_validator(mode="after")
+    def _triton_has_a_gpu(self) -> Self:
+        if self.triton and not self.use_gpu:
+            raise ValueError("triton = true needs a GPU; set use_gpu to true, or triton to false")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides_by_workers(self) -> Self:

@@ -6,8 +6,7 @@ On a terminal there is a bar; in a log file a line now and then, since a bar wou
 import logging
 import sys
 import time
-
-from tqdm import tqdm
+from collections.abc import Callable
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -27,8 +26,25 @@ def show_on_screen() -> None:
     _log.propagate = False
 
 
+def hand_on(to: Callable[[str], None]) -> None:
+    """Sends what `say` says to a function: from a worker, whose screen nobody sees, to the one that started it."""
+    _log.handlers = [_Elsewhere(to)]
+    _log.setLevel(logging.INFO)
+
+
+class _Elsewhere(logging.Handler):
+    def __init__(self, to: Callable[[str], None]):
+        super().__init__()
+        self._to = to
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._to(record.getMessage())
+
+
 class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # late: training alone does without it
+
         tqdm.write(self.format(record), file=sys.stderr)
         sys.stderr.flush()
 
@@ -41,6 +57,8 @@ class EpochProgress:
     """
 
     def __init__(self, num_epochs: int):
+        from tqdm import tqdm
+
         self.num_epochs = num_epochs
         self._bar = tqdm(total=num_epochs, unit="epoch", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
         self._last_line = time.monotonic()

@@ -28,6 +28,7 @@ class RecurrentConvLayer(nn.Module):
         lrn_alpha, lrn_beta: constants of the local response normalisation.
         recompute: trades time for memory: the backward pass computes each step's activations once more, from the state
             before it, instead of keeping them.
+        triton: whether a kernel of our own normalises on GPUs.
     """
 
     def __init__(
@@ -39,13 +40,16 @@ class RecurrentConvLayer(nn.Module):
         lrn_alpha: float = 0.001,
         lrn_beta: float = 0.75,
         recompute: bool = False,
+        triton: bool = False,
     ):
         super().__init__()
         self.num_steps, self.recompute = num_steps, recompute
         self.feed_forward = nn.Conv2d(in_maps, num_maps, kernel_size=3, padding=1)
         # An unused kernel would count as a parameter and make DDP wait for a gradient that never comes.
         self.recurrent = nn.Conv2d(num_maps, num_maps, kernel_size=3, padding=1, bias=False) if num_steps else None
-        self.norm = LocalResponseNorm(num_maps, window=lrn_window(num_maps), alpha=lrn_alpha, beta=lrn_beta)
+        self.norm = LocalResponseNorm(
+            num_maps, window=lrn_window(num_maps), alpha=lrn_alpha, beta=lrn_beta, triton=triton
+        )
         self._initialise()
 
     def _initialise(self) -> None:

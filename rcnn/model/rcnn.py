@@ -19,7 +19,7 @@ class RCNN(nn.Module):
         num_classes: logits per image.
         dropout: rate after each RCL but the last. The paper does not state it; re-implementations use 0.2 to 0.5.
         lrn_alpha, lrn_beta: constants of the local response normalisation (0.001 and 0.75 in the paper).
-        recompute: see `RecurrentConvLayer`.
+        recompute, triton: see `RecurrentConvLayer`.
 
     Input (N, C, H, W) with H, W >= 1; output (N, num_classes), before the softmax.
     """
@@ -35,17 +35,26 @@ class RCNN(nn.Module):
         lrn_alpha: float = 0.001,
         lrn_beta: float = 0.75,
         recompute: bool = False,
+        triton: bool = False,
     ):
         super().__init__()
 
         def recurrent_layer() -> RecurrentConvLayer:
             return RecurrentConvLayer(
-                num_maps, num_maps, num_steps, lrn_alpha=lrn_alpha, lrn_beta=lrn_beta, recompute=recompute
+                num_maps,
+                num_maps,
+                num_steps,
+                lrn_alpha=lrn_alpha,
+                lrn_beta=lrn_beta,
+                recompute=recompute,
+                triton=triton,
             )
 
         self.first = nn.Conv2d(in_channels, num_maps, kernel_size=5, padding=2)
         # One source has a normalisation after the first layer too; none contradicts it.
-        self.first_norm = LocalResponseNorm(num_maps, window=lrn_window(num_maps), alpha=lrn_alpha, beta=lrn_beta)
+        self.first_norm = LocalResponseNorm(
+            num_maps, window=lrn_window(num_maps), alpha=lrn_alpha, beta=lrn_beta, triton=triton
+        )
         # Padding 1 gives 32 -> 16 -> 8; the paper does not state it, re-implementations do.
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.recurrent_layers = nn.ModuleList([recurrent_layer() for _ in range(4)])

@@ -124,10 +124,13 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
         mean = [sum(mean[channel::channels]) / (height * width) for channel in range(channels)] * (height * width)
         std = list(manifest.channel_std)
     normalise = MeanRemoval(mean, std, manifest.image_shape)
-    return _assembled(config.model.model_dump(), normalise, channels, len(manifest.classes))
+    how = {"recompute": config.train.recompute, "triton": config.train.triton}
+    return _assembled(config.model.model_dump(), normalise, channels, len(manifest.classes), **how)
 
 
-def _assembled(network: dict[str, Any], normalise: MeanRemoval, channels: int, num_classes: int) -> Classifier:
+def _assembled(
+    network: dict[str, Any], normalise: MeanRemoval, channels: int, num_classes: int, **how: bool
+) -> Classifier:
     rcnn = RCNN(
         network["k"],
         network["t"],
@@ -136,6 +139,7 @@ def _assembled(network: dict[str, Any], normalise: MeanRemoval, channels: int, n
         dropout=network["dropout"],
         lrn_alpha=network["lrn_alpha"],
         lrn_beta=network["lrn_beta"],
+        **how,
     )
     return Classifier(normalise, rcnn, crop=network["crop"])
 

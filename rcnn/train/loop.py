@@ -18,9 +18,10 @@ from rcnn.config import PipelineConfig
 from rcnn.data.augment import Augmentation
 from rcnn.data.loader import Loader, Order, Rows, RowSource, TrainingData, load_training_data
 from rcnn.errors import ClusterError, TrainingError
+from rcnn.progress import say
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
-from rcnn.train.step import prepare, score, train_step
+from rcnn.train.step import Execution, choose_execution, prepare, score, train_step
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics, Callable[[Path], None]], None]
@@ -51,14 +52,17 @@ def fit(
         DataError: there are fewer rows than one batch.
     """
     device = choose_device(config.train.use_gpu)
-    prepare(device)
+    prepare(device, deterministic=config.train.deterministic)
     rank, num_ranks = process_group()
     order = Order(config.train.batch_size, config.seed, rank, num_ranks)
     loader = data.train.loader(order, augmentation_of(config), device)
-    state = new_state(config, data.manifest, device=device, num_steps=config.train.epochs * loader.num_steps)
+    num_steps = config.train.epochs * loader.num_steps
+    execution = choose_execution(config.train, device, num_steps=num_steps)
+    say(f"  {execution}")
+    state = new_state(config, data.manifest, device=device, num_steps=num_steps)
     if resume_from is not None:
         state.load(resume_from)
-    network = DistributedDataParallel(state.model) if num_ranks > 1 else state.model
+    network = execution.compiled(DistributedDataParallel(state.model) if num_ranks > 1 else state.model)
     val = data.val.share(rank, num_ranks)
     if isinstance(val, Rows):
         val = val.to(device)
@@ -66,7 +70,7 @@ def fit(
         # Each epoch's dropout depends on its number and the rank alone: a resumed run draws what the first one would have
         # drawn. It is the one thing in which another number of ranks differs.
         torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
-        metrics = _train_epoch(state, network, loader, device, on_progress) | _validate(state, val, device)
+        metrics = _train_epoch(state, network, loader, execution, on_progress) | _validate(state, val, execution)
         state.schedule.after_epoch(metrics["val/error"])
         state.epoch += 1
         metrics["epoch"] = state.epoch
@@ -123,16 +127,16 @@ def _train_epoch(
     state: TrainState,
     network: nn.Module,
     loader: Loader,
-    device: torch.device,
+    execution: Execution,
     on_progress: Callable[[float], None],
 ) -> Metrics:
-    learning_rate = state.schedule.learning_rate
+    learning_rate, clip_norm = state.schedule.learning_rate, state.config.train.clip_norm
     network.train()
     started = last_progress = time.perf_counter()
-    total_loss = torch.zeros((), device=device)
+    total_loss = torch.zeros((), device=execution.device)
     for step, (images_NCHW, labels_N) in enumerate(loader.epoch(state.epoch), start=1):
         total_loss += train_step(
-            network, state.optimizer, images_NCHW, labels_N, clip_norm=state.config.train.clip_norm
+            network, state.optimizer, images_NCHW, labels_N, clip_norm=clip_norm, precision=execution.precision
         )
         state.schedule.after_step()
         if state.averaged is not None:
@@ -152,8 +156,9 @@ def _train_epoch(
     return {"train/loss": mean_loss, "learning_rate": learning_rate, "perf/images_per_second": images_per_second}
 
 
-def _validate(state: TrainState, val: RowSource, device: torch.device) -> Metrics:
-    sums = score(state.best_model, val, batch_size=state.config.evaluate.batch_size, device=device)
+def _validate(state: TrainState, val: RowSource, execution: Execution) -> Metrics:
+    batch_size = state.config.evaluate.batch_size
+    sums = score(state.best_model, val, batch_size=batch_size, device=execution.device, precision=execution.precision)
     if process_group()[1] > 1:
         dist.all_reduce(sums)
     wrong, loss, rows = sums.tolist()

@@ -25,7 +25,7 @@ from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import RcnnError, TrainingError
 from rcnn.model import count_parameters
-from rcnn.progress import EpochProgress, say
+from rcnn.progress import EpochProgress, hand_on, say
 from rcnn.results import IngestResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
@@ -119,7 +119,7 @@ def _showing(board: Any, num_epochs: int, tracker: Tracker) -> Iterator[None]:
         say(f"  resuming after epoch {epochs_done} of {num_epochs}, from the last checkpoint")
 
     try:
-        with following(board, {"progress": progress.advance, "epoch": finish_epoch, "resumed": resumed}):
+        with following(board, {"progress": progress.advance, "epoch": finish_epoch, "resumed": resumed, "said": say}):
             yield
     finally:
         progress.close()
@@ -159,6 +159,7 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
             save(Path(folder))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
+    hand_on(lambda line: note("said", line))
     try:
         data = training_data(config, Storage(settings["storage"]), settings["data_folder"])
         checkpoint = ray.train.get_checkpoint()

@@ -1,17 +1,83 @@
 """One step of training, and one pass of scoring: the inner loops, with no host synchronisation in them."""
 
 import ctypes
+import os
 import platform
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rcnn.config import TrainConfig
 from rcnn.data.loader import RowSource
+from rcnn.errors import ClusterError
 
 # glibc gives large blocks back to the system at once, and each new one is then cleared by it, page by page.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 BYTES_TO_KEEP, OLDER_GLIBCS_LIMIT = 2**31 - 1, 2**25
+
+STEPS_WORTH_COMPILING = 5_000
+LARGEST_KERNEL_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the steps of a run are carried out, and why."""
+
+    device: torch.device
+    precision: torch.dtype
+    """Of the arithmetic: float32, or bfloat16 under autocast. Weights, their gradients and all sums are float32."""
+    is_compiled: bool
+    reason: str
+    """Why the step is compiled, or is not."""
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network, compiled if it is to be."""
+        return torch.compile(network) if self.is_compiled else network  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        on = (
+            f"the CPU (threads: {torch.get_num_threads()})" if self.device.type == "cpu" else f"the GPU ({self.device})"
+        )
+        is_compiled = "compiled" if self.is_compiled else "not compiled"
+        return f"training on {on} in {str(self.precision).removeprefix('torch.')}, {is_compiled} ({self.reason})"
+
+
+def choose_execution(train: TrainConfig, device: torch.device, *, num_steps: int) -> Execution:
+    """What `precision` and `compile` come to on a device, for a run of `num_steps` steps.
+
+    Raises:
+        ClusterError: the Triton kernel is asked for, and does not agree with the equation on this GPU.
+    """
+    precision = torch.float32
+    if train.precision == "bfloat16" or (train.precision == "auto" and _has_bfloat16(device)):
+        precision = torch.bfloat16
+    if train.triton:
+        _check_kernel(device, precision)
+    if train.compile != "auto":
+        return Execution(device, precision, train.compile == "on", f"train.compile = {train.compile}")
+    if device.type == "cpu":
+        return Execution(device, precision, False, "auto: on a CPU it gains nothing")
+    is_long = num_steps >= STEPS_WORTH_COMPILING
+    reason = f"auto: {num_steps:,} steps are {'enough' if is_long else 'too few'} to earn the time that it takes"
+    return Execution(device, precision, is_long, reason)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _check_kernel(device: torch.device, precision: torch.dtype) -> None:
+    from rcnn.model.lrn_triton import largest_error  # there is no Triton on every machine
+
+    error = largest_error(device, precision)
+    if not error < LARGEST_KERNEL_ERROR[precision]:
+        raise ClusterError(
+            f"the Triton kernel is wrong on this GPU: its relative error is {error:.1e}",
+            where="train.triton = true",
+            remedy="Set it to false",
+        )
 
 
 def prepare(device: torch.device, *, deterministic: bool = False) -> None:
@@ -22,8 +88,13 @@ def prepare(device: torch.device, *, deterministic: bool = False) -> None:
         deterministic: two runs on one machine give the same bits; operations that cannot are refused by torch.
     """
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a guard against bugs that costs a pass over all memory
+    )
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses matrix products
     if device.type == "cpu":
         _keep_freed_memory()
 
@@ -37,14 +108,21 @@ def _keep_freed_memory() -> None:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images_NCHW: Tensor, labels_N: Tensor, *, clip_norm: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    *,
+    clip_norm: float = 0.0,
+    precision: torch.dtype = torch.float32,
 ) -> Tensor:
     """One SGD step on one batch.
 
     Returns:
         The mean cross-entropy of the batch, a scalar that stays on its device.
     """
-    loss = functional.cross_entropy(model(images_NCHW), labels_N)
+    with _autocast(images_NCHW.device, precision):
+        loss = functional.cross_entropy(model(images_NCHW), labels_N)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if clip_norm:
@@ -54,7 +132,14 @@ def train_step(
 
 
 @torch.inference_mode()
-def score(model: nn.Module, rows: RowSource, *, batch_size: int, device: torch.device) -> Tensor:
+def score(
+    model: nn.Module,
+    rows: RowSource,
+    *,
+    batch_size: int,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+) -> Tensor:
     """(wrong, summed cross-entropy, rows), float64: sums, so the scores of all ranks' shares add up exactly.
 
     The model is left in evaluation mode.
@@ -62,8 +147,13 @@ def score(model: nn.Module, rows: RowSource, *, batch_size: int, device: torch.d
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for images_NCHW, labels_N in rows.batches(batch_size, device):
-        logits_NC = model(images_NCHW)
+        with _autocast(device, precision):
+            logits_NC = model(images_NCHW).float()
         sums[0] += (logits_NC.argmax(1) != labels_N).sum()
         sums[1] += functional.cross_entropy(logits_NC, labels_N, reduction="sum")
         sums[2] += len(labels_N)
     return sums
+
+
+def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16)

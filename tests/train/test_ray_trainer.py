@@ -1,5 +1,6 @@
 """Training on real Ray workers."""
 
+import logging
 import os
 import signal
 import time
@@ -40,13 +41,17 @@ def model_weights(config: PipelineConfig, result: TrainResult) -> dict[str, torc
     return load_file(Path(config.storage, result.folder, "model", "model.safetensors"))
 
 
-def test_one_worker_and_two_agree_and_checkpoints_are_kept(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+def test_one_worker_and_two_agree_and_checkpoints_are_kept(
+    tiny_config: PipelineConfig, digits: IngestResult, caplog: pytest.LogCaptureFixture
+) -> None:
     base = tiny_config.with_settings(
         {"model.dropout": 0, "train.epochs": 3, "train.keep_checkpoints": 1, "train.num_rows": 160,
          "train.learning_rate": 0.002}
     )  # fmt: skip
     recorder = Recorder()
-    one = train(base, digits, "runs/one", recorder)
+    with caplog.at_level(logging.INFO, logger="rcnn"):
+        one = train(base, digits, "runs/one", recorder)
+    assert "training on the CPU (threads: 1) in float32" in caplog.text  # said by the worker
     two = train(base.with_settings({"train.num_workers": 2}), digits, "runs/two")
     assert recorder.steps == [1, 2, 3]
     storage = Storage(base.storage)
