@@ -65,7 +65,7 @@ def choose_execution(train: TrainConfig, device: torch.device, *, num_steps: int
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _check_kernel(device: torch.device, precision: torch.dtype) -> None:
