@@ -7,6 +7,7 @@ them, so that `rcnn --help` answers at once.
 import argparse
 import json
 import os
+import select
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,10 @@ STAGE_HELP = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; returns the exit code (0, or 2 for an error that the user can mend)."""
+    """Runs one sub-command; returns the exit code.
+
+    0; 2 for an error that the user can mend; 130 where the user stopped it; 141 where the reader of its output did.
+    """
     options = _parser().parse_args(arguments)
     from rcnn.progress import show_on_screen
 
@@ -37,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
     except RcnnError as error:
         if options.debug:
             raise
@@ -46,6 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("rcnn: stopped; the same command, without --fresh, goes on where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; what is left of it then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLOUT)
+    is_gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_gone
 
 
 def _parser() -> argparse.ArgumentParser:

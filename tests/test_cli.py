@@ -63,3 +63,14 @@ def test_without_a_registry_the_remedy_is_named(
     assert main([*command, "--set", f"storage={tmp_path}"]) == 2
     assert "Run `rcnn pipeline` first" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "exit_code"), [("--json", 141), ("--explain", 1)])  # 1: as Rich ends
+def test_a_reader_that_leaves_early_sees_no_traceback(option: str, exit_code: int) -> None:
+    command = [sys.executable, "-m", "rcnn.cli", "config", option]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == exit_code

@@ -96,7 +96,9 @@ def cut_windows(images_NCHW: Tensor, offsets_N2: np.ndarray, window: tuple[int, 
         return torch.from_numpy(_windows_by_copy(padded_NHWC.contiguous().numpy(), offsets_N2, window)).permute(
             0, 3, 1, 2
         )
-    return _windows_by_index(padded_NHWC, torch.from_numpy(offsets_N2).to(padded_NHWC.device), window)
+    return _windows_by_index(
+        padded_NHWC, torch.from_numpy(offsets_N2).to(padded_NHWC.device, non_blocking=True), window
+    )
 
 
 def _windows_by_copy(padded_NHWC: np.ndarray, offsets_N2: np.ndarray, window: tuple[int, int]) -> np.ndarray:
@@ -131,7 +133,7 @@ def flip_some(images_NCHW: Tensor, flips_N: np.ndarray) -> None:
         mirrored_NCHW = torch.from_numpy(images_NHWC[chosen]).permute(0, 3, 1, 2).flip(3)
         images_NHWC[chosen] = mirrored_NCHW.permute(0, 2, 3, 1).numpy()
     else:
-        index = torch.from_numpy(chosen).to(images_NCHW.device)
+        index = torch.from_numpy(chosen).to(images_NCHW.device, non_blocking=True)
         images_NCHW[index] = images_NCHW[index].flip(3)
 
 
@@ -139,7 +141,7 @@ def cut_out(images_NCHW: Tensor, centres_N2: np.ndarray, side: int) -> None:
     """Blackens a square of each image, in place; at the border a part of it."""
     height, width = images_NCHW.shape[2:]
     device = images_NCHW.device
-    first_N2 = torch.from_numpy(centres_N2 - side // 2).to(device)
+    first_N2 = torch.from_numpy(centres_N2 - side // 2).to(device, non_blocking=True)
     rows_NH = torch.arange(height, device=device) - first_N2[:, :1]
     columns_NW = torch.arange(width, device=device) - first_N2[:, 1:]
     is_cut_NHW = ((rows_NH >= 0) & (rows_NH < side))[:, :, None] & ((columns_NW >= 0) & (columns_NW < side))[:, None, :]

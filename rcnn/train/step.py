@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class Execution:
         on = (
             f"the CPU (threads: {torch.get_num_threads()})" if self.device.type == "cpu" else f"the GPU ({self.device})"
         )
-        is_compiled = "compiled" if self.is_compiled else "not compiled"
+        is_compiled = "compiled at the first step" if self.is_compiled else "not compiled"
         return f"training on {on} in {str(self.precision).removeprefix('torch.')}, {is_compiled} ({self.reason})"
 
 
@@ -48,20 +49,44 @@ def choose_execution(train: TrainConfig, device: torch.device, *, num_steps: int
     """What `precision` and `compile` come to on a device, for a run of `num_steps` steps.
 
     Raises:
-        ClusterError: the Triton kernel is asked for, and does not agree with the equation on this GPU.
+        ClusterError: there is no compiler, and compiling is on; or the Triton kernel is asked for, and does not agree with
+            the equation on this GPU.
     """
-    precision = torch.float32
-    if train.precision == "bfloat16" or (train.precision == "auto" and _has_bfloat16(device)):
-        precision = torch.bfloat16
+    is_narrow = train.precision == "bfloat16" or (train.precision == "auto" and _has_bfloat16(device))
+    precision = torch.bfloat16 if is_narrow else torch.float32
     if train.triton:
         _check_kernel(device, precision)
-    if train.compile != "auto":
-        return Execution(device, precision, train.compile == "on", f"train.compile = {train.compile}")
+    if train.compile == "on":
+        _require_compiler()
+        return Execution(device, precision, True, "train.compile = on")
+    if train.compile == "off":
+        return Execution(device, precision, False, "train.compile = off")
+    return Execution(device, precision, *_is_worth_compiling(device, num_steps))
+
+
+def _is_worth_compiling(device: torch.device, num_steps: int) -> tuple[bool, str]:
+    """The answer, and why."""
     if device.type == "cpu":
-        return Execution(device, precision, False, "auto: on a CPU it gains nothing")
-    is_long = num_steps >= STEPS_WORTH_COMPILING
-    reason = f"auto: {num_steps:,} steps are {'enough' if is_long else 'too few'} to earn the time that it takes"
-    return Execution(device, precision, is_long, reason)
+        return False, "auto: on a CPU it gains nothing"
+    if num_steps < STEPS_WORTH_COMPILING:
+        return False, f"auto: {num_steps:,} steps are too few to earn the time that it takes"
+    if not _compiler():
+        return False, "auto: there is no C++ compiler"
+    return True, f"auto: {num_steps:,} steps are enough to earn the time that it takes"
+
+
+def _compiler() -> str | None:
+    """What torch compiles with, where it is."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def _require_compiler() -> None:
+    if not _compiler():
+        raise ClusterError(
+            "torch compiles with g++, which is not on this machine",
+            where="train.compile = on",
+            remedy="Install it, or set train.compile to auto",
+        )
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ machine's speed drifts. A step is forward, backward and update of SGD with momen
     ours            the step that `fit` runs
     ours-NAME       ours with the setting `train.NAME`, for each NAME of --also
 
-Utilisation is the share of the fastest matrix product, in the type of `--precision`, that was found in the same run.
+Utilisation is the share of the fastest matrix product, in the type of `--precision`, that the same run found up to then.
 """
 
 import argparse
@@ -40,16 +40,18 @@ MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 def main() -> None:
     """Measures, prints, and writes what was asked for."""
     options = _parser().parse_args()
-    print(machine())
-    peak = peak_flops(options)
-    print(f"peak of a matrix product: {peak / 1e9:,.0f} GFLOP/s ({options.precision})", flush=True)
+    print(machine(), flush=True)
     results: list[dict[str, Any]] = []
+    peak = 0.0
     with ExitStack() as stack:
         sides = [stack.enter_context(Side.started(options, name)) for name in side_names(options)]
         for num_maps, num_steps in itertools.product(options.num_maps, options.num_steps):
-            results += measure(sides, num_maps, num_steps, rounds=options.rounds, batch=options.batch_size, peak=peak)
+            results += measure(sides, num_maps, num_steps, rounds=options.rounds, batch=options.batch_size)
+            peak = max(peak, peak_flops(options))
+            note_utilisation(results, peak)
             print_rows(results[-len(sides) :])
     print_growth(results)
+    print(f"\npeak of a matrix product: {peak / 1e9:,.0f} GFLOP/s ({options.precision})")
     write_json(options.json, results)
     if options.plot:
         plot(results, options.plot)
@@ -114,10 +116,8 @@ def _process(command: list[str], env: dict[str, str]) -> Iterator["subprocess.Po
         yield process
 
 
-def measure(
-    sides: Sequence[Side], num_maps: int, num_steps: int, *, rounds: int, batch: int, peak: float
-) -> list[dict[str, Any]]:
-    """One result for each side."""
+def measure(sides: Sequence[Side], num_maps: int, num_steps: int, *, rounds: int, batch: int) -> list[dict[str, Any]]:
+    """One result for each side, its utilisation left out."""
     memory = {side.name: side.build(num_maps, num_steps) for side in sides}
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     for _ in range(rounds):
@@ -138,12 +138,17 @@ def measure(
             "high": batch / min(taken),
             "ratio_to_plain": ratio(name, "plain"),
             "ratio_to_floor": ratio(name, "floor"),
-            "utilisation": flops * batch / statistics.median(taken) / peak,
             "gflop_per_image": flops / 1e9,
             "peak_bytes_per_image": memory[name],
         }
         for name, taken in seconds.items()
     ]
+
+
+def note_utilisation(results: Sequence[dict[str, Any]], peak: float) -> None:
+    """Sets the share of the best matrix product so far; the last one noted is in the JSON."""
+    for row in results:
+        row["utilisation"] = row["gflop_per_image"] * 1e9 * row["images_per_second"] / peak
 
 
 def step_flops(num_maps: int, num_steps: int) -> float:
@@ -158,7 +163,7 @@ def step_flops(num_maps: int, num_steps: int) -> float:
 
 @torch.inference_mode()
 def peak_flops(options: argparse.Namespace) -> float:
-    """The best of thirty large matrix products of each of two libraries, FLOP/s, in the type that ours computes in.
+    """The best of ten large matrix products of each of two libraries, FLOP/s, in the type that ours computes in.
 
     One is the library behind `@`, the other the one behind convolutions: a 1x1 convolution is a matrix product too.
     """
@@ -166,7 +171,7 @@ def peak_flops(options: argparse.Namespace) -> float:
     left = torch.randn(side, side, device=options.device, dtype=getattr(torch, options.precision))
     images, kernels = left.reshape(1, side, 1, side).permute(0, 3, 1, 2), left[:, :, None, None]
     best = 0.0
-    for _ in range(30):
+    for _ in range(10):
         for product in (lambda: left @ left, lambda: functional.conv2d(images, kernels)):
             started = time.perf_counter()
             float(product().flatten()[0])
@@ -221,6 +226,7 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
     for axis, num_maps in zip(axes[0], all_maps, strict=False):
         _draw(axis, [row for row in results if row["num_maps"] == num_maps], "num_steps")
         axis.set(title=f"K = {num_maps}", xlabel="T", ylabel="ms an image", ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
     _draw(axes[0][-1], sorted(results, key=lambda row: row["gflop_per_image"]), "gflop_per_image")
     axes[0][-1].set(title="all networks", xlabel="GFLOP an image", ylabel="ms an image", xscale="log", yscale="log")
     axes[0][0].legend()

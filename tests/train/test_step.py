@@ -136,6 +136,17 @@ def test_the_compiled_step_learns_alike(tiny_config: PipelineConfig, data: Train
         assert ours["val/error"] == pytest.approx(theirs["val/error"], abs=0.05)
 
 
+def test_without_a_compiler_on_is_an_error_and_auto_is_off(
+    tiny_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    on, auto = (tiny_config.with_settings({"train.compile": value}).train for value in ("on", "auto"))
+    with pytest.raises(ClusterError, match=r"train\.compile = on: torch compiles with g\+\+"):
+        choose_execution(on, CPU, num_steps=10)
+    monkeypatch.setattr(step, "_has_bfloat16", lambda device: True)
+    assert "not compiled (auto: there is no C++ compiler)" in str(choose_execution(auto, GPU, num_steps=10**6))
+
+
 def test_the_triton_kernel_needs_a_gpu(tiny_config: PipelineConfig) -> None:
     with pytest.raises(ConfigError, match="triton = true needs a GPU"):
         tiny_config.with_settings({"train.triton": True})
