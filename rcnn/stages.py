@@ -98,6 +98,7 @@ def _decodes_images(config: PipelineConfig) -> bool:
 
 
 _CORE = ("data", "model", "train")
+_SOURCES = (".py", ".c")
 STAGES: dict[str, Stage] = {
     "ingest": Stage(IngestResult, _ingest, ("data",), ("data",), "datasets", "manifest.json", _decodes_images),
     "tune": Stage(TuneResult, _tune, ("model", "train", "tune"), (*_CORE, "tune"), "runs", ""),
@@ -214,7 +215,8 @@ def code_version(packages: tuple[str, ...]) -> str:
     """A hash over the sources of these packages and of what all of them share."""
     root = Path(__file__).parent
     shared = [root / f"{name}.py" for name in ("config", "results", "storage")]
-    files = shared + [file for package in packages for file in sorted((root / package).rglob("*.py"))]
+    rooms = [file for package in packages for file in sorted((root / package).rglob("*"))]
+    files = shared + [file for file in rooms if file.suffix in _SOURCES]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())

@@ -1,7 +1,9 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
+from rcnn import stages
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.recipes import debug_tiny
@@ -41,6 +43,17 @@ def test_new_code_names_every_stage_behind_it_anew(monkeypatch: pytest.MonkeyPat
     old = {name: folder(name, results) for name in before}
     assert old["ingest"] == changed["ingest"]
     assert all(old[name] != changed[name] for name in ("tune", "train", "evaluate"))
+
+
+def test_a_change_of_any_source_is_new_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(Path(stages.__file__).parent, tmp_path / "rcnn", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stages, "__file__", str(tmp_path / "rcnn" / "stages.py"))
+    versions = [stages.code_version.__wrapped__(("model",))]
+    for name in ("rcnn.py", "lrn_cpu.c"):
+        with Path(tmp_path, "rcnn", "model", name).open("a") as file:
+            file.write("\n")
+        versions.append(stages.code_version.__wrapped__(("model",)))
+    assert len(set(versions)) == 3
 
 
 def test_new_weights_are_evaluated_anew() -> None:
