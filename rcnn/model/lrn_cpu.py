@@ -38,7 +38,7 @@ class CompiledLrn(torch.autograd.Function):
 
     Args of `apply`:
         z_NKHW: what a convolution returned; may be overwritten where there is a plus.
-        plus_NKHW: the same shape and type, or None.
+        plus_NKHW: the same shape, or None.
         window: N, maps in a sum.
         scale: alpha / N.
         is_rectified: whether there is a ReLU.
@@ -50,7 +50,7 @@ class CompiledLrn(torch.autograd.Function):
     ) -> Tensor:
         """The value; what the gradient needs is kept: z + plus, in the place of z."""
         z_MK = _rows(z_NKHW.detach())
-        plus_MK = None if plus_NKHW is None else _rows(plus_NKHW.detach())
+        plus_MK = None if plus_NKHW is None else _rows(plus_NKHW.detach().to(z_MK.dtype).expand_as(z_NKHW))
         y_MK = torch.empty_like(z_MK)
         library = kernel(z_MK.shape[1], window, z_MK.dtype, is_rectified)
         assert library is not None, "lrn.py asks for the kernel first"

@@ -71,6 +71,18 @@ def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
 
 
 @needs_compiler
+def test_a_sum_of_two_types_is_of_the_first() -> None:
+    z, plus = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+    y = LocalResponseNorm(16, window=3).rectified(z.clone(), plus)
+    torch.testing.assert_close(y, reference_lrn((z + plus).relu(), window=3))
+    y.sum().backward()
+    assert plus.grad is not None
+    assert plus.grad.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="expand"):
+        LocalResponseNorm(16, window=3).rectified(z, plus[:, :, :2])
+
+
+@needs_compiler
 def test_an_input_that_is_changed_before_the_backward_pass_is_noticed() -> None:
     z = torch.ones(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     copy = z * 1
