@@ -184,7 +184,9 @@ class TrainConfig(Section):
         description="Trades time for memory: the backward pass computes each recurrent step's activations once more.",
     )
     triton: bool = Field(
-        False, description="Whether a Triton kernel normalises on the GPU; checked against the equation at the start."
+        False,
+        description="Whether a Triton kernel normalises on the GPU, for K up to 128; checked against the equation at "
+        "the start.",
     )
     max_failures: int = Field(2, ge=0, description="Worker failures after which training resumes from a checkpoint.")
 

@@ -13,6 +13,7 @@ else there is, the sum over neighbouring maps is a 1x1 convolution with a banded
 Shapes in names: N images, K feature maps, H, W.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rcnn.model import lrn_cpu
+
+LARGEST_TRITON_K = 128
+"""The banded matrix of more maps does not fit the memory that a program of the kernel has."""
 
 
 def reference_lrn(x_NKHW: Tensor, *, window: int, alpha: float = 0.001, beta: float = 0.75) -> Tensor:
@@ -36,7 +40,9 @@ class LocalResponseNorm(nn.Module):
         num_maps: K, the feature maps of the input.
         window: N, the feature maps that take part in a sum; the paper's is K / 8 + 1.
         alpha, beta: the paper's constants (0.001 and 0.75).
-        triton: whether a kernel of our own works on GPUs.
+        triton: whether a kernel of our own works on GPUs, for K up to 128.
+
+    The gradients are once differentiable.
     """
 
     band: Tensor
@@ -64,16 +70,17 @@ class LocalResponseNorm(nn.Module):
 
     def _fused(self, z: Tensor, *, is_rectified: bool) -> Callable[[Tensor, Tensor | None], Tensor] | None:
         """The form that does all in one pass on this device, if there is one."""
-        scale = self.alpha / self.window
-        if self.triton and z.dtype != torch.float64:
+        if type(z) is not Tensor or z.dim() != 4 or z.shape[1] != self.num_maps:
+            return None  # a stand-in without memory, as torch's fake tensors; or a mistake, for a convolution to refuse
+        if self.triton and z.dtype != torch.float64 and self.num_maps <= LARGEST_TRITON_K and _runs_triton(z):
             from rcnn.model.lrn_triton import TritonLrn  # there is no Triton on every machine
 
-            return lambda z, plus: TritonLrn.apply(z, plus, self.window, scale, self.beta, is_rectified)
+            return lambda z, plus: TritonLrn.apply(z, plus, self._scaled_band(z), self.beta, is_rectified)
         if z.device.type != "cpu" or self.beta != lrn_cpu.EXPONENT or torch.compiler.is_compiling():
             return None
         if lrn_cpu.kernel(self.num_maps, self.window, z.dtype, is_rectified) is None:
             return None
-        return lambda z, plus: lrn_cpu.CompiledLrn.apply(z, plus, self.window, scale, is_rectified)
+        return lambda z, plus: lrn_cpu.CompiledLrn.apply(z, plus, self.window, self.alpha / self.window, is_rectified)
 
     def _by_convolution(self, x_NKHW: Tensor) -> Tensor:
         return _LocalResponseNorm.apply(x_NKHW, self._scaled_band(x_NKHW)[:, :, None, None], self.beta)
@@ -120,6 +127,10 @@ def _band_sum(values_NKHW: Tensor, band_KK11: Tensor) -> Tensor:
         if values_NKHW.is_cuda:  # where a convolution would round to TF32, and a product does not
             return functional.linear(values_NKHW.permute(0, 2, 3, 1), band_KK11[:, :, 0, 0]).permute(0, 3, 1, 2)
         return functional.conv2d(values_NKHW, band_KK11)
+
+
+def _runs_triton(z: Tensor) -> bool:
+    return z.is_cuda or "TRITON_INTERPRET" in os.environ
 
 
 def _wide(x: Tensor) -> torch.dtype:

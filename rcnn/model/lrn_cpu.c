@@ -34,7 +34,7 @@ static inline element rounded(real same) { return same; }
 
 enum {
   PADDED = MAPS + WINDOW - 1,                /* a row with the zeros around it that its outermost sums take in */
-  ROWS = MAPS < 512 ? 512 / MAPS : 1,        /* rows of a block, which stays in the first-level cache */
+  ROWS = PADDED < 512 ? 512 / PADDED : 1,    /* rows of a block, which stays in the first-level cache */
   ROOM = ROWS * PADDED + WINDOW + 64,        /* what sums and vectors read beyond the last row */
   SMALL = 1 << 14,                           /* elements that are not worth waking other threads for */
 };
@@ -70,7 +70,7 @@ static inline real window_sum(const real *values, const real *fours, long at) {
 static inline void square(block *b, element *z, const element *plus, long rows) {
   for (long r = 0; r < rows; r++) {
     element *zr = z + r * MAPS;
-    const element *restrict plus_r = plus + r * MAPS;
+    const element *restrict plus_r = plus ? plus + r * MAPS : 0;
     real *restrict squares = b->values + r * PADDED + WINDOW / 2;
     if (plus) {
 #pragma GCC ivdep

@@ -56,6 +56,8 @@ class CompiledLrn(torch.autograd.Function):
         assert library is not None, "lrn.py asks for the kernel first"
         plus = plus_MK if plus_MK is None else plus_MK.data_ptr()
         library.lrn_forward(z_MK.data_ptr(), plus, y_MK.data_ptr(), len(z_MK), scale, torch.get_num_threads())
+        if plus is not None:
+            torch.autograd.graph.increment_version(z_NKHW)  # who else keeps z for a gradient must be told
         ctx.save_for_backward(z_MK)
         ctx.library, ctx.scale, ctx.has_plus = library, scale, plus is not None
         return _images(y_MK, z_NKHW)
@@ -83,8 +85,7 @@ def kernel(num_maps: int, window: int, dtype: torch.dtype, is_rectified: bool) -
     try:
         library = _compiled([f"-D{name}={value}" for name, value in names.items()])
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        _log.info("  LRN takes its slower way: its kernel cannot be compiled (%s)", reason.strip().splitlines()[0])
+        _log.warning("  LRN takes its slower way: its kernel cannot be compiled (%s)", _reason(error))
         return None
     for function in (library.lrn_forward, library.lrn_backward):
         function.argtypes = [*3 * [ctypes.c_void_p], ctypes.c_long, ctypes.c_double, ctypes.c_int]
@@ -97,22 +98,37 @@ def can_compile() -> bool:
     """Whether there is a compiler, and the threads of torch for the kernel to run on; says so where there is not."""
     if compiler() and _openmp():
         return True
-    what = "this build of torch has no libgomp" if compiler() else "there is no C compiler"
-    _log.info("  LRN takes its slower way, and steps a fifth longer: %s", what)
+    what = "this build of torch has no libgomp" if compiler() else "there is no gcc; install it"
+    _log.warning("  LRN takes its slower way, and steps a quarter longer or more: %s", what)
     return False
 
 
 def compiler() -> str | None:
-    """The path of the C compiler: what CC names, or gcc, or cc."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "cc"))), None)
+    """The path of a C compiler: what CC names, or gcc, or cc, where that is not clang, whose threads are not torch's."""
+    found = filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "cc")))
+    return next((path for path in found if "clang" not in _output([path, "--version"])), None)
 
 
 def _compiled(definitions: list[str]) -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory(prefix="rcnn-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rcnn-", ignore_cleanup_errors=True) as folder:
         file = Path(folder, "lrn.so")
-        command = [str(compiler()), *FLAGS, *definitions, str(SOURCE), str(_openmp()), "-lm", "-o", str(file)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        _output(
+            [str(compiler()), *FLAGS, *definitions, str(SOURCE), str(_openmp()), "-lm", "-o", str(file)], check=True
+        )
         return ctypes.CDLL(str(file))  # stays in memory when the file is gone
+
+
+def _output(command: list[str], *, check: bool = False) -> str:
+    return subprocess.run(command, check=check, capture_output=True, text=True, errors="replace").stdout
+
+
+def _reason(error: Exception) -> str:
+    """The line of a compiler's output that tells what is wrong."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
+        faults = [line for line in lines if "error" in line.lower()]
+        return next(iter(faults + lines), f"{error.cmd[0]} ended with exit code {error.returncode}")
+    return str(error)
 
 
 def _openmp() -> Path | None:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rcnn.model.lrn import LocalResponseNorm, band_matrix, reference_lrn
+from rcnn.model.lrn import LARGEST_TRITON_K, LocalResponseNorm, reference_lrn
 
 POSITIONS_PER_PROGRAM = 32
 SMALLEST_BLOCK = 16  # of a product on tensor cores
@@ -73,16 +73,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 class TritonLrn(torch.autograd.Function):
-    """g(relu(z + plus)), or g(z) where nothing is to be rectified; see `lrn_cpu.RectifiedLrn`."""
+    """g(relu(z + plus)), or g(z) where nothing is to be rectified; see `lrn_cpu.CompiledLrn`."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, z_NKHW: Tensor, plus_NKHW: Tensor | None, window: int, scale: float, beta: float, is_rectified: bool
+        ctx, z_NKHW: Tensor, plus_NKHW: Tensor | None, band_KK: Tensor, beta: float, is_rectified: bool
     ) -> Tensor:
-        """The value; x is kept for the gradient."""
+        """The value; x is kept for the gradient. The band holds alpha / N, float32."""
         z = z_NKHW.contiguous(memory_format=torch.channels_last)
         plus = z if plus_NKHW is None else plus_NKHW.to(z.dtype).contiguous(memory_format=torch.channels_last)
-        band_KK = (scale * band_matrix(z.shape[1], window)).to(z.device)
         x, y = torch.empty_like(z), torch.empty_like(z)
         sizes, blocks, grid = _launch(z)
         _forward_kernel[grid](
@@ -102,7 +101,7 @@ class TritonLrn(torch.autograd.Function):
         dz = torch.empty_like(x)
         sizes, blocks, grid = _launch(x)
         _backward_kernel[grid](grad, x, band_KK, dz, *sizes, beta=ctx.beta, is_rectified=ctx.is_rectified, **blocks)
-        return dz, dz if ctx.has_plus else None, None, None, None, None
+        return dz, dz if ctx.has_plus else None, None, None, None
 
 
 def _launch(z_NKHW: Tensor) -> tuple[tuple[int, int], dict[str, Any], tuple[int]]:
@@ -114,15 +113,15 @@ def _launch(z_NKHW: Tensor) -> tuple[tuple[int, int], dict[str, Any], tuple[int]
 def largest_error(device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative error of value and gradients against float64, over a few shapes."""
     errors = [0.0]
-    for num_maps in (5, 32, 96):
-        norm = LocalResponseNorm(num_maps, window=num_maps // 8 + 1, alpha=0.1, triton=True).to(device)
+    for num_maps, beta in ((5, 0.75), (32, 0.5), (96, 0.75), (LARGEST_TRITON_K, 0.75)):
+        norm = LocalResponseNorm(num_maps, window=num_maps // 8 + 1, alpha=0.1, beta=beta, triton=True).to(device)
         generator = torch.Generator().manual_seed(num_maps)
         z, plus, weight = (torch.randn(3, num_maps, 5, 7, generator=generator).to(device, dtype) for _ in range(3))
         z.requires_grad_()
         plus.requires_grad_()
         found = norm.rectified(z, plus)
         exact = [value.detach().double().requires_grad_() for value in (z, plus)]
-        truth = reference_lrn((exact[0] + exact[1]).relu(), window=norm.window, alpha=0.1)
+        truth = reference_lrn((exact[0] + exact[1]).relu(), window=norm.window, alpha=0.1, beta=beta)
         pairs = [(found, truth)]
         pairs += zip(torch.autograd.grad((found * weight).sum(), (z, plus)),
                      torch.autograd.grad((truth * weight).sum(), exact), strict=True)  # fmt: skip

@@ -159,7 +159,8 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
             save(Path(folder))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    hand_on(lambda line: note("said", line))
+    if is_first:
+        hand_on(lambda line: note("said", line))
     try:
         data = training_data(config, Storage(settings["storage"]), settings["data_folder"])
         checkpoint = ray.train.get_checkpoint()

@@ -28,7 +28,7 @@ class Execution:
 
     device: torch.device
     precision: torch.dtype
-    """Of the arithmetic: float32, or bfloat16 under autocast. Weights, their gradients and all sums are float32."""
+    """Of the arithmetic: float32, or bfloat16 under autocast. Weights, gradients of weights and LRN's sums are float32."""
     is_compiled: bool
     reason: str
     """Why the step is compiled, or is not."""
@@ -83,9 +83,9 @@ def _compiler() -> str | None:
 def _require_compiler() -> None:
     if not _compiler():
         raise ClusterError(
-            "torch compiles with g++, which is not on this machine",
+            f"torch compiles with {os.environ.get('CXX') or 'g++'}, which is not on this machine",
             where="train.compile = on",
-            remedy="Install it, or set train.compile to auto",
+            remedy="Install it, name another one in CXX, or set train.compile to auto",
         )
 
 
@@ -94,15 +94,20 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _check_kernel(device: torch.device, precision: torch.dtype) -> None:
-    from rcnn.model.lrn_triton import largest_error  # there is no Triton on every machine
+    try:
+        from rcnn.model.lrn_triton import largest_error  # there is no Triton on every machine
 
-    error = largest_error(device, precision)
+        error = largest_error(device, precision)
+    except Exception as fault:  # whatever its compiler or the driver raises
+        raise _kernel_error(f"cannot run ({fault})") from fault
     if not error < LARGEST_KERNEL_ERROR[precision]:
-        raise ClusterError(
-            f"the Triton kernel is wrong on this GPU: its relative error is {error:.1e}",
-            where="train.triton = true",
-            remedy="Set it to false",
-        )
+        raise _kernel_error(f"has a relative error of {error:.1e}")
+
+
+def _kernel_error(what: str) -> ClusterError:
+    return ClusterError(
+        f"the Triton kernel {what} on this GPU", where="train.triton = true", remedy="Set train.triton to false"
+    )
 
 
 def prepare(device: torch.device, *, deterministic: bool = False) -> None:

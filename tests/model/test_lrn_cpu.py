@@ -83,6 +83,31 @@ def test_a_sum_of_two_types_is_of_the_first() -> None:
 
 
 @needs_compiler
+def test_an_overwritten_z_is_noticed_by_who_else_needs_it() -> None:
+    leaf = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    z = leaf * 1
+    other = z.square().sum()
+    LocalResponseNorm(16, window=3).rectified(z, torch.ones_like(z))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@needs_compiler
+def test_tensors_without_memory_are_left_to_torch() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        z = torch.randn(2, 16, 3, 3)
+        assert LocalResponseNorm(16, window=3).rectified(z, z).shape == z.shape
+
+
+@needs_compiler
+def test_another_number_of_maps_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        LocalResponseNorm(16, window=3).rectified(torch.randn(2, 8, 3, 3))
+
+
+@needs_compiler
 def test_an_input_that_is_changed_before_the_backward_pass_is_noticed() -> None:
     z = torch.ones(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     copy = z * 1
@@ -107,19 +132,38 @@ def test_without_a_compiler_it_says_so_once(
         x = torch.randn(2, 16, 3, 3)
         for _ in range(2):
             torch.testing.assert_close(LocalResponseNorm(16, window=3)(x), reference_lrn(x, window=3))
-    assert [record.getMessage() for record in caplog.records if "no C compiler" in record.getMessage()] != []
+    assert [record.getMessage() for record in caplog.records if "there is no gcc" in record.getMessage()] != []
     assert len(caplog.records) == 1
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'warning: old' >&2; echo 'lrn.c:1: error: no assembler' >&2; exit 1", "error: no assembler"),
+        ("printf 'caf\\351\\n\\n' >&2; exit 1", "caf"),
+        ("exit 3", "ended with exit code 3"),
+        ("exit 0", "lrn.so"),
+    ],
+)
 def test_a_compiler_that_fails_is_reported_with_its_words(
-    forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+    script: str, reason: str, forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho 'cannot find the assembler' >&2\nexit 1\n")
+    broken.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{script}\n')
     broken.chmod(0o700)
     monkeypatch.setenv("CC", str(broken))
     with caplog.at_level(logging.INFO, logger="rcnn"):
         x = torch.randn(2, 16, 3, 3)
         torch.testing.assert_close(LocalResponseNorm(16, window=3)(x), reference_lrn(x, window=3))
-    assert "cannot find the assembler" in caplog.text
+    assert reason in caplog.text
+
+
+@needs_compiler
+def test_clang_is_passed_over(forgetful: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clang = tmp_path / "cc"
+    clang.write_text("#!/bin/sh\necho clang version 22\n")
+    clang.chmod(0o700)
+    monkeypatch.setenv("CC", str(clang))
+    assert lrn_cpu.compiler() not in (None, str(clang))

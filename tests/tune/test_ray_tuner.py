@@ -83,6 +83,13 @@ def test_a_finished_search_is_taken_up_without_new_trials(tiny_config: PipelineC
     assert again == first
 
 
+def test_trials_without_a_gpu_do_without_its_kernel(tiny_config: PipelineConfig) -> None:
+    config = tiny_config.with_settings({"train.use_gpu": True, "train.triton": True})
+    choice = Choice(k=24, t=2, learning_rate=0.5)
+    assert not trial_config(config, choice).train.triton
+    assert trial_config(config.with_settings({"tune.gpus_per_trial": 0.5}), choice).train.triton
+
+
 def test_a_choice_changes_three_settings_and_a_trial_its_length(tiny_config: PipelineConfig) -> None:
     config = trial_config(tiny_config, Choice(k=24, t=2, learning_rate=0.5))
     assert (config.model.k, config.model.t, config.train.learning_rate) == (24, 2, 0.5)
