@@ -42,7 +42,7 @@ def main() -> None:
     options = _parser().parse_args()
     print(machine(), flush=True)
     results: list[dict[str, Any]] = []
-    peak = 0.0
+    peak = peak_flops(options)
     with ExitStack() as stack:
         sides = [stack.enter_context(Side.started(options, name)) for name in side_names(options)]
         for num_maps, num_steps in itertools.product(options.num_maps, options.num_steps):
