@@ -178,7 +178,9 @@ class TrainConfig(Section):
         "auto",
         description="Whether torch compiles the step, which takes a minute at the start; auto: in long runs on a GPU.",
     )
-    deterministic: bool = Field(False, description="Whether two runs on one machine give the same bits, GPUs included.")
+    deterministic: bool = Field(
+        False, description="Whether two runs on one machine give the same bits; torch refuses what cannot."
+    )
     recompute: bool = Field(
         False,
         description="Trades time for memory: the backward pass computes each recurrent step's activations once more.",

@@ -99,7 +99,7 @@ def can_compile() -> bool:
     if compiler() and _openmp():
         return True
     what = "this build of torch has no libgomp" if compiler() else "there is no gcc; install it"
-    _log.warning("  LRN takes its slower way, and steps a quarter longer or more: %s", what)
+    _log.warning("  LRN takes its slower way, and steps a fifth to a third longer: %s", what)
     return False
 
 

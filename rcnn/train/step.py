@@ -118,9 +118,7 @@ def prepare(device: torch.device, *, deterministic: bool = False) -> None:
         deterministic: two runs on one machine give the same bits; operations that cannot are refused by torch.
     """
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a guard against bugs that costs a pass over all memory
-    )
+    torch.utils.deterministic.fill_uninitialized_memory = False  # guards against bugs, costs a pass over all memory
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     if deterministic:

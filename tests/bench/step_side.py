@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rcnn.config import TrainConfig
-from rcnn.model import RCNN
+from rcnn.model import RCNN, lrn_cpu
 from rcnn.train.optim import build_optimizer
 from rcnn.train.step import choose_execution, prepare, train_step
 from tests.bench.plain import PlainRCNN
@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
     "compiled": {"compile": "on"},
     "triton": {"triton": True},
+    "no-gcc": {},  # as where there is no C compiler
 }
 
 
@@ -53,11 +54,8 @@ class Side:
     def __init__(self, options: argparse.Namespace):
         self.name, self.variant = options.side, options.side.partition("-")[2]
         self.is_plain = self.name.startswith("plain")
-        self.device, self.batch_size, self.measures_memory = (
-            torch.device(options.device),
-            options.batch_size,
-            options.memory,
-        )
+        self.device, self.batch_size = torch.device(options.device), options.batch_size
+        self.measures_memory = options.memory
         is_narrow = self.variant == "bfloat16" or (not self.is_plain and options.precision == "bfloat16")
         self.precision = torch.bfloat16 if is_narrow else torch.float32
 
@@ -96,6 +94,8 @@ class Side:
         model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, recompute=train.recompute, triton=train.triton).to(
             self.device, memory_format=self._memory_format
         )
+        if self.variant == "no-gcc":
+            lrn_cpu.kernel = lambda *network: None
         if self.name == "floor":
             leave_out_normalisations(model)
         network = choose_execution(train, self.device, num_steps=0).compiled(model)
