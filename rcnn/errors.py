@@ -11,6 +11,8 @@ The command line prints them without a traceback and exits with 2. Everything el
 traceback.
 """
 
+from rcnn.text import printable
+
 
 class RcnnError(Exception):
     """What went wrong, where it was found, and what to do about it, in one line.
@@ -28,10 +30,7 @@ class RcnnError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        text = f"{head}. {self.remedy}" if self.remedy else head
-        return "".join(
-            sign if sign.isprintable() else repr(sign)[1:-1] for sign in text
-        )  # a file name may hold a newline
+        return printable(f"{head}. {self.remedy}" if self.remedy else head)  # a file name may hold a newline
 
     def __reduce__(self) -> tuple:
         # Ray and Prefect send errors between processes; keyword-only arguments need a hand to be pickled.

@@ -25,7 +25,7 @@ from rcnn.results import (
     TrainResult,
     TuneResult,
 )
-from rcnn.storage import StageFolder, Storage
+from rcnn.storage import RESULT, StageFolder, Storage
 from rcnn.tracking import NoTracker, Tracker, finish_failed, knows_version
 
 Results = dict[str, Any]
@@ -100,7 +100,7 @@ def _decodes_images(config: PipelineConfig) -> bool:
 _CORE = ("data", "model", "train")
 _SOURCES = (".py", ".c")
 STAGES: dict[str, Stage] = {
-    "ingest": Stage(IngestResult, _ingest, ("data",), ("data",), "datasets", "manifest.json", _decodes_images),
+    "ingest": Stage(IngestResult, _ingest, ("data",), ("data",), "datasets", "_manifest.json", _decodes_images),
     "tune": Stage(TuneResult, _tune, ("model", "train", "tune"), (*_CORE, "tune"), "runs", ""),
     "train": Stage(TrainResult, _train, ("model", "train"), _CORE, "runs", "model/model.safetensors"),
     "evaluate": Stage(EvaluateResult, _evaluate, ("evaluate",), (*_CORE, "evaluate"), "reports", "report.md"),
@@ -142,7 +142,7 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
     """The result of a stage that has been run, or None if it has not, or what it left is gone."""
     stage, target = STAGES[name], stage_folder(config, name, results)
     try:
-        tree = target.storage.read_json(target.path("result.json"))
+        tree = target.storage.read_json(target.path(RESULT))
         result = None if tree is None else stage.result.model_validate(tree)
     except ValueError:
         return None  # a damaged result is no result: the stage writes a new one
@@ -179,7 +179,7 @@ def run_stage(
     say(f"{name}: {_purpose(config, name, results)}")
     started = time.perf_counter()
     result = _run_tracked(effective_config(config, name, results), name, results, target, fresh, parent or Parent())
-    target.storage.write_json(target.path("result.json"), result.model_dump(mode="json"))
+    target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     say(f"{name}: done in {time.perf_counter() - started:.0f} s")
     return result
 
@@ -214,7 +214,7 @@ def pipeline_key(config: PipelineConfig) -> str:
 def code_version(packages: tuple[str, ...]) -> str:
     """A hash over the sources of these packages and of what all of them share."""
     root = Path(__file__).parent
-    shared = [root / f"{name}.py" for name in ("config", "results", "storage")]
+    shared = [root / f"{name}.py" for name in ("config", "results", "storage", "text")]
     rooms = [file for package in packages for file in sorted((root / package).rglob("*"))]
     files = shared + [file for file in rooms if file.suffix in _SOURCES]
     digest = hashlib.sha256()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rcnn.errors import ClusterError, ConfigError
+from rcnn.text import parse_json
 
 
 class Storage:
@@ -121,9 +122,13 @@ class Storage:
                 raise
 
     def read_json(self, name: str) -> Any:
-        """The value in a JSON file, or None where there is no such file."""
+        """The value in a JSON file, or None where there is no such file.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
         try:
-            return json.loads(self.read_text(name))
+            return parse_json(self.read_text(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -187,6 +192,11 @@ class Storage:
                 where=self.uri(name),
                 remedy="Check its permissions and free space, or set storage elsewhere",
             ) from error
+
+
+RESULT = "_result.json"
+"""What a finished stage hands on. Readers of Parquet folders skip names that begin with _."""
+OLD_RESULT = "result.json"  # until version 0.1
 
 
 @dataclass(frozen=True)

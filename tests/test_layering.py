@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = ["errors", "config", "results", "storage", "progress", "tracking", "ray_session"]
+SHARED = ["text", "errors", "config", "results", "storage", "progress", "tracking", "ray_session"]
 ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
 HOMES = {
     "prefect": ["flows/"],

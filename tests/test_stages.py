@@ -85,11 +85,11 @@ def test_a_damaged_or_partial_result_is_no_result(tmp_path: Path) -> None:
     first = run_stage(config, "ingest", {})
     assert finished(config, "ingest", {}) == first
     target = stage_folder(config, "ingest", {})
-    (tmp_path / target.path("result.json")).write_text("{")
+    (tmp_path / target.path("_result.json")).write_text("{")
     assert finished(config, "ingest", {}) is None
     again = run_stage(config, "ingest", {})
     assert again.model_copy(update={"mlflow_run_id": first.mlflow_run_id}) == first
-    (tmp_path / target.path("manifest.json")).unlink()
+    (tmp_path / target.path("_manifest.json")).unlink()
     assert finished(config, "ingest", {}) is None
 
 

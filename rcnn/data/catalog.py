@@ -9,11 +9,11 @@ from pyarrow import fs
 from tqdm import tqdm
 
 from rcnn.data.ingest import DRAFT_PREFIX
-from rcnn.data.manifest import MANIFEST, Manifest, Shard, read_manifest, require_manifest
+from rcnn.data.manifest import MANIFEST, OLD_MANIFEST, Manifest, Shard, read_manifest, require_manifest
 from rcnn.data.schema import content_sum, read_block, table_schema
 from rcnn.data.shards import read_shard
 from rcnn.errors import ConfigError, DataError
-from rcnn.storage import Storage
+from rcnn.storage import OLD_RESULT, RESULT, Storage
 
 FOLDER = "datasets"
 MIN_DIGEST_PREFIX = 4
@@ -67,7 +67,13 @@ def find_faults(storage: Storage, folder: str) -> Iterator[str]:
                 bar.update()
             if is_whole and (f"{content % 2**256:064x}" != split.digest or tuple(counts) != split.rows_per_class):
                 yield f"{storage.uri(folder)}: the rows of {name} are not those of the manifest"
-    known = {MANIFEST, "result.json", *(shard.file for split in manifest.splits.values() for shard in split.shards)}
+    known = {
+        MANIFEST,
+        OLD_MANIFEST,
+        RESULT,
+        OLD_RESULT,
+        *(shard.file for split in manifest.splits.values() for shard in split.shards),
+    }
     for file in sorted(set(_files(storage, folder)) - known):
         yield f"{storage.uri(folder)}/{file}: is not in the manifest"
 

@@ -13,7 +13,9 @@ from rcnn.data.schema import SCHEMA_VERSION
 from rcnn.errors import ClusterError, DataError
 from rcnn.storage import Storage
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
+"""Its name begins with _, so that readers of a folder of Parquet files skip it."""
+OLD_MANIFEST = "manifest.json"  # until version 0.1; still read
 
 
 class Part(BaseModel):
@@ -107,11 +109,17 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
     Raises:
         DataError: the manifest is of another schema, or damaged.
     """
-    name = f"{folder}/{MANIFEST}"
+    for name in (f"{folder}/{MANIFEST}", f"{folder}/{OLD_MANIFEST}"):
+        if (tree := _read_tree(storage, name)) is not None:
+            return _parse(tree, storage.uri(name))
+    return None
+
+
+def _read_tree(storage: Storage, name: str) -> Any:
     try:
-        tree: Any = storage.read_json(name)
+        return storage.read_json(name)
     except ValueError as error:
-        raise _damaged(storage.uri(name), f"no JSON ({error})") from error
+        raise _damaged(storage.uri(name), f"not JSON ({error})") from error
     except OSError as error:
         if not storage.is_local:
             raise ClusterError(
@@ -121,25 +129,26 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
                 retryable=True,
             ) from error
         raise _damaged(storage.uri(name), f"cannot be read ({' '.join(str(error).split())})") from error
-    if tree is None:
-        return None
+
+
+def _parse(tree: Any, where: str) -> Manifest:
     if not isinstance(tree, dict):
-        raise _damaged(storage.uri(name), f"holds a {type(tree).__name__}, not a table")
+        raise _damaged(where, f"holds a {type(tree).__name__}, not a table")
     version = tree.get("schema_version")
     if isinstance(version, int) and version != SCHEMA_VERSION:
         remedy = "Upgrade rcnn, or ingest" if version > SCHEMA_VERSION else "Ingest"
         raise DataError(
             f"schema_version is {version}, and this rcnn reads {SCHEMA_VERSION}",
-            where=storage.uri(name),
+            where=where,
             remedy=f"{remedy} the data set again with --fresh",
         )
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _damaged(storage.uri(name), f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise _damaged(where, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if manifest.with_digest().digest != manifest.digest:
-        raise _damaged(storage.uri(name), "its content does not match its digest")
+        raise _damaged(where, "its content does not match its digest")
     return manifest
 
 

@@ -1832,12 +1832,12 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_that_cannot_be_trusted_is_named(data_set: Path, name: str, read: str) -> None:
     alter, words = MANIFESTS[name]
-    alter(data_set / "manifest.json")
+    alter(data_set / "_manifest.json")
     before = contents(data_set)
     with pytest.raises(RcnnError) as caught:
         READERS[read](Storage(str(data_set.parents[1])))
     assert type(caught.value) is DataError
-    check_message(caught.value, [str(data_set / "manifest.json"), *words])
+    check_message(caught.value, [str(data_set / "_manifest.json"), *words])
     assert contents(data_set) == before
 
 

@@ -51,7 +51,7 @@ def test_rows_that_are_not_those_of_the_manifest_are_found_although_checksums_fi
     changed = manifest.splits["val"].model_copy(update={"rows_per_class": (400,) + (0,) * 9})
     splits = manifest.splits | {"val": changed}
     copy.write_json(
-        f"{digits.folder}/manifest.json",
+        f"{digits.folder}/_manifest.json",
         manifest.model_copy(update={"splits": splits}).with_digest().model_dump(mode="json"),
     )
     [fault] = find_faults(copy, digits.folder)
@@ -61,12 +61,12 @@ def test_rows_that_are_not_those_of_the_manifest_are_found_although_checksums_fi
 
 def test_the_list_names_whole_unfinished_and_damaged_ones(copy: Storage, digits: IngestResult) -> None:
     copy.write_text("datasets/.draft-other/records/train-00000.json", "{}")
-    copy.write_text("datasets/broken/manifest.json", "{")
+    copy.write_text("datasets/broken/_manifest.json", "{")
     states = {row["folder"]: (row["data set"], row["state"]) for row in list_data_sets(copy)}
     name = digits.folder.removeprefix("datasets/")
     assert states[name] == ("mnist-sample", "whole")
     assert "goes on with it" in states[".draft-other"][1]
-    assert "no JSON" in states["broken"][1]
+    assert "not JSON" in states["broken"][1]
 
 
 def test_a_data_set_is_found_by_folder_name_and_digest(copy: Storage, digits: IngestResult) -> None:
@@ -126,4 +126,4 @@ def test_the_commands_print_and_exit(
     assert "Run `rcnn ingest` first" in capsys.readouterr().err
     assert main(["data", "list", "--set", f"storage={tmp_path / 'empty'}"]) == 0
     assert "there are no data sets" in capsys.readouterr().out
-    assert json.loads((tmp_path / digits.folder / "result.json").read_text())["digest"] == digits.digest
+    assert json.loads((tmp_path / digits.folder / "_result.json").read_text())["digest"] == digits.digest

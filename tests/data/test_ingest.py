@@ -110,7 +110,7 @@ def test_a_split_has_one_digest_however_it_is_packed(tmp_path: Path) -> None:
 
 def test_a_second_ingest_finds_the_first_ones_work(target: StageFolder, random_source: Origin) -> None:
     first = run_ingest(PipelineConfig(), target, NoTracker())
-    file = target.storage.local_path("datasets/x/manifest.json")
+    file = target.storage.local_path("datasets/x/_manifest.json")
     before = file.stat().st_mtime_ns
     assert run_ingest(PipelineConfig(), target, NoTracker()) == first
     assert file.stat().st_mtime_ns == before
@@ -245,14 +245,20 @@ def test_a_manifest_that_cannot_be_trusted_is_named(
     digits_storage: Path, digits: IngestResult, tmp_path: Path, change: dict[str, object], expected: str
 ) -> None:
     (tmp_path / "d").mkdir()
-    file = tmp_path / "d" / "manifest.json"
-    whole = json.loads((digits_storage / digits.folder / "manifest.json").read_text())
+    file = tmp_path / "d" / "_manifest.json"
+    whole = json.loads((digits_storage / digits.folder / "_manifest.json").read_text())
     file.write_text(json.dumps(whole | change))
     with pytest.raises(DataError, match=expected):
         read_manifest(Storage(str(tmp_path)), "d")
     file.write_text("{")
-    with pytest.raises(DataError, match="no JSON"):
+    with pytest.raises(DataError, match="not JSON"):
         read_manifest(Storage(str(tmp_path)), "d")
+
+
+def test_a_manifest_of_an_earlier_version_is_read(digits_storage: Path, digits: IngestResult, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "manifest.json").write_bytes((digits_storage / digits.folder / "_manifest.json").read_bytes())
+    assert require_manifest(Storage(str(tmp_path)), "d").digest == digits.digest
 
 
 def test_a_replacement_that_is_killed_leaves_nothing_or_all_and_is_taken_up(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pandas
 import polars
 import pyarrow.dataset
 import pytest
@@ -43,6 +44,15 @@ def test_pyarrow_and_pandas(shard: Path, images: np.ndarray) -> None:
     frame = table.to_pandas()
     np.testing.assert_array_equal(np.stack(frame["image"]), images)
     assert frame["row_id"].str.startswith("train/").all()
+
+
+def test_the_whole_folder_is_read_at_once(digits_storage: Path, digits: IngestResult, manifest: Manifest) -> None:
+    folder = digits_storage / digits.folder
+    rows = sum(split.rows for split in manifest.splits.values())
+    assert pyarrow.dataset.dataset(folder).count_rows() == rows
+    assert len(pandas.read_parquet(folder)) == rows
+    assert polars.scan_parquet(folder, hidden_file_prefix="_").collect().height == rows
+    assert duckdb.sql(f"SELECT count(*) FROM '{folder}/**/*.parquet'").fetchall() == [(rows,)]
 
 
 def test_polars(shard: Path, images: np.ndarray) -> None:

@@ -1,0 +1,44 @@
+"""Text from outside: made safe to print, turned into file names, parsed as JSON.
+
+Class names, file names and settings come from users and their data. They may hold control characters, be longer than a
+file name can be, or differ only in signs that a file name cannot hold.
+"""
+
+import json
+import re
+from typing import Any
+
+MAX_STEM_BYTES = 80  # file systems allow 255, and callers add numbers and endings
+
+
+def printable(text: str) -> str:
+    """The text with each character that would not print (control, bidirectional, lone surrogate) as its escape."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def file_stem(label: int, name: str) -> str:
+    """A file name without its ending for a class: `007-Ankle boot`. The label keeps it unique."""
+    readable = re.sub(r"[^\w.+ -]+", "-", printable(name)).strip()
+    shortened = readable.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
+    return f"{label:03d}-{shortened}".rstrip("- .")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text holds.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply for Python, or names a key of an object twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"it names {key!r} twice")
+        table[key] = value
+    return table
