@@ -19,6 +19,9 @@ from rcnn.errors import ClusterError
 from rcnn.progress import say
 from rcnn.storage import Storage
 
+STORE = "mlflow.db"
+"""Our own store in the storage (SQLite), where no server is set."""
+
 
 def tracking_uri(config: PipelineConfig) -> str:
     """Where MLflow keeps runs: the setting, or a SQLite file in the storage.
@@ -26,12 +29,12 @@ def tracking_uri(config: PipelineConfig) -> str:
     Raises:
         ConfigError: neither can be had, since the storage is no local folder.
     """
-    return config.tracking.uri or f"sqlite:///{Storage(config.storage).local_path('mlflow.db')}"
+    return config.tracking.uri or f"sqlite:///{Storage(config.storage).local_path(STORE)}"
 
 
 def has_store(config: PipelineConfig) -> bool:
     """False where the store is our own SQLite file, and it has not been made or is gone."""
-    return bool(config.tracking.uri) or Storage(config.storage).exists("mlflow.db")
+    return bool(config.tracking.uri) or Storage(config.storage).exists(STORE)
 
 
 def experiment_name(config: PipelineConfig) -> str:
@@ -63,7 +66,7 @@ def knows_version(config: PipelineConfig, name: str, version: int) -> bool:
         return True
     if not has_store(config):
         return False
-    file = Storage(config.storage).local_path("mlflow.db")
+    file = Storage(config.storage).local_path(STORE)
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as store:
         try:
             rows = store.execute("SELECT 1 FROM model_versions WHERE name = ? AND version = ?", (name, version))

@@ -1,18 +1,40 @@
-"""Shared fixtures: one tiny data set of real digits, one Ray, one Prefect server for the whole session."""
+"""Shared fixtures: one tiny data set of real digits, one Ray, one Prefect server for the whole session.
+
+Tests see nothing of the user's: each runs in an empty folder, with an empty home, without the user's settings and
+addresses; and one that touches the checkout's `storage/` fails.
+"""
 
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-# Before anything imports them: the tests talk to no telemetry and to no server of the user's.
+# Before anything imports what reads them.
+HOME = tempfile.mkdtemp(prefix="rcnn-tests-")  # Prefect's profile and database, Ray's token, downloads
+for name in [name for name in os.environ if name.startswith(("RCNN_", "PREFECT_", "MLFLOW_", "RAY_", "AWS_", "XDG_"))]:
+    del os.environ[name]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # Ray jobs call `rcnn`
-os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", RAY_USAGE_STATS_ENABLED="0")
-for name in [name for name in os.environ if name.startswith("RCNN_")] + ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"]:
-    os.environ.pop(name, None)
+os.environ.update(HOME=HOME, DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", RAY_USAGE_STATS_ENABLED="0")
+os.environ["STACK_STATE"] = f"{HOME}/stack"
+USERS_STORAGE = str(Path(__file__).parents[1] / "storage")
+
+
+def _refuse_the_users_storage(event: str, arguments: tuple) -> None:
+    """Python asks this before it opens, lists, makes, renames or deletes anything."""
+    if event == "open" or event.startswith(("os.", "shutil.", "sqlite3.")):
+        for argument in arguments[:2]:
+            text = os.fsdecode(argument) if isinstance(argument, (str, bytes, os.PathLike)) else ""
+            if USERS_STORAGE in text and f"{os.path.abspath(text)}/".startswith(f"{USERS_STORAGE}/"):
+                raise AssertionError(f"a test touches the user's storage: {event} {text}")
+
+
+sys.addaudithook(_refuse_the_users_storage)
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import SourceRecord
@@ -20,6 +42,27 @@ from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
 from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
 from rcnn.stages import run_stage
+
+
+def pytest_unconfigure() -> None:
+    """Removes the home of the tests."""
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _users_storage_stays_as_it_is() -> Iterator[None]:
+    """Fails the session where a process of a test wrote to the checkout's storage: the hook sees this process alone."""
+    call = ["find", USERS_STORAGE, "-printf", "%p %s %T@\\n"]
+    before = subprocess.run(call, capture_output=True, check=False).stdout
+    os.chdir(HOME)
+    yield
+    assert subprocess.run(call, capture_output=True, check=False).stdout == before, f"a test changed {USERS_STORAGE}"
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets each test run in a folder of its own: the default storage is `storage` there."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

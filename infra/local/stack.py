@@ -19,11 +19,14 @@ from pathlib import Path
 
 import psutil
 
+from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, RcnnError
+from rcnn.tracking import has_store
 
 ROOT = Path(__file__).parents[2]
 STORAGE = Path(os.environ.get("RCNN_STORAGE", ROOT / "storage")).absolute()
-STATE = ROOT / "storage" / "stack"  # fixed: `make down` must find what `make up` started, whatever is set
+# Fixed whatever the settings are: `make down` must find what `make up` started. Tests have one of their own.
+STATE = Path(os.environ.get("STACK_STATE", ROOT / "storage" / "stack"))
 PORTS = {"PREFECT_PORT": 4200, "MLFLOW_PORT": 5000, "RAY_DASHBOARD_PORT": 8265, "RAY_PORT": 6379}
 MARK = "STACK_MARK"
 SECONDS_TO_START = 180
@@ -53,6 +56,7 @@ def up() -> None:
         return
     ports = {name: _port(name) for name in PORTS}
     _require_free(ports)
+    _create_store()
     STATE.mkdir(parents=True, exist_ok=True)
     env = _environment(ports)
     (STATE / "state.json").write_text(json.dumps({"mark": env[MARK], "ports": ports}))
@@ -102,6 +106,15 @@ def run_worker() -> None:
     """Waits for the Prefect server, then becomes the worker of the pool "rcnn"."""
     _wait(lambda: _answers(f"{os.environ['PREFECT_API_URL']}/health"), "Prefect")
     os.execvp("prefect", ["prefect", "worker", "start", "--pool", "rcnn", "--type", "process", "--name", "local"])
+
+
+def _create_store() -> None:
+    """Makes MLflow's store before its server does, which would leave half of one behind if it were stopped meanwhile."""
+    config = PipelineConfig().with_settings({"storage": str(STORAGE)})
+    if not has_store(config):
+        from rcnn.registry.mlflow_store import create_store  # late: MLflow takes seconds to import
+
+        create_store(config)
 
 
 def _environment(ports: dict[str, int]) -> dict[str, str]:

@@ -7,8 +7,11 @@ import contextlib
 import json
 import logging
 import os
+import re
+import sqlite3
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,17 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 import mlflow
 import numpy as np
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError
 from rcnn.registry.gate import CHAMPION, Standing
 from rcnn.storage import Storage
-from rcnn.tracking import experiment_name, has_store, model_name, tracking_uri
+from rcnn.tracking import STORE, experiment_name, has_store, model_name, tracking_uri
 
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "rcnn.stage_key"
@@ -112,13 +117,13 @@ def open_run(
 ) -> MlflowTracker:
     """The run of a stage, with the full config as its parameters.
 
-    A run with the same key that did not finish is gone on with, unless `fresh`.
+    Resumes an unfinished run with this key unless `fresh`.
 
     Raises:
-        ClusterError: the MLflow server is out of reach.
+        ClusterError: the MLflow server is out of reach, or the store is damaged.
     """
     with _reachable(config):
-        client = MlflowClient(tracking_uri(config))
+        client = _connect(config)
         experiment_id = _experiment(client, config)
         labels = {KEY_TAG: key, "rcnn.config_hash": config.hash(), "rcnn.recipe": config.recipe, **(tags or {})}
         if parent_run_id:
@@ -142,7 +147,7 @@ def open_run(
 def has_run(config: PipelineConfig, run_id: str) -> bool:
     """Whether the store knows the run: results outlive a store that was deleted or exchanged."""
     with _reachable(config):
-        return _or_none(lambda: MlflowClient(tracking_uri(config)).get_run(run_id)) is not None
+        return _or_none(lambda: _connect(config).get_run(run_id)) is not None
 
 
 def register_model(
@@ -168,15 +173,14 @@ def register_model(
         The figures with the new version.
     """
     with _reachable(config):
-        uri = tracking_uri(config)
-        mlflow.set_tracking_uri(uri)
-        client = MlflowClient(uri)
+        client = _connect(config)
+        mlflow.set_tracking_uri(tracking_uri(config))
         name = model_name(config)
         found = client.search_model_versions(f"name = '{name}' and tags.weights_sha256 = '{weights_sha256}'")
         if found:  # an earlier attempt came as far as this
             return Standing(int(found[0].version), figures.test_error, figures.test_digest)
         info = _log_pyfunc(model_folder, description, run_id)
-        if _or_none(lambda: client.get_registered_model(name)) is None:
+        with _made_by_somebody():
             client.create_registered_model(name)
         version = client.create_model_version(
             name,
@@ -202,8 +206,8 @@ def champion_of(config: PipelineConfig) -> Standing | None:
     Raises:
         ClusterError: MLflow is out of reach; that is not the same as no champion.
     """
-    client = MlflowClient(tracking_uri(config))
     with _reachable(config):
+        client = _connect(config)
         version = _or_none(lambda: client.get_model_version_by_alias(model_name(config), CHAMPION))
     if version is None:
         return None
@@ -233,13 +237,13 @@ def download_champion(config: PipelineConfig, folder: Path) -> Path:
 def set_alias(config: PipelineConfig, alias: str, version: int) -> None:
     """Points an alias at a version."""
     with _reachable(config):
-        MlflowClient(tracking_uri(config)).set_registered_model_alias(model_name(config), alias, str(version))
+        _connect(config).set_registered_model_alias(model_name(config), alias, str(version))
 
 
 def list_versions(config: PipelineConfig) -> list[dict[str, str]]:
     """Every version of the config's model, the newest first: version, aliases, test_error, k, t, run_id."""
-    client = MlflowClient(tracking_uri(config))
     with _reachable(config):
+        client = _connect(config)
         found = client.search_model_versions(f"name = '{model_name(config)}'")
         # The search leaves the aliases out.
         versions = [client.get_model_version(version.name, version.version) for version in found]
@@ -266,8 +270,79 @@ def _experiment(client: MlflowClient, config: PipelineConfig) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    location = None if config.tracking.uri else str(Storage(config.storage).local_path(f"mlflow-artifacts/{name}"))
-    return str(client.create_experiment(name, artifact_location=location))
+    location = None if config.tracking.uri else str(_artifacts(config) / name)
+    with _made_by_somebody():
+        client.create_experiment(name, artifact_location=location)
+    return str(client.get_experiment_by_name(name).experiment_id)
+
+
+@contextlib.contextmanager
+def _made_by_somebody() -> Iterator[None]:
+    """What the body creates may be there already: two first runs at once both create it."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _artifacts(config: PipelineConfig) -> Path:
+    """Where artifacts of our own store go."""
+    return Storage(config.storage).local_path("mlflow-artifacts")
+
+
+def _connect(config: PipelineConfig) -> MlflowClient:
+    """A client; our own SQLite store is created first where it is missing."""
+    create_store(config)
+    return MlflowClient(tracking_uri(config))
+
+
+def create_store(config: PipelineConfig) -> None:
+    """Creates our own SQLite store, whole or not at all, unless it is there or a server is set.
+
+    MLflow's migrations take seconds and are not atomic: killed halfway, they leave a store that fails forever, and two
+    creators at once crash one of them. So a draft is migrated under a lock, and renamed.
+
+    Raises:
+        ClusterError: the store cannot be written, or is not a database.
+    """
+    if config.tracking.uri:
+        return
+    storage = Storage(config.storage)
+    store = storage.local_path(STORE)
+    if store.exists():
+        _require_database(config, store)
+        return
+    storage.make_folder(".locks")
+    with _reachable(config), FileLock(storage.local_path(f".locks/{STORE}.lock")):
+        for stale in store.parent.glob(f"{STORE}.*.part*"):  # of killed creators: the lock is ours
+            stale.unlink()
+        if not store.exists():
+            draft = store.with_name(f"{STORE}.{uuid.uuid4().hex[:8]}.part")
+            _migrate(draft, _artifacts(config))
+            draft.rename(store)
+
+
+def _migrate(draft: Path, artifacts: Path) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    try:
+        SqlAlchemyStore(f"sqlite:///{draft}", str(artifacts)).engine.dispose()
+    except BaseException:
+        for file in draft.parent.glob(f"{draft.name}*"):  # the journal too
+            file.unlink()
+        raise
+
+
+def _require_database(config: PipelineConfig, store: Path) -> None:
+    """MLflow would try to open a file that is not a database for an hour."""
+    if not store.is_file():
+        raise _store_error(config, IsADirectoryError("a folder is in its place"))
+    try:
+        with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.Error as error:
+        raise _store_error(config, error) from error
 
 
 def _log_pyfunc(model_folder: Path, description: Mapping[str, Any], run_id: str) -> Any:
@@ -322,10 +397,30 @@ def _or_none(call: Callable[[], Any]) -> Any:
 def _reachable(config: PipelineConfig) -> Iterator[None]:
     try:
         yield
-    except (MlflowException, OSError) as error:
-        raise ClusterError(
-            f"MLflow failed ({str(error).splitlines()[0]})",
-            where=f"tracking.uri = {tracking_uri(config)}",
-            remedy="Check that the server runs and the address is right",
-            retryable=True,
-        ) from error
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise _store_error(config, error) from error
+
+
+def _store_error(config: PipelineConfig, error: Exception) -> ClusterError:
+    uri = tracking_uri(config)
+    fault = next(iter(str(error).splitlines()), type(error).__name__)
+    is_busy = "database is locked" in fault
+    if uri.startswith("http"):
+        remedy = "Check that the server runs and the address is right"
+    elif "out-of-date database schema" in fault:
+        fault = "the store was written by an older MLflow"
+        remedy = f"Copy it, then run `mlflow db upgrade {uri}`"
+    elif "disk is full" in fault or "disk I/O" in fault:
+        remedy = "Free some space, and run the same command again"
+    elif is_busy:
+        remedy = "Another process writes to it: run the same command again"
+    elif not config.tracking.uri:
+        remedy = f"Check its permissions; if it is damaged, move {STORE} away: data sets and models stay, a new one is made"
+    else:
+        remedy = "Check the address, and that the database is sound"
+    return ClusterError(
+        f"MLflow failed ({fault})",
+        where=f"tracking.uri = {re.sub('://[^/@]*@', '://***@', uri)}",
+        remedy=remedy,
+        retryable=is_busy or uri.startswith("http"),
+    )

@@ -1,0 +1,143 @@
+"""Our own SQLite store: created whole or not at all, whatever interrupts it and however many create it at once."""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sqlite3
+import threading
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from rcnn.cli import main
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError
+from rcnn.registry.mlflow_store import create_store, open_run
+
+FORK = multiprocessing.get_context("fork")  # the children need not import MLflow again
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PipelineConfig:
+    return PipelineConfig().with_settings({"storage": str(tmp_path / "storage")})
+
+
+def started(config: PipelineConfig, *, max_file_bytes: int = 0) -> BaseProcess:
+    """A process that creates the store; with a limit, no file of it may grow beyond so many bytes."""
+
+    def work() -> None:
+        if max_file_bytes:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        try:
+            open_run(config, "train", key="k").finish()
+        except ClusterError:
+            os._exit(2)
+
+    process = FORK.Process(target=work)
+    process.start()
+    return process
+
+
+def wait_for_draft(config: PipelineConfig, process: BaseProcess) -> None:
+    while process.is_alive() and not list(Path(config.storage).glob("mlflow.db.*.part")):
+        time.sleep(0.001)
+
+
+def check_usable(config: PipelineConfig) -> None:
+    """The next command finds a store, or makes one, and writes to it; no draft is left."""
+    run = open_run(config, "train", key="another")
+    run.log_metrics({"val/error": 0.5}, step=1)
+    run.finish()
+    assert [file.name for file in Path(config.storage).glob("mlflow.db*")] == ["mlflow.db"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_creator_that_is_stopped_leaves_a_storage_that_works(config: PipelineConfig, number: int) -> None:
+    for _ in range(3):
+        process = started(config)
+        wait_for_draft(config, process)
+        process.join(random.uniform(0, 1))
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join()
+    check_usable(config)
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(config: PipelineConfig) -> None:
+    process = started(config, max_file_bytes=100_000)
+    process.join()
+    assert process.exitcode == 2
+    assert list(Path(config.storage).glob("mlflow.db*")) == []
+    check_usable(config)
+
+
+def test_creators_at_once_all_succeed(config: PipelineConfig) -> None:
+    processes = [started(config) for _ in range(3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    check_usable(config)
+
+
+def test_runs_opened_at_once_in_a_new_experiment_all_succeed(config: PipelineConfig) -> None:
+    create_store(config)
+    others = [config.with_settings({"tracking.experiment": f"e{number}"}) for number in range(3) for _ in range(3)]
+    runs: list[str] = []
+    threads = [
+        threading.Thread(target=lambda other: runs.append(open_run(other, "train", key=str(id(other))).run_id), args=(o,))
+        for o in others
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(runs)) == len(others)
+
+
+def half_migrated(file: Path) -> None:
+    """What a killed migration of MLflow's leaves."""
+    with sqlite3.connect(file) as store:
+        store.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        store.execute("CREATE TABLE datasets (dataset_uuid VARCHAR(36))")
+        store.execute("CREATE TABLE experiments (experiment_id INTEGER)")
+
+
+def of_another_version(file: Path) -> None:
+    create_store(PipelineConfig().with_settings({"storage": str(file.parent)}))
+    with sqlite3.connect(file) as store:
+        store.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (half_migrated, ("datasets already exists", "move mlflow.db away")),
+        (lambda file: file.write_bytes(b"no database" * 100), ("not a database", "move mlflow.db away")),
+        (lambda file: file.write_bytes(b""), ("no such table", "move mlflow.db away")),
+        (lambda file: file.mkdir(), ("a folder is in its place", "move mlflow.db away")),
+        (of_another_version, ("written by an older MLflow", "mlflow db upgrade sqlite:///")),
+    ],
+    ids=["half migrated", "no database", "empty", "a folder", "another version"],
+)
+def test_a_store_that_cannot_be_used_is_one_line_with_the_remedy(
+    config: PipelineConfig, damage: object, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(config.storage).mkdir()
+    damage(Path(config.storage, "mlflow.db"))  # type: ignore[operator]
+    for command in (["ingest", "--recipe", "debug_tiny"], ["registry"]):
+        assert main([*command, "--set", f"storage={config.storage}"]) == 2
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rcnn: ")]
+        for word in ("ClusterError", "mlflow.db", *words):
+            assert word in line
+
+
+def test_credentials_of_a_database_are_not_shown(config: PipelineConfig) -> None:
+    secret = config.with_settings({"tracking.uri": "postgresql://me:secret@127.0.0.1:9/x"})
+    with pytest.raises(ClusterError) as caught:
+        open_run(secret, "train", key="k")
+    assert "secret" not in str(caught.value)
