@@ -13,6 +13,7 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import RcnnError
 from rcnn.results import EvaluateResult, IngestResult, RegisterResult, StageResult, TrainResult, TuneResult
 from rcnn.stages import STAGES, Parent, results_from_json, run_stage, stage_folder
+from rcnn.text import printable
 
 RETRY_DELAYS_SECONDS = [5, 30]
 
@@ -81,7 +82,8 @@ def _figures(result: StageResult) -> dict[str, str]:
         }
     if isinstance(result, EvaluateResult):
         per_class = {
-            f"accuracy of {label}": f"{100 * share:.1f} %" for label, share in result.accuracy_per_class.items()
+            f"accuracy of {printable(name)}": "no test rows" if share is None else f"{100 * share:.1f} %"
+            for name, share in result.accuracy_per_class.items()
         }
         return {
             "test error": f"{100 * result.test_error:.2f} % of {result.rows:,} rows",

@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 
+from rcnn.text import printable
+
 SECONDS_BETWEEN_LINES = 15
 
 _log = logging.getLogger("rcnn")
 
 
 def say(text: str) -> None:
-    """Tells the user a line: on the screen, and in the log of the Prefect run if there is one."""
-    _log.info(text)
+    """Shows the user a line: on the screen, and in the log of the Prefect run if there is one."""
+    _log.info(printable(text))  # names of classes and files are in it
 
 
 def show_on_screen() -> None:

@@ -82,7 +82,8 @@ class EvaluateResult(StageResult):
     folder: str
     test_error: float
     test_loss: float
-    accuracy_per_class: dict[str, float]
+    accuracy_per_class: dict[str, float | None]
+    """None for a class without test rows."""
     rows: int
     images_per_second: float
     test_digest: str

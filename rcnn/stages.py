@@ -139,7 +139,11 @@ def stage_folder(config: PipelineConfig, name: str, results: Results) -> StageFo
 
 
 def finished(config: PipelineConfig, name: str, results: Results) -> StageResult | None:
-    """The result of a stage that has been run, or None if it has not, or what it left is gone."""
+    """The result of a stage that has been run, or None if it has not, or what it left is gone.
+
+    Raises:
+        DataError: it is a data set, and damaged: found here, not after Ray has started for the next stage.
+    """
     stage, target = STAGES[name], stage_folder(config, name, results)
     try:
         tree = target.storage.read_json(target.path(RESULT))
@@ -148,6 +152,8 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
         return None  # a damaged result is no result: the stage writes a new one
     if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
         return None
+    if isinstance(result, IngestResult):
+        _require_data(target.storage, result)
     if isinstance(result, RegisterResult) and not knows_version(config, result.model_name, result.version):
         return None  # somebody deleted or exchanged the registry
     return result
@@ -173,6 +179,8 @@ def run_stage(
     if done is not None:
         say(nothing_to_do(name, target))
         return done
+    if "ingest" in results:
+        _require_data(target.storage, results["ingest"])
     target.storage.make_folder(STAGES[name].folder)  # a storage that cannot be written is told before any work
     if fresh and name != "ingest":  # ingest replaces the old data set when the new one is whole
         target.storage.delete(target.name)
@@ -182,6 +190,13 @@ def run_stage(
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     say(f"{name}: done in {time.perf_counter() - started:.0f} s")
     return result
+
+
+def _require_data(storage: Storage, data: IngestResult) -> None:
+    """Checks that the data set is the one that ingest wrote, before anything long starts."""
+    from rcnn.data.manifest import require_whole
+
+    require_whole(storage, data.folder, digest=data.digest)
 
 
 def nothing_to_do(name: str, target: StageFolder) -> str:

@@ -162,6 +162,14 @@ class Storage:
         with self.writing(name):
             self.filesystem.delete_file(self.path(name))
 
+    def list_sizes(self, name: str) -> dict[str, int]:
+        """The size in bytes of each file below a folder, by its path in it; empty where there is no such folder."""
+        from pyarrow import fs
+
+        base = self.path(name)
+        infos = self.filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == fs.FileType.File}
+
     def require_size(self, name: str, num_bytes: int) -> None:
         """Checks that a file is there, whole.
 
@@ -188,7 +196,7 @@ class Storage:
             yield
         except OSError as error:
             raise ClusterError(
-                f"cannot be written ({error.strerror or error})",
+                f"cannot be written ({os.strerror(error.errno) if error.errno else error})",
                 where=self.uri(name),
                 remedy="Check its permissions and free space, or set storage elsewhere",
             ) from error

@@ -21,7 +21,7 @@ def test_the_default_storage_is_an_empty_folder_of_the_tests_own(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "touch", [os.listdir, Path.mkdir, lambda path: open(path / "x"), lambda path: path.rename("y")]
+    "touch", [os.listdir, Path.mkdir, lambda path: (path / "x").read_bytes(), lambda path: path.rename("y")]
 )
 def test_the_users_storage_cannot_be_touched(touch: object) -> None:
     with pytest.raises(AssertionError, match="a test touches the user's storage"):

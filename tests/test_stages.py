@@ -5,7 +5,7 @@ import pytest
 
 from rcnn import stages
 from rcnn.config import PipelineConfig
-from rcnn.errors import ClusterError
+from rcnn.errors import ClusterError, DataError
 from rcnn.recipes import debug_tiny
 from rcnn.results import Choice, IngestResult, TrainResult, TuneResult
 from rcnn.stages import STAGES, effective_config, finished, planned, results_from_json, run_stage, stage_folder
@@ -91,6 +91,46 @@ def test_a_damaged_or_partial_result_is_no_result(tmp_path: Path) -> None:
     assert again.model_copy(update={"mlflow_run_id": first.mlflow_run_id}) == first
     (tmp_path / target.path("_manifest.json")).unlink()
     assert finished(config, "ingest", {}) is None
+
+
+def truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def edit_by_hand(shard: Path) -> None:
+    manifest = shard.parents[1] / "_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seven"', '"7"').replace('"rows": 500', '"rows": 501'))
+
+
+def exchange(shard: Path) -> None:
+    """Puts another data set, which is whole, in this one's place."""
+    other = debug_tiny().with_settings({"storage": str(shard.parents[3] / "other"), "data.split_seed": 1})
+    run_stage(other, "ingest", {})
+    shutil.rmtree(shard.parents[1])
+    shutil.copytree(Path(other.storage, stage_folder(other, "ingest", {}).name), shard.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (truncate, "test-00000.parquet: the shard has .* bytes, the manifest says"),
+        (Path.unlink, "test-00000.parquet: the shard is missing"),
+        (edit_by_hand, "_manifest.json: the manifest is damaged: its content does not match its digest"),
+        (exchange, "the data set was exchanged"),
+    ],
+)
+def test_damage_is_found_before_any_stage_starts(
+    tmp_path: Path, digits_storage: Path, digits: IngestResult, damage: object, fault: str
+) -> None:
+    config = debug_tiny().with_settings({"storage": str(tmp_path)})
+    shutil.copytree(digits_storage / digits.folder, tmp_path / digits.folder)
+    damage(tmp_path / digits.folder / "test" / "test-00000.parquet")  # type: ignore[operator]
+    for name in ("tune", "train", "evaluate"):
+        with pytest.raises(DataError, match=rf"{fault}.*Ingest again with --fresh"):
+            run_stage(config, name, {"ingest": digits, "train": MODEL})
+    if damage is not exchange:  # that one is whole, with a result of its own
+        with pytest.raises(DataError, match=fault):
+            run_stage(config, "ingest", {})
 
 
 def test_fresh_repairs_a_data_set(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pyarrow import fs
 from tqdm import tqdm
 
 from rcnn.data.ingest import DRAFT_PREFIX
-from rcnn.data.manifest import MANIFEST, OLD_MANIFEST, Manifest, Shard, read_manifest, require_manifest
+from rcnn.data.manifest import MANIFEST, OLD_MANIFEST, Manifest, Shard, read_manifest, require_manifest, require_whole
 from rcnn.data.schema import content_sum, read_block, table_schema
 from rcnn.data.shards import read_shard
 from rcnn.errors import ConfigError, DataError
@@ -30,17 +30,7 @@ def find_data_set(storage: Storage, wanted: str) -> str:
     Raises:
         ConfigError: there is none, or more than one.
     """
-    found = []
-    for name in _names(storage):
-        if name.startswith(DRAFT_PREFIX):
-            continue
-        try:
-            manifest = read_manifest(storage, f"{FOLDER}/{name}")
-        except DataError:
-            manifest = None
-        is_digest = manifest and len(wanted) >= MIN_DIGEST_PREFIX and manifest.digest.startswith(wanted)
-        if name == wanted or (manifest and manifest.name == wanted) or is_digest:
-            found.append(name)
+    found = [name for name in _names(storage) if not name.startswith(DRAFT_PREFIX) and _is_meant(storage, name, wanted)]
     if len(found) == 1:
         return f"{FOLDER}/{found[0]}"
     if found:
@@ -48,6 +38,15 @@ def find_data_set(storage: Storage, wanted: str) -> str:
     raise ConfigError(
         f"there is no data set {wanted!r}", where=storage.uri(FOLDER), remedy="`rcnn data list` lists them"
     )
+
+
+def _is_meant(storage: Storage, name: str, wanted: str) -> bool:
+    try:
+        manifest = read_manifest(storage, f"{FOLDER}/{name}")
+    except DataError:  # a damaged one is found by what its folder was named after
+        return wanted in (name, name.rpartition("-")[0])
+    is_digest = manifest and len(wanted) >= MIN_DIGEST_PREFIX and manifest.digest.startswith(wanted)
+    return bool(name == wanted or (manifest and manifest.name == wanted) or is_digest)
 
 
 def find_faults(storage: Storage, folder: str) -> Iterator[str]:
@@ -74,7 +73,7 @@ def find_faults(storage: Storage, folder: str) -> Iterator[str]:
         OLD_RESULT,
         *(shard.file for split in manifest.splits.values() for shard in split.shards),
     }
-    for file in sorted(set(_files(storage, folder)) - known):
+    for file in sorted(set(storage.list_sizes(folder)) - known):
         yield f"{storage.uri(folder)}/{file}: is not in the manifest"
 
 
@@ -103,12 +102,6 @@ def _names(storage: Storage) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 
-def _files(storage: Storage, folder: str) -> list[str]:
-    base = storage.path(folder)
-    infos = storage.filesystem.get_file_info(fs.FileSelector(base, recursive=True))
-    return [info.path.removeprefix(base + "/") for info in infos if info.type == fs.FileType.File]
-
-
 def _row(storage: Storage, name: str) -> dict[str, str]:
     row: dict[str, Any] = dict.fromkeys(["rows", "classes", "image", "MB", "digest"], "")
     folder = f"{FOLDER}/{name}"
@@ -117,7 +110,12 @@ def _row(storage: Storage, name: str) -> dict[str, str]:
     except DataError as error:
         return {"folder": name, "data set": "", **row, "state": error.what}
     if manifest is None:
-        return {"folder": name, "data set": "", **row, "state": "unfinished: the next ingest goes on with it"}
+        return {"folder": name, "data set": "", **row, "state": "unfinished: the next ingest resumes it"}
+    state = f"whole; {len(manifest.skipped):,} rows left out" if manifest.skipped else "whole"
+    try:
+        require_whole(storage, folder)
+    except DataError as error:
+        state = f"damaged: {error.where.rpartition('/')[2]}: {error.what}"
     num_bytes = sum(shard.num_bytes for split in manifest.splits.values() for shard in split.shards)
     height, width, channels = manifest.image_shape
     row = {
@@ -127,5 +125,4 @@ def _row(storage: Storage, name: str) -> dict[str, str]:
         "MB": f"{num_bytes / 1e6:,.1f}",
         "digest": manifest.digest[:12],
     }
-    state = f"whole; {len(manifest.skipped):,} rows left out" if manifest.skipped else "whole"
     return {"folder": name, "data set": manifest.name, **row, "state": state}

@@ -164,5 +164,33 @@ def require_manifest(storage: Storage, folder: str) -> Manifest:
     return manifest
 
 
+def require_whole(storage: Storage, folder: str, *, digest: str = "") -> Manifest:
+    """The manifest of a data set whose shards are all there with the manifest's sizes: one listing, nothing is read.
+
+    Args:
+        storage: where the data set is.
+        folder: its folder.
+        digest: identity of the data set that earlier stages read; empty: any.
+
+    Raises:
+        DataError: it is missing, damaged, or another data set than before.
+    """
+    manifest = require_manifest(storage, folder)
+    if digest and manifest.digest != digest:
+        raise DataError(
+            f"the data set was exchanged: its digest is {manifest.digest[:12]}, and ingest wrote {digest[:12]}",
+            where=storage.uri(folder),
+            remedy="Ingest again with --fresh",
+        )
+    sizes = storage.list_sizes(folder)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if (found := sizes.get(shard.file)) != shard.num_bytes:
+                fault = "is missing" if found is None else f"has {found:,} bytes, the manifest says {shard.num_bytes:,}"
+                where = storage.uri(f"{folder}/{shard.file}")
+                raise DataError(f"the shard {fault}", where=where, remedy="Ingest again with --fresh")
+    return manifest
+
+
 def _damaged(where: str, fault: str) -> DataError:
     return DataError(f"the manifest is damaged: {fault}", where=where, remedy="Ingest again with --fresh")

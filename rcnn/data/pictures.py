@@ -1,13 +1,16 @@
 """Stored images as pictures for people: single ones, and contact sheets."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+
+from rcnn.data.fonts import font_of
+from rcnn.text import printable
 
 MARGIN_PIXELS = 2
-CAPTION_PIXELS = 14
+FONT_PIXELS = 11
+CAPTION_PIXELS = 16
 BACKGROUND, INK = (255, 255, 255), (0, 0, 0)
 SMALLEST_TILE_PIXELS = 56
 
@@ -17,15 +20,14 @@ def as_picture(image_HWC: np.ndarray) -> Image.Image:
     return Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC)
 
 
-def file_name(label: str) -> str:
-    """A class name without what a file name cannot hold, a slash say."""
-    return re.sub(r"[^\w.+ -]+", "-", label) or "-"
-
-
 def contact_sheet(
     title: str, images: Sequence[np.ndarray], captions: Sequence[str], *, num_columns: int
 ) -> Image.Image:
-    """Images (H, W, C) in rows, enlarged by a whole factor where they are small, each with a caption below it."""
+    """Images (H, W, C) in rows, enlarged by a whole factor where they are small.
+
+    Each caption stands below its image, and may extend below those after it in the row that have an empty one; what does
+    not fit is cut, with an ellipsis.
+    """
     height, width = images[0].shape[:2]
     factor = max(1, -(-SMALLEST_TILE_PIXELS // max(height, width)))
     tile = (width * factor, height * factor)
@@ -33,9 +35,30 @@ def contact_sheet(
     num_rows = -(-len(images) // num_columns)
     sheet = Image.new("RGB", (num_columns * cell[0], CAPTION_PIXELS + num_rows * cell[1]), BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN_PIXELS, 0), title, INK)
+    _write(pen, (MARGIN_PIXELS, 0), title, sheet.width - MARGIN_PIXELS)
     for number, (image_HWC, caption) in enumerate(zip(images, captions, strict=True)):
-        corner = ((number % num_columns) * cell[0], CAPTION_PIXELS + (number // num_columns) * cell[1])
+        row, column = divmod(number, num_columns)
+        corner = (column * cell[0], CAPTION_PIXELS + row * cell[1])
         sheet.paste(as_picture(image_HWC).resize(tile, Image.Resampling.NEAREST), corner)
-        pen.text((corner[0], corner[1] + tile[1]), caption, INK)
+        num_tiles = 1 + _empty_ones(captions[number + 1 : (row + 1) * num_columns])
+        _write(pen, (corner[0], corner[1] + tile[1]), caption, num_tiles * cell[0] - MARGIN_PIXELS)
     return sheet
+
+
+def _empty_ones(captions: Sequence[str]) -> int:
+    """How many captions are empty before the first that is not."""
+    return next((number for number, caption in enumerate(captions) if caption), len(captions))
+
+
+def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> None:
+    text = printable(text)
+    font = ImageFont.truetype(font_of(text) or font_of(""), FONT_PIXELS)
+    pen.text(corner, _shortened(text, font, width), INK, font)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The longest beginning that fits into so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    fitting = (f"{text[:length].rstrip()}…" for length in range(len(text) - 1, 0, -1))
+    return next((shorter for shorter in fitting if font.getlength(shorter) <= width), "")

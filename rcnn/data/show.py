@@ -1,25 +1,30 @@
-"""What is in a data set, for the eye: rows of each class, and contact sheets."""
+"""A data set for the eye: rows of each class, and contact sheets of its training images."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rcnn.data.manifest import Manifest, require_manifest
-from rcnn.data.pictures import contact_sheet, file_name
+from rcnn.data.fonts import readable
+from rcnn.data.manifest import Manifest, require_whole
+from rcnn.data.pictures import contact_sheet
 from rcnn.data.streaming import stored_rows
+from rcnn.errors import ConfigError
 from rcnn.storage import Storage
+from rcnn.text import file_stem
 
 IMAGES_PER_CLASS = 40
 IMAGES_PER_ROW = 10
 ROWS_PER_READ = 1000
 OVERVIEW = "all.png"
-CLASSES_IN_OVERVIEW = 100
+MAX_CLASSES = 100
+"""Classes that are drawn unless some are chosen: of 10,000, nobody looks at all."""
 
 
 def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:
     """For each class its rows in each split."""
-    manifest = require_manifest(storage, folder)
+    manifest = require_whole(storage, folder)
     return [
         {"label": str(label), "class": name}
         | {split: f"{part.rows_per_class[label]:,}" for split, part in manifest.splits.items()}
@@ -27,49 +32,69 @@ def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:
     ]
 
 
-def write_sheets(storage: Storage, folder: str, target: str) -> list[str]:
-    """Draws training images: a sheet of each class, and one with a row of each of the first hundred.
+def write_sheets(storage: Storage, folder: str, target: str, *, classes: Sequence[str] = ()) -> list[str]:
+    """Draws training images: a sheet of each class, and one with a row of each.
+
+    Args:
+        storage: where the data set is.
+        folder: its folder.
+        target: the folder for the pictures; what an earlier call left there is replaced.
+        classes: names of those to draw; empty: the first hundred.
 
     Returns:
         The names of the files.
+
+    Raises:
+        ConfigError: there is no such class.
+        DataError: the data set is damaged.
     """
-    manifest = require_manifest(storage, folder)
-    found = _first_of_each_class(storage, folder, manifest)
+    manifest = require_whole(storage, folder)
+    found = _first_of_each_class(storage, folder, manifest, _labels_of(manifest, classes))
     with tempfile.TemporaryDirectory() as draft:
-        names = [f"{label:03d}-{file_name(name)}.png" for label, name in enumerate(manifest.classes)]
-        for label, images in enumerate(found):
-            if images:
-                title = f"{manifest.name}: {manifest.classes[label]}"
-                sheet = contact_sheet(title, images, [""] * len(images), num_columns=IMAGES_PER_ROW)
-                sheet.save(Path(draft, names[label]))
-        rows = [
-            (name, image)
-            for name, images in list(zip(manifest.classes, found, strict=True))[:CLASSES_IN_OVERVIEW]
-            for image in _row_of(images)
-        ]
-        sheet = contact_sheet(
-            manifest.name, [image for _, image in rows], [name for name, _ in rows], num_columns=IMAGES_PER_ROW
-        )
-        sheet.save(Path(draft, OVERVIEW))
+        _draw(manifest, {label: images for label, images in found.items() if images}, Path(draft))
+        storage.delete(target)
         storage.upload(Path(draft), target)
         return [f"{target}/{file.name}" for file in sorted(Path(draft).iterdir())]
 
 
+def _labels_of(manifest: Manifest, classes: Sequence[str]) -> list[int]:
+    for name in classes:
+        if name not in manifest.classes:
+            raise ConfigError(
+                f"{manifest.name} has no class {name!r}", where="--class", remedy="`rcnn data show` lists them"
+            )
+    return [manifest.classes.index(name) for name in classes] or list(range(len(manifest.classes)))[:MAX_CLASSES]
+
+
+def _draw(manifest: Manifest, found: dict[int, list[np.ndarray]], draft: Path) -> None:
+    rows: list[np.ndarray] = []
+    captions: list[str] = []
+    for label, images in found.items():
+        name = readable(manifest.classes[label], label)
+        sheet = contact_sheet(f"{manifest.name}: {name}", images, [""] * len(images), num_columns=IMAGES_PER_ROW)
+        sheet.save(draft / f"{file_stem(label, manifest.classes[label])}.png")
+        rows += _row_of(images)
+        captions += [name] + [""] * (IMAGES_PER_ROW - 1)
+    contact_sheet(manifest.name, rows, captions, num_columns=IMAGES_PER_ROW).save(draft / OVERVIEW)
+
+
 def _row_of(images: list[np.ndarray]) -> list[np.ndarray]:
     """One row's images; a class with fewer is filled up with blanks, so that each class has a row of its own."""
-    if not images:
-        return []
     blanks = [np.full_like(images[0], 255)] * IMAGES_PER_ROW
     return [*images, *blanks][:IMAGES_PER_ROW]
 
 
-def _first_of_each_class(storage: Storage, folder: str, manifest: Manifest) -> list[list[np.ndarray]]:
-    found: list[list[np.ndarray]] = [[] for _ in manifest.classes]
-    wanted = [min(IMAGES_PER_CLASS, rows) for rows in manifest.splits["train"].rows_per_class]
+def _first_of_each_class(
+    storage: Storage, folder: str, manifest: Manifest, labels: list[int]
+) -> dict[int, list[np.ndarray]]:
+    found: dict[int, list[np.ndarray]] = {label: [] for label in labels}
+    wanted = {label: min(IMAGES_PER_CLASS, manifest.splits["train"].rows_per_class[label]) for label in labels}
+    num_missing = sum(wanted.values())
     for images_NHWC, labels_N in stored_rows(storage, folder, manifest, "train").read_in_order(ROWS_PER_READ):
         for image_HWC, label in zip(images_NHWC, labels_N.tolist(), strict=True):
-            if len(found[label]) < wanted[label]:
+            if label in wanted and len(found[label]) < wanted[label]:
                 found[label].append(image_HWC.copy())
-        if [len(images) for images in found] == wanted:
+                num_missing -= 1
+        if not num_missing:
             break
     return found

@@ -38,10 +38,10 @@ class Scores:
         return self.loss_sum / self.num_rows
 
     @property
-    def accuracy_per_class(self) -> list[float]:
-        """Share of each class's rows that were recognised; 0 for a class without rows."""
-        of_class = self.confusion.sum(1)
-        return list((self.confusion.diagonal() / of_class.clamp(min=1)).tolist())
+    def accuracy_per_class(self) -> list[float | None]:
+        """Share of each class's rows that were recognised; None for a class without rows."""
+        of_class, right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        return [hits / rows if rows else None for hits, rows in zip(right, of_class, strict=True)]
 
 
 def score_logits(logits_NC: Tensor, labels_N: Tensor) -> Scores:

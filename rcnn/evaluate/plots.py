@@ -10,26 +10,40 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-LARGEST_INCHES, MOST_NAMES = 20.0, 100
+from rcnn.data.fonts import families_for, readable
+from rcnn.text import printable
+
+LARGEST_INCHES, MOST_NAMES, MAX_NAME_LENGTH = 20.0, 100, 24
 BLUE, ORANGE = "#2a6f97", "#d1495b"
 
 
 def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, file: Path) -> None:
     """Draws a confusion matrix (classes, classes); counts off the diagonal stand out, since they are what one looks for."""
+    names = [_short(readable(printable(name), label)) for label, name in enumerate(classes)]
+    with plt.rc_context({"font.family": families_for(names)}):
+        _draw_confusion(confusion, names, title, file)
+
+
+def _draw_confusion(confusion: Tensor, names: Sequence[str], title: str, file: Path) -> None:
     mistakes = confusion.float().fill_diagonal_(0)
-    size = min(max(5.0, 0.45 * len(classes) + 1.5), LARGEST_INCHES)
+    size = min(max(5.0, 0.45 * len(names) + 1.5), LARGEST_INCHES)
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
-    axes.imshow(mistakes, cmap="OrRd", vmin=0, vmax=max(1.0, float(mistakes.max())))
+    axes.imshow(mistakes.numpy(), cmap="OrRd", vmin=0, vmax=max(1.0, float(mistakes.max())))
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    if len(classes) <= MOST_NAMES:
-        axes.set_xticks(range(len(classes)), classes, rotation=0 if max(map(len, classes)) < 3 else 60)
-        axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= 30:
-        for row in range(len(classes)):
-            for column in range(len(classes)):
+    if len(names) <= MOST_NAMES:
+        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 60, parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+    if len(names) <= 30:
+        for row in range(len(names)):
+            for column in range(len(names)):
                 _write_count(axes, row, column, int(confusion[row, column]), float(mistakes.max()))
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def _short(name: str) -> str:
+    """A longer name would leave no room for the matrix."""
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
 
 
 def _write_count(axes: plt.Axes, row: int, column: int, count: int, darkest: float) -> None:

@@ -11,12 +11,13 @@ import torch
 from rcnn.config import PipelineConfig
 from rcnn.data.loader import RowSource, open_rows
 from rcnn.data.manifest import Manifest, require_manifest
-from rcnn.data.pictures import as_picture, file_name
+from rcnn.data.pictures import as_picture
 from rcnn.evaluate.metrics import Scores, score_logits
 from rcnn.evaluate.plots import plot_confusion, plot_history
 from rcnn.progress import say
 from rcnn.results import EvaluateResult, IngestResult, TrainResult
 from rcnn.storage import StageFolder
+from rcnn.text import file_stem, printable
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import load_model
 from rcnn.train.loop import Metrics, choose_device
@@ -93,8 +94,11 @@ def _write_report(
         scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
     )
     plot_history(history, f"{name}: training", folder / "training.png")
-    classes = "\n".join(f"| {label} | {100 * share:.2f} |" for label, share in result.accuracy_per_class.items())
-    (folder / "metrics.json").write_text(result.model_dump_json(indent=2) + "\n")
+    classes = "\n".join(
+        f"| {_cell(name)} | {'no test rows' if share is None else f'{100 * share:.2f}'} |"
+        for name, share in result.accuracy_per_class.items()
+    )
+    (folder / "metrics.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(
         f"""# {name}
 
@@ -115,8 +119,14 @@ def _write_report(
 | class | accuracy, % |
 | --- | --- |
 {classes}
-"""
+""",
+        encoding="utf-8",
     )
+
+
+def _cell(name: str) -> str:
+    """A class name as a cell of a Markdown table."""
+    return printable(name).replace("|", "\\|")
 
 
 def _write_samples(rows: RowSource, classes: tuple[str, ...], folder: Path) -> None:
@@ -127,6 +137,6 @@ def _write_samples(rows: RowSource, classes: tuple[str, ...], folder: Path) -> N
         for label in [label for label in missing if (labels_N == label).any()]:
             first = int((labels_N == label).nonzero()[0])
             picture = as_picture(images_NCHW[first].permute(1, 2, 0).numpy())
-            picture.save(folder / "samples" / f"{file_name(missing.pop(label))}.png")
+            picture.save(folder / "samples" / f"{file_stem(label, missing.pop(label))}.png")
         if not missing:
             return

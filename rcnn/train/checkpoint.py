@@ -16,6 +16,7 @@ from rcnn.config import PipelineConfig
 from rcnn.data.manifest import Manifest
 from rcnn.errors import ConfigError, DataError, TrainingError
 from rcnn.model import RCNN, Classifier, MeanRemoval
+from rcnn.text import parse_json
 from rcnn.train.optim import Schedule, build_optimizer
 
 CHECKPOINT = "checkpoint.pt"
@@ -158,7 +159,7 @@ def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, fo
         "data_digest": manifest.digest,
         "config": config.model_dump(mode="json"),
     }
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
@@ -171,7 +172,7 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
 
     remedy = "Give a folder that `rcnn train` wrote"
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = parse_json((folder / DESCRIPTION).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors has its own error type, json another
         raise DataError(f"holds no model ({error})", where=str(folder), remedy=remedy) from error

@@ -12,7 +12,7 @@ from PIL import Image
 from rcnn.cli import main
 from rcnn.data.catalog import find_data_set, find_faults, list_data_sets
 from rcnn.data.manifest import require_manifest
-from rcnn.data.pictures import contact_sheet, file_name
+from rcnn.data.pictures import CAPTION_PIXELS
 from rcnn.data.show import count_rows, write_sheets
 from rcnn.errors import ConfigError
 from rcnn.results import IngestResult
@@ -42,6 +42,21 @@ def test_every_damaged_shard_is_named(copy: Storage, digits: IngestResult) -> No
     assert "notes.txt: is not in the manifest" in third
 
 
+@pytest.mark.parametrize("file", ["_manifest.json", "val/val-00000.parquet"])
+def test_a_damaged_data_set_is_found_by_its_name(
+    copy: Storage, digits: IngestResult, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = copy.local_path(f"{digits.folder}/{file}")
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    for action in ("show", "verify"):
+        assert main(["data", action, "mnist-sample", "--set", f"storage={copy.root}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert damaged.name in error
+    [row] = list_data_sets(copy)
+    assert "damaged" in row["state"]
+
+
 def test_rows_that_are_not_those_of_the_manifest_are_found_although_checksums_fit(
     copy: Storage, digits: IngestResult
 ) -> None:
@@ -65,7 +80,7 @@ def test_the_list_names_whole_unfinished_and_damaged_ones(copy: Storage, digits:
     states = {row["folder"]: (row["data set"], row["state"]) for row in list_data_sets(copy)}
     name = digits.folder.removeprefix("datasets/")
     assert states[name] == ("mnist-sample", "whole")
-    assert "goes on with it" in states[".draft-other"][1]
+    assert "resumes it" in states[".draft-other"][1]
     assert "not JSON" in states["broken"][1]
 
 
@@ -88,7 +103,7 @@ def test_the_sheets_show_training_images_of_each_class(copy: Storage, digits: In
         image for image, label in zip(train["image"].to_pylist(), train["label"].to_pylist(), strict=True) if label == 3
     )
     sheet = np.asarray(Image.open(copy.local_path("reports/sheets/003-3.png")).convert("L"))
-    tile = sheet[14 : 14 + 56, :56]
+    tile = sheet[CAPTION_PIXELS : CAPTION_PIXELS + 56, :56]
     np.testing.assert_array_equal(tile[::2, ::2].ravel(), first_three)
 
 
@@ -96,17 +111,6 @@ def test_the_table_counts_the_rows_of_each_class(copy: Storage, digits: IngestRe
     rows = count_rows(copy, digits.folder)
     assert [row["class"] for row in rows] == list("0123456789")
     assert sum(int(row["train"].replace(",", "")) for row in rows) == digits.rows["train"]
-
-
-def test_a_sheet_has_room_for_every_image() -> None:
-    images = [np.full((8, 8, 1), 100, np.uint8)] * 7
-    sheet = contact_sheet("x", images, ["a"] * 7, num_columns=3)
-    assert sheet.size == (3 * 58, 14 + 3 * 72)
-
-
-@pytest.mark.parametrize(("label", "expected"), [("T-shirt/top", "T-shirt-top"), ("../up", "..-up"), ("ä b", "ä b")])
-def test_a_class_name_becomes_a_file_name(label: str, expected: str) -> None:
-    assert file_name(label) == expected
 
 
 def test_the_commands_print_and_exit(

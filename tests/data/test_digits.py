@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import resource
 import struct
 import threading
 from collections.abc import Iterator
@@ -55,8 +56,7 @@ class Miniature:
         for name, content in contents.items():
             packed = gzip.compress(content, mtime=0)
             (self.folder / f"{name}.gz").write_bytes(packed)
-            of_content = hashlib.md5(content).hexdigest() if self.source == "mnist" else ""
-            checksums[name] = (hashlib.md5(packed).hexdigest(), of_content)
+            checksums[name] = (hashlib.md5(packed).hexdigest(), hashlib.md5(content).hexdigest())
         table: IdxFiles = getattr(digits, TABLES[self.source])
         self.patch.setattr(digits, TABLES[self.source], replace(table, md5=checksums))
 
@@ -75,13 +75,6 @@ class Miniature:
 def official(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Miniature:
     """20 and 10 images of either data set."""
     miniature = Miniature(request.param, tmp_path / "official", monkeypatch)
-    miniature.publish(small_files())
-    return miniature
-
-
-@pytest.fixture
-def mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Miniature:
-    miniature = Miniature("mnist", tmp_path / "official", monkeypatch)
     miniature.publish(small_files())
     return miniature
 
@@ -192,23 +185,36 @@ def test_an_altered_packed_file_is_named(official: Miniature) -> None:
         official.open(official.folder)
 
 
-def test_an_altered_plain_file_of_mnist_is_named(mnist: Miniature, tmp_path: Path) -> None:
-    mnist.copy_to(tmp_path / "root", packed=False)
+def test_an_altered_plain_file_is_named(official: Miniature, tmp_path: Path) -> None:
+    official.copy_to(tmp_path / "root", packed=False)
     altered = bytearray(small_files()[TRAIN_IMAGES])
     altered[-1] ^= 1
     (tmp_path / "root" / TRAIN_IMAGES).write_bytes(altered)
     with pytest.raises(SourceError, match=rf"{TRAIN_IMAGES}: the MD5 of its content"):
-        mnist.open(tmp_path / "root")
+        official.open(tmp_path / "root")
 
 
-def test_of_two_files_the_one_whose_checksum_is_known_is_read(official: Miniature) -> None:
-    known, unknown = ("", ".gz") if official.source == "mnist" else (".gz", "")
-    official.copy_to(official.folder, packed=False)
-    (official.folder / f"{TRAIN_IMAGES}{unknown}").write_bytes(b"left over")
+def test_files_that_were_packed_again_are_the_official_ones(official: Miniature) -> None:
+    for file in official.folder.iterdir():
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()), compresslevel=1, mtime=1_000_000))
     assert len(official.open(official.folder).labels["train"]) == 20
-    (official.folder / f"{TRAIN_IMAGES}{known}").write_bytes(gzip.compress(b"altered"))
+
+
+def test_of_two_files_the_plain_one_is_read(official: Miniature) -> None:
+    official.copy_to(official.folder, packed=False)
+    (official.folder / f"{TRAIN_IMAGES}.gz").write_bytes(b"left over")
+    assert len(official.open(official.folder).labels["train"]) == 20
+    (official.folder / TRAIN_IMAGES).write_bytes(b"altered")
     with pytest.raises(SourceError, match="MD5"):
         official.open(official.folder)
+
+
+def test_a_packed_file_that_unpacks_without_end_is_refused(official: Miniature) -> None:
+    (official.folder / f"{TRAIN_IMAGES}.gz").write_bytes(gzip.compress(bytes(300_000_000), compresslevel=9))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SourceError, match=r"gz: the MD5 of its content"):
+        official.open(official.folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB
 
 
 PACKED = gzip.compress(b"x" * 100)
@@ -235,7 +241,7 @@ FAULTS = {
     "empty": (TRAIN_IMAGES, b"", "no IDX file"),
     "one less": (TRAIN_IMAGES, idx(IMAGES[:19]), "holds 19 images, and there are 20 labels"),
     "narrow": (TRAIN_IMAGES, idx(IMAGES[:, :, :27]), "its images are 27x28, and must be 28x28"),
-    "label 10": (TEST_LABELS, idx(LABELS + 10), "one of its labels is 10, and must be 0 to 9"),
+    "label 10": (TEST_LABELS, idx(LABELS + 10), f"{TEST_LABELS}: one of its labels is 10, and must be 0 to 9"),
 }
 
 

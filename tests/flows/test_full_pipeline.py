@@ -93,7 +93,7 @@ def test_the_registered_champion_scores_batches_of_1_and_7(config: PipelineConfi
 
 def test_the_report_has_its_pictures(config: PipelineConfig, trees: dict[str, Any]) -> None:
     folder = Path(config.storage, trees["evaluate"]["folder"])
-    for picture in ("confusion.png", "training.png", "samples/7.png"):
+    for picture in ("confusion.png", "training.png", "samples/007-7.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert "| test error |" in (folder / "report.md").read_text()
 

@@ -1,0 +1,54 @@
+"""Fonts that can write a class name: DejaVu, which matplotlib ships, and for what it lacks (CJK, say) an installed one."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+
+OWN_FAMILY = "DejaVu Sans"
+STYLES = ("bold", "italic", "oblique", "black", "light", "thin", "mono")
+
+
+def readable(name: str, label: int) -> str:
+    """The name, or `class 7` where no font of this machine has all of its characters: boxes say nothing."""
+    return name if font_of(name) else f"class {label}"
+
+
+@cache
+def font_of(text: str) -> str:
+    """The file of the first font that has every character of the text; empty where there is none."""
+    own = str(font_manager.findfont(OWN_FAMILY))
+    return own if _has_all(own, text) else next((file for file in _installed() if _has_all(file, text)), "")
+
+
+def families_for(texts: Iterable[str]) -> list[str]:
+    """Font families for matplotlib, which looks for each character in one after the other."""
+    families = [OWN_FAMILY]
+    for file in sorted({font_of(text) for text in texts} - {"", font_of("")}):
+        font_manager.fontManager.addfont(file)  # its own list may be older than the font
+        families.append(FT2Font(file).family_name)
+    return families
+
+
+@cache
+def _installed() -> list[str]:
+    """The fonts of the system, upright ones of normal weight first."""
+    return sorted(
+        font_manager.findSystemFonts(),
+        key=lambda file: (any(style in Path(file).stem.lower() for style in STYLES), file),
+    )
+
+
+def _has_all(file: str, text: str) -> bool:
+    font = _opened(file)
+    return font is not None and all(font.get_char_index(ord(character)) for character in text)
+
+
+@cache
+def _opened(file: str) -> FT2Font | None:
+    try:
+        return FT2Font(file)
+    except (OSError, RuntimeError):  # a format that FreeType does not scale, such as bitmaps of emoji
+        return None
