@@ -5,8 +5,10 @@ them, so that `rcnn --help` answers at once.
 """
 
 import argparse
+import io
 import json
 import os
+import re
 import select
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from typing import Any
 
 from rcnn import __version__
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
+from rcnn.text import printable
 
 # What Prefect says, as a plain RuntimeError, of a server that does not answer or does not start.
 PREFECT_IS_AWAY = ("Failed to reach API at", "ephemeral Prefect API server")
@@ -32,15 +35,19 @@ STAGE_HELP = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit code.
 
-    0; 2 for an error that the user can mend; 130 where the user stopped it; 141 where the reader of its output did.
+    0; 1 where some images could not be read; 2 for an error that the user can mend; 130 where the user stopped it; 141
+    where the reader of its output did.
     """
     options = _parser().parse_args(arguments)
     from rcnn.progress import show_on_screen
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know the characters of a class name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     show_on_screen()
     try:
-        run: Callable[[argparse.Namespace], None] = options.run
-        run(options)
+        run: Callable[[argparse.Namespace], int | None] = options.run
+        exit_code = run(options) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
@@ -52,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rcnn: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rcnn: stopped; the same command, without --fresh, goes on where it was", file=sys.stderr)
+        print("rcnn: stopped; the same command, without --fresh, resumes", file=sys.stderr)
         return 130
-    return 0
+    return exit_code
 
 
 def _reader_is_gone() -> bool:
@@ -79,15 +86,17 @@ def _parser() -> argparse.ArgumentParser:
         stage.set_defaults(stage=name)
         stage.add_argument("--inputs", metavar="JSON", help="for Ray jobs: earlier results; --config is then JSON too")
         stage.add_argument("--result", metavar="NAME", help="for Ray jobs: file in the storage for the outcome")
-    predict = _add(commands, "predict", _predict, "tell the class of image files", config=True)
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    predict = _add(commands, "predict", _predict, "classify image files", config=True)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or quoted globs")
     predict.add_argument(
         "--model",
-        metavar="FOLDER",
-        type=Path,
-        help="a folder that `rcnn train` wrote (default: the registry's champion)",
+        metavar="MODEL",
+        default="",
+        help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
+        "(default: the only registered model)",
     )
-    registry = _add(commands, "registry", _registry, "list the versions of a model, or promote one", config=True)
+    registry = _add(commands, "registry", _registry, "list the versions of models, or promote one", config=True)
+    registry.add_argument("--model", metavar="NAME", default="", help="this model alone")
     registry.add_argument("--promote", type=int, metavar="VERSION", help="make this version the champion")
     _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
@@ -113,6 +122,10 @@ def _add_data(commands: Any) -> None:
         action.add_argument(
             "name", nargs="?", metavar="NAME", help="folder, name or digest (default: what the settings name)"
         )
+        if name == "show":
+            action.add_argument(
+                "--class", action="append", default=[], metavar="NAME", dest="classes", help="draw this class alone"
+            )
     action.add_argument("--format", choices=["huggingface"], default="huggingface", help="the layout")
     action.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a folder that is not there yet")
 
@@ -120,7 +133,7 @@ def _add_data(commands: Any) -> None:
 def _add(
     commands: Any,
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     text: str,
     *,
     config: bool = False,
@@ -190,7 +203,7 @@ def _stage(options: argparse.Namespace) -> None:
 
     if options.inputs is None and options.result is None:
         results = stages.run_pipeline_until(_resolve(options), options.stage, fresh=options.fresh)
-        print(results[options.stage].model_dump_json(indent=2))
+        print(json.dumps(results[options.stage].model_dump(mode="json"), indent=2))  # ASCII: safe on any terminal
         return
     config, results, parent = _job_inputs(options)
     from rcnn.storage import Storage
@@ -206,56 +219,103 @@ def _stage(options: argparse.Namespace) -> None:
 
 def _job_inputs(options: argparse.Namespace) -> Any:
     """The exact config, the results before this stage, and the MLflow run above it, as a Ray job gets them."""
-    from rcnn.config import PipelineConfig
+    from rcnn.settings import config_from_json
     from rcnn.stages import Parent, results_from_json
+    from rcnn.text import parse_json
 
     remedy = "They are for Ray jobs; leave all three out to run the stage, and what it needs, from here"
     if None in (options.config, options.inputs, options.result):
         raise ConfigError("come together or not at all", where="--config JSON, --inputs and --result", remedy=remedy)
     try:
-        inputs = json.loads(options.inputs)
+        inputs = parse_json(options.inputs)
         parent = Parent(inputs["parent"]["run_id"], tuple(inputs["parent"]["tags"].items()))
-        config = PipelineConfig.model_validate_json(options.config)
-        return config, results_from_json(inputs["results"]), parent
+        results = results_from_json(inputs["results"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fault = " ".join(str(error).split())
-        raise ConfigError(f"cannot be read ({fault})", where="--config or --inputs", remedy=remedy) from error
+        raise ConfigError(f"cannot be read ({fault})", where="--inputs", remedy=remedy) from error
+    return config_from_json(options.config, origin="--config"), results, parent
 
 
-def _predict(options: argparse.Namespace) -> None:
+def _predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
-    from rcnn.evaluate.predict import predict_files
+    from rcnn.evaluate.predict import Predictor, Unreadable, find_images
 
+    files = find_images(options.images)
+    with _model_folder(config, options.model) as (name, folder):
+        predictor = Predictor(folder)
+    print(f"model: {printable(name)}, trained on {printable(predictor.data_set)}")
+    num_unreadable = 0
+    for answer in _with_bar(predictor.predict(files), len(files), "image"):
+        if isinstance(answer, Unreadable):
+            num_unreadable += 1
+            print(f"rcnn: {answer}", file=sys.stderr)
+        else:
+            print(answer)
+    if num_unreadable:
+        print(f"rcnn: {num_unreadable:,} of {len(files):,} files could not be read", file=sys.stderr)
+    return 1 if num_unreadable else 0
+
+
+@contextmanager
+def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
+    """A name for people, and the folder, of a model: one that training wrote, or one from the registry."""
+    is_path = os.path.isdir(wanted) or re.fullmatch(r"[^/]*(/\d+)?", wanted) is None
+    if is_path:
+        yield wanted, Path(wanted)
+        return
+    from rcnn.registry.mlflow_store import download_model, find_version
+
+    version = find_version(config, wanted)
     with tempfile.TemporaryDirectory() as folder:
-        if options.model is None:
-            from rcnn.registry.mlflow_store import download_champion
+        yield str(version), download_model(config, version, Path(folder))
 
-            options.model = download_champion(config, Path(folder))
-        for prediction in predict_files(options.model, options.images):
-            print(prediction)
+
+def _with_bar(items: Iterator[Any], total: int, unit: str) -> Iterator[Any]:
+    """The items, with a bar where they go to a file and a person watches."""
+    from tqdm import tqdm
+
+    is_watched = sys.stderr.isatty() and not sys.stdout.isatty()
+    return iter(tqdm(items, total=total, unit=unit, leave=False, disable=not is_watched))
 
 
 def _registry(options: argparse.Namespace) -> None:
     config = _resolve(options)
-    from rcnn.tracking import has_store, model_name
+    from rcnn.tracking import has_store
 
-    name = model_name(config)
-    versions = []
+    wanted = options.model or config.tracking.model_name
+    versions: dict[str, list[dict[str, str]]] = {}
     if has_store(config):
-        from rcnn.registry import mlflow_store
+        from rcnn.registry.mlflow_store import list_models, list_versions
 
-        versions = mlflow_store.list_versions(config)
+        found = {name: list_versions(config, name) for name in ([wanted] if wanted else list_models(config))}
+        versions = {name: rows for name, rows in found.items() if rows}
     if not versions:
-        raise ConfigError(f"there is no registered model {name!r}", remedy="Run `rcnn pipeline` first")
+        what = f"there is no registered model {wanted!r}" if wanted else "there is no registered model"
+        raise ConfigError(what, remedy="Run `rcnn pipeline` first")
+    _show_versions(config, options, versions)
+
+
+def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str, list[dict[str, str]]]) -> None:
+    """Prints the versions of each model, or promotes the one that is asked for."""
     if options.promote is None:
         columns = ("version", "aliases", "test_error", "k", "t", "config_hash", "run_id")
-        _print_table([{column: row[column] for column in columns} for row in versions], title=name)
+        for name, rows in versions.items():
+            _print_table([{column: row[column] for column in columns} for row in rows], title=name)
         return
-    if str(options.promote) not in [row["version"] for row in versions]:
+    if len(versions) > 1:
+        raise ConfigError(
+            f"there are {len(versions)} registered models: {', '.join(versions)}",
+            where="--promote",
+            remedy=f"Choose one, e.g. --model {next(iter(versions))}",
+        )
+    [(name, rows)] = versions.items()
+    if str(options.promote) not in [row["version"] for row in rows]:
         raise ConfigError(
             f"{name} has no version {options.promote}", where="--promote", remedy="`rcnn registry` lists them"
         )
-    mlflow_store.set_alias(config, "champion", options.promote)
+    from rcnn.registry.mlflow_store import set_alias
+
+    set_alias(config, "champion", options.promote, name=name)
     print(f"{name} version {options.promote} is now the champion")
 
 
@@ -289,9 +349,14 @@ def _data_show(options: argparse.Namespace) -> None:
     from rcnn.data.show import OVERVIEW, count_rows, write_sheets
 
     name = os.path.basename(folder)
-    _print_table(count_rows(storage, folder), title=name)
-    files = write_sheets(storage, folder, f"reports/data-{name}")
-    print(f"{len(files)} contact sheets in {storage.uri(f'reports/data-{name}')}; {OVERVIEW} has a row of each class")
+    rows = count_rows(storage, folder)
+    _print_table(rows, title=name)
+    files = write_sheets(storage, folder, f"reports/data-{name}", classes=options.classes)
+    num_drawn = len(files) - 1
+    some = (
+        "" if num_drawn == len(rows) else f" of {num_drawn} of {len(rows):,} classes (choose others with --class NAME)"
+    )
+    print(f"contact sheets{some} in {storage.uri(f'reports/data-{name}')}; {OVERVIEW} has a row of each class")
 
 
 def _data_verify(options: argparse.Namespace) -> None:
@@ -316,7 +381,7 @@ def _data_export(options: argparse.Namespace) -> None:
 
 def _config(options: argparse.Namespace) -> None:
     if options.explain:
-        from rcnn.config import explain_settings
+        from rcnn.settings import explain_settings
 
         _print_table(explain_settings(), title="settings")
         return
@@ -351,7 +416,7 @@ def _print_table(rows: Sequence[dict[str, str]], *, title: str) -> None:
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row.values()))
+        table.add_row(*(escape(printable(cell)) for cell in row.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -1,37 +1,53 @@
-"""Everything that a user can set, as one frozen tree.
+"""Everything that a user can set, as one frozen tree: each setting with its type, bounds and meaning.
 
-In: a complete config (a recipe), and on top of it a file, environment variables and `--set` values, in that order.
-Out: a validated `PipelineConfig`, which goes to every stage as it is, beside every checkpoint and into every MLflow run.
+In: what a user set; `settings.py` collects it. Out: a validated `PipelineConfig`, which goes to every stage as it is,
+beside every checkpoint and into every MLflow run. How a value is read and what errors say is in `section.py`.
 """
 
-import difflib
+import functools
 import hashlib
 import json
 import os
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, field_validator, model_validator
 
-from rcnn.errors import ConfigError
+from rcnn.section import Given, Section, environment_layer, lay, variable_of
 
-ENV_PREFIX = "RCNN_"
-
-
-class Section(BaseModel):
-    """A part of the config: frozen, and with no room for a misspelt name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+# Bounds of what has no bound of its own: far above any use, and low enough that a slip of the keyboard is refused.
+MAX_SEED = 2**31 - 1
+MAX_PATH = 4096  # characters of a path or URI, as Linux bounds it
+MAX_SIDE = 4096  # pixels
+MAX_EPOCHS = 100_000
+MAX_BATCH = 1_000_000  # images
+MAX_ROWS = 1_000_000_000
+MAX_CPUS = 4096
 
 
 def _require_no_credentials(setting: str, uri: str) -> None:
     """Settings go to logs and to MLflow: a key in them would too."""
     if re.search(r"://[^/?]*@|[?&](access_key|secret_key|session_token)=", uri):
         raise ValueError(f"{setting} holds credentials; give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
+def _sound_uri(uri: str) -> str:
+    """`s3:/bucket` would be a local folder named `s3:`, and ` data` one that looks like another."""
+    if uri != uri.strip():
+        raise ValueError("should not begin or end with white space")
+    slip = re.match(
+        r"(?P<scheme>(?i:s3|gs|gcs|hdfs|abfss?|file|https?))(:(?!//)|//)|(?P<other>[\w+.-]{2,}):/(?!/)", uri
+    )
+    if slip:
+        scheme = slip["scheme"] or slip["other"]
+        slashes = "///" if scheme.lower() in ("file", "sqlite") else "//"
+        meant = f"{scheme}:{slashes}{uri[slip.end() :].lstrip('/')}"
+        folder = "" if scheme.lower() in ("http", "https", "sqlite") else f"; a folder of this name is ./{uri}"
+        raise ValueError(f"should be {meant}{folder}")
+    if re.match(r"(?i:s3|gs|gcs|abfss?|https?)://[/?]|[\w+.-]+://$", uri):
+        raise ValueError("should name more than the scheme, as s3://bucket/prefix does")
+    return uri
 
 
 IMAGE_FILE_SOURCES = ("folder", "parquet")
@@ -47,14 +63,18 @@ class DataConfig(Section):
     name: str = Field(
         "",
         pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
-        description="Name in MLflow; empty: the source's, or for folder and parquet the last part of data.root.",
+        max_length=100,
+        examples=["flowers-2.1"],
+        description="Name in MLflow, of letters, digits, dots, - and _; empty: the source's, or for folder and parquet "
+        "the last part of data.root.",
     )
     root: str = Field(
         "",
+        max_length=MAX_PATH,
         description="Folder with the source's own files (folder, parquet: the images; a glob or s3://... for parquet); "
         "empty: download into the storage.",
     )
-    mirror: str = Field("", description="Base URL to download from in place of the official one.")
+    mirror: str = Field("", max_length=MAX_PATH, description="Base URL to download from in place of the official one.")
     svhn_extra: bool = Field(False, description="svhn: train on the 531,131 images of its extra part too.")
     image_size: int = Field(
         0,
@@ -74,14 +94,23 @@ class DataConfig(Section):
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="folder, parquet: what a bad image does; skip: it is left out and listed in the manifest."
     )
+    follow_links: bool = Field(False, description="folder: whether links that lead out of data.root are followed.")
+    image_column: str = Field(
+        "", max_length=1000, description="parquet: the column of images; empty: image or img, whichever is there."
+    )
+    label_column: str = Field(
+        "", max_length=1000, description="parquet: the column of labels; empty: label, labels or fine_label."
+    )
     val_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the training rows held out for validation, where the source has none."
     )
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="Share of all rows held out for testing, where the source has no test split."
     )
-    split_seed: int = Field(0, ge=0, description="Seed that decides which row goes to which split.")
+    split_seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed that decides which row goes to which split.")
     shard_megabytes: int = Field(64, ge=1, le=256, description="Size of a Parquet shard, MB of uncompressed pixels.")
+
+    _uris_are_sound = field_validator("root", "mirror")(_sound_uri)
 
     @model_validator(mode="after")
     def _settings_fit_the_source(self) -> Self:
@@ -93,12 +122,14 @@ class DataConfig(Section):
             raise ValueError(
                 f"root = {self.root!r} means nothing to the source 'mnist-sample'; set data.source to folder, parquet, ..."
             )
-        for name in ("image_size", "resize", "color", "max_megapixels", "on_error"):
+        only = {"follow_links": ("folder",), "image_column": ("parquet",), "label_column": ("parquet",)}
+        for name in ("image_size", "resize", "color", "max_megapixels", "on_error", *only):
+            sources = only.get(name, IMAGE_FILE_SOURCES)
             default, value = type(self).model_fields[name].default, getattr(self, name)
-            if self.source not in IMAGE_FILE_SOURCES and value != default:
+            if self.source not in sources and value != default:
+                fitting = ("source " if len(sources) == 1 else "sources ") + " and ".join(sources)
                 raise ValueError(
-                    f"{name} = {value!r} is for the sources folder and parquet, and source is {self.source!r}; "
-                    f"leave it at {default!r}"
+                    f"{name} = {value!r} is for the {fitting}, and source is {self.source!r}; leave it at {default!r}"
                 )
         return self
 
@@ -118,8 +149,8 @@ class ModelConfig(Section):
     k: int = Field(32, ge=1, le=2048, description="K: feature maps of every hidden layer.")
     t: int = Field(3, ge=0, le=32, description="T: recurrent steps of every recurrent convolutional layer.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate after each RCL but the last (unverified value).")
-    lrn_alpha: float = Field(0.001, ge=0, description="Alpha of the local response normalisation.")
-    lrn_beta: float = Field(0.75, ge=0, description="Beta of the local response normalisation.")
+    lrn_alpha: float = Field(0.001, ge=0, le=1000, description="Alpha of the local response normalisation.")
+    lrn_beta: float = Field(0.75, ge=0, le=10, description="Beta of the local response normalisation.")
     normalise: Literal["pixel_mean", "channel"] = Field(
         "pixel_mean",
         description="pixel_mean: remove the mean of each pixel, as published, and divide by one standard deviation; "
@@ -128,6 +159,7 @@ class ModelConfig(Section):
     crop: int = Field(
         0,
         ge=0,
+        le=MAX_SIDE,
         description="Side of the window that the network sees, pixels: cut at random in training (published: 24), "
         "from the centre elsewhere; 0: the whole image.",
     )
@@ -136,38 +168,46 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Stochastic gradient descent: how long, how fast, on how many workers."""
 
-    epochs: int = Field(10, ge=1, description="Passes over the training rows.")
-    batch_size: int = Field(64, ge=1, description="Images per step, all workers together.")
+    epochs: int = Field(10, ge=1, le=MAX_EPOCHS, description="Passes over the training rows.")
+    batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="Images per step, all workers together.")
     learning_rate: float = Field(0.01, gt=0, le=10, description="Initial rate (plateau) or peak rate (one-cycle).")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the SGD step.")
     nesterov: bool = Field(False, description="Whether the momentum is Nesterov's.")
-    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on all weights.")
+    weight_decay: float = Field(1e-4, ge=0, le=1000, description="L2 penalty on all weights.")
     schedule: Literal["plateau", "one_cycle"] = Field(
         "plateau",
         description="plateau: cut the rate when validation error stalls, as published; one_cycle: up, then down.",
     )
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="The plateau schedule multiplies the rate by this.")
-    plateau_patience: int = Field(3, ge=0, description="Epochs without a better validation error before a cut.")
+    plateau_patience: int = Field(
+        3, ge=0, le=MAX_EPOCHS, description="Epochs without a better validation error before a cut."
+    )
     one_cycle_warmup: float = Field(0.25, gt=0, lt=1, description="Share of all steps in which one_cycle rises.")
     max_shift: int = Field(
         0, ge=0, le=16, description="Augmentation: black pixels put around images before a window is cut; 0: none."
     )
     flip: bool = Field(
-        False, description="Augmentation: mirror left to right, half of all images, drawn anew each epoch."
+        False, description="Augmentation: mirror left to right, half of all images, drawn again each epoch."
     )
-    cutout: int = Field(0, ge=0, description="Augmentation: side of a square that is blackened, pixels; 0: none.")
+    cutout: int = Field(
+        0, ge=0, le=MAX_SIDE, description="Augmentation: side of a square that is blackened, pixels; 0: none."
+    )
     loader: Literal["auto", "resident", "streaming"] = Field(
         "auto",
         description="resident: all rows on the training device; streaming: read ahead from the shards; "
         "auto: streaming where the rows exceed resident_megabytes.",
     )
-    resident_megabytes: int = Field(4096, ge=1, description="Largest training split that auto keeps on the device, MB.")
-    clip_norm: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: no clipping.")
+    resident_megabytes: int = Field(
+        4096, ge=1, le=10_000_000, description="Largest training split that auto keeps on the device, MB."
+    )
+    clip_norm: float = Field(1.0, ge=0, le=1e6, description="Largest norm of the gradient; 0: no clipping.")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of the averaged weights; 0: no averaging.")
-    num_rows: int = Field(0, ge=0, description="Training rows to use; 0: all of them.")
-    keep_checkpoints: int = Field(2, ge=1, description="Best checkpoints to keep; the last one is always kept.")
-    num_workers: int = Field(1, ge=1, description="Ray Train workers; batch_size must divide by it.")
-    cpus_per_worker: int = Field(1, ge=1, description="CPU cores (and threads) of each worker.")
+    num_rows: int = Field(0, ge=0, le=MAX_ROWS, description="Training rows to use; 0: all of them.")
+    keep_checkpoints: int = Field(
+        2, ge=1, le=10_000, description="Best checkpoints to keep; the last one is always kept."
+    )
+    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers; batch_size must divide by it.")
+    cpus_per_worker: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each worker.")
     use_gpu: bool = Field(False, description="Whether each worker takes one GPU.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -190,7 +230,9 @@ class TrainConfig(Section):
         description="Whether a Triton kernel normalises on the GPU, for K up to 128; checked against the equation at "
         "the start.",
     )
-    max_failures: int = Field(2, ge=0, description="Worker failures after which training resumes from a checkpoint.")
+    max_failures: int = Field(
+        2, ge=0, le=1000, description="Worker failures after which training resumes from a checkpoint."
+    )
 
     @model_validator(mode="after")
     def _triton_has_a_gpu(self) -> Self:
@@ -212,18 +254,22 @@ class TuneConfig(Section):
     """The search over K, T and the learning rate: random draws, the worse ones stopped early (ASHA)."""
 
     enabled: bool = Field(True, description="Whether to search at all; if not, `model` and `train` hold as they are.")
-    num_trials: int = Field(8, ge=1, description="Configurations to draw.")
+    num_trials: int = Field(8, ge=1, le=10_000, description="Configurations to draw.")
     k: tuple[Annotated[int, Field(ge=1, le=2048)], ...] = Field((16, 32), min_length=1, description="K to choose from.")
     t: tuple[Annotated[int, Field(ge=0, le=32)], ...] = Field((1, 2, 3), min_length=1, description="T to choose from.")
-    learning_rate_min: float = Field(1e-3, gt=0, description="Lower end of the rate, drawn log-uniformly.")
+    learning_rate_min: float = Field(1e-3, gt=0, le=10, description="Lower end of the rate, drawn log-uniformly.")
     learning_rate_max: float = Field(1e-1, gt=0, le=10, description="Upper end of the rate.")
-    epochs: int = Field(3, ge=1, description="Epochs of a trial that is not stopped.")
-    grace_epochs: int = Field(1, ge=1, description="Epochs that each trial gets before it may be stopped.")
-    reduction_factor: int = Field(2, ge=2, description="At each rung one trial in so many goes on.")
-    num_rows: int = Field(0, ge=0, description="Training rows of a trial; 0: all of them.")
-    max_concurrent_trials: int = Field(0, ge=0, description="Trials at a time; 0: as many as the cluster has room for.")
-    cpus_per_trial: int = Field(1, ge=1, description="CPU cores (and threads) of each trial.")
-    gpus_per_trial: float = Field(0, ge=0, description="GPUs of each trial; 0.5 puts two on one.")
+    epochs: int = Field(3, ge=1, le=MAX_EPOCHS, description="Epochs of a trial that is not stopped.")
+    grace_epochs: int = Field(
+        1, ge=1, le=MAX_EPOCHS, description="Epochs that each trial gets before it may be stopped."
+    )
+    reduction_factor: int = Field(2, ge=2, le=100, description="At each rung, ASHA keeps 1 in this many trials.")
+    num_rows: int = Field(0, ge=0, le=MAX_ROWS, description="Training rows of a trial; 0: all of them.")
+    max_concurrent_trials: int = Field(
+        0, ge=0, le=10_000, description="Trials at a time; 0: as many as the cluster has room for."
+    )
+    cpus_per_trial: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each trial.")
+    gpus_per_trial: float = Field(0, ge=0, le=1000, description="GPUs of each trial; 0.5 puts two on one.")
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
@@ -242,7 +288,7 @@ class TuneConfig(Section):
 class EvaluateConfig(Section):
     """How the test rows are scored."""
 
-    batch_size: int = Field(256, ge=1, description="Images per forward pass.")
+    batch_size: int = Field(256, ge=1, le=MAX_BATCH, description="Images per forward pass.")
 
 
 class RayConfig(Section):
@@ -251,26 +297,45 @@ class RayConfig(Section):
     address: str = Field(
         "",
         pattern=r"^(auto|https?://.+)?$",
+        examples=["auto", "http://head:8265"],
         description="Empty: start Ray here; auto: join this machine's cluster; http://head:8265: submit Ray jobs.",
     )
-    num_cpus: int = Field(0, ge=0, description="Cores of a Ray that is started here; 0: all of them.")
+    num_cpus: int = Field(0, ge=0, le=MAX_CPUS, description="Cores of a Ray that is started here; 0: all of them.")
 
 
 class TrackingConfig(Section):
     """Where MLflow keeps runs and models."""
 
-    uri: str = Field("", description="MLflow tracking URI; empty: mlflow.db (SQLite) in the storage.")
-    experiment: str = Field("", description="Experiment; empty: rcnn/<data set>.")
-    model_name: str = Field("", description="Registered model; empty: rcnn-<data set>.")
+    uri: str = Field(
+        "", max_length=MAX_PATH, description="MLflow tracking URI; empty: mlflow.db (SQLite) in the storage."
+    )
+    experiment: str = Field("", max_length=400, description="Experiment; empty: rcnn/<data set>.")
+    model_name: str = Field(
+        "",
+        pattern=r"^[^/:'\"]*$",  # MLflow takes no / or : here, and its searches no quotes
+        max_length=200,
+        examples=["rcnn-digits"],
+        description="Registered model, without slashes, colons and quotes; empty: rcnn-<data set>.",
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_is_sound(cls, uri: str) -> str:
+        if re.match(r"[\w.-]+:\d+(/|$)", uri):  # MLflow would make a folder of this name
+            raise ValueError(f"should be http://{uri}")
+        return _sound_uri(uri)
 
 
 class PipelineConfig(Section):
     """The whole pipeline: data, model, training, tuning, evaluation, and where all that runs."""
 
     recipe: str = Field("custom", description="Name of the recipe that this config grew from.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights, shuffling, dropout and the search.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed of weights, shuffling, dropout and the search.")
     storage: str = Field(
-        "storage", min_length=1, description="Folder or URI (s3://...) of data sets, runs and reports."
+        "storage",
+        min_length=1,
+        max_length=MAX_PATH,
+        description="Folder or URI (s3://...) of data sets, runs and reports.",
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -279,6 +344,8 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    _storage_is_sound = field_validator("storage")(_sound_uri)
 
     @model_validator(mode="after")
     def _storage_is_free_of_secrets(self) -> Self:
@@ -295,8 +362,8 @@ class PipelineConfig(Section):
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
     def with_settings(self, settings: Mapping[str, Any]) -> "PipelineConfig":
-        """A copy with dotted settings changed, e.g. `{"model.k": 64}`, and all bounds checked anew."""
-        return _validated(_merged(self.model_dump(mode="json"), _nested(settings, origin="settings")), "settings")
+        """A copy with dotted settings changed, e.g. `{"model.k": 64}`, and all bounds checked again."""
+        return lay(self, [{name: Given(value, "settings") for name, value in settings.items()}])
 
     def rooted(self) -> "PipelineConfig":
         """A copy in which a local `data.root` is an absolute path: stages may run in other folders, and it is in their key."""
@@ -310,204 +377,12 @@ class PipelineConfig(Section):
 
         For deployments: a worker knows its own cluster (`ray`), storage and MLflow (`tracking`).
         """
-        places = ("storage", "ray.", "tracking.")
-        return self.with_settings(
-            {
-                name: value
-                for name, value in _environment_settings(environ).items()
-                if name.startswith(places) and _lookup(self, name) == _lookup(PipelineConfig(), name)
-            }
-        )
+        places = tuple(variable_of(name) for name in ("storage", "ray.", "tracking."))
+        placing = {name: value for name, value in environ.items() if name.upper().startswith(places)}
+        layer = environment_layer(PipelineConfig, placing)
+        default = PipelineConfig()
+        return lay(self, [{n: given for n, given in layer.items() if _value(self, n) == _value(default, n)}])
 
 
-def build_config(
-    base: PipelineConfig,
-    *,
-    file: str | Path | None = None,
-    environ: Mapping[str, str] | None = None,
-    overrides: Iterable[str] = (),
-) -> PipelineConfig:
-    """Lays a TOML or YAML file, `RCNN_SECTION__FIELD` variables and `section.field=value` strings over `base`.
-
-    Raises:
-        ConfigError: a name is unknown or a value out of bounds; the message names the setting and where it was set.
-    """
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if file is not None:
-        tree = read_config_file(file)
-        tree.pop("recipe", None)  # it chose `base`
-        layers.append((str(file), tree))
-    if environ:
-        layers.append(("the environment", _nested(_environment_settings(environ), origin="the environment")))
-    assignments = dict(_parse_override(text) for text in overrides)
-    layers.append(("--set", _nested(assignments, origin="--set")))
-    merged = base.model_dump(mode="json")
-    for _, tree in layers:
-        merged = _merged(merged, tree)
-    # Checked together, since a rule over two settings may need both layers; the blame goes to the last one at fault.
-    try:
-        return PipelineConfig.model_validate(merged)
-    except ValidationError as error:
-        path = error.errors()[0]["loc"]
-        origin = next((name for name, tree in reversed(layers) if _holds(tree, path)), layers[-1][0])
-        raise _readable(error, origin) from error
-
-
-def read_config_file(file: str | Path) -> dict[str, Any]:
-    """The tree in a `.toml`, `.yaml`, `.yml` or `.json` file.
-
-    Raises:
-        ConfigError: the file is missing, cannot be parsed, or does not hold a table.
-    """
-    path = Path(file)
-    remedy = "Write TOML (.toml), YAML (.yaml) or JSON (.json); `rcnn config --recipe demo` prints an example"
-    try:
-        text = path.read_text()
-        tree = _parse_tree(path.suffix, text)
-    except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror})", where=str(path), remedy="Check the path") from error
-    except ValueError as error:
-        raise ConfigError(f"cannot be parsed: {_one_line(error)}", where=str(path), remedy=remedy) from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"holds a {type(tree).__name__}, not a table of settings", where=str(path), remedy=remedy)
-    return tree
-
-
-def setting_names() -> Iterator[str]:
-    """The dotted name of every setting, in the tree's order."""
-    return (name for name, _ in _fields(PipelineConfig, "") if name != "recipe")
-
-
-def explain_settings() -> list[dict[str, str]]:
-    """Each setting with its default, its bounds and its meaning."""
-    return [
-        {
-            "setting": name,
-            "default": json.dumps(field.get_default(), default=str),
-            "bounds": ", ".join(str(bound) for bound in field.metadata),
-            "meaning": field.description or "",
-        }
-        for name, field in _fields(PipelineConfig, "")
-        if name != "recipe"
-    ]
-
-
-def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-def _parse_tree(suffix: str, text: str) -> Any:
-    if suffix == ".toml":
-        return tomllib.loads(text)
-    if suffix == ".json":
-        return json.loads(text)
-    if suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            return yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
-    raise ValueError(f"the ending {suffix!r} is unknown")
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{text!r} has no '='", where="--set", remedy="Write --set section.field=value")
-    return name.strip(), _parse_value(value.strip())
-
-
-def _parse_value(text: str) -> Any:
-    """The TOML value that `text` spells, or else the bare string: a path or a name needs no quotes."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _environment_settings(environ: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        name.removeprefix(ENV_PREFIX).lower().replace("__", "."): _parse_value(value)
-        for name, value in environ.items()
-        if name.startswith(ENV_PREFIX)
-    }
-
-
-def _nested(settings: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    known = set(setting_names())
-    tree: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name not in known:
-            raise _unknown_setting(name, origin)
-        *path, leaf = name.split(".")
-        branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-        branch[leaf] = value
-    return tree
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        both_are_tables = isinstance(value, dict) and isinstance(below.get(name), dict)
-        merged[name] = _merged(below[name], value) if both_are_tables else value
-    return merged
-
-
-def _lookup(config: PipelineConfig, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        if part not in type(value).model_fields:
-            raise _unknown_setting(name, "the environment")
-        value = getattr(value, part)
-    return value
-
-
-def _holds(tree: Any, path: tuple[int | str, ...]) -> bool:
-    """Whether a layer sets what the path names, or for a rule over a section, anything in it."""
-    for part in path:
-        if not isinstance(tree, dict):
-            return True
-        if part not in tree:
-            return False
-        tree = tree[part]
-    return True
-
-
-def _validated(tree: dict[str, Any], origin: str) -> PipelineConfig:
-    try:
-        return PipelineConfig.model_validate(tree)
-    except ValidationError as error:
-        raise _readable(error, origin) from error
-
-
-def _readable(error: ValidationError, origin: str) -> ConfigError:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return _unknown_setting(name, origin)
-    message = first["msg"].removeprefix("Value error, ")
-    # A rule over several fields already says what was found; a single field's message does not.
-    found = "" if first["type"] == "value_error" else f" is {first['input']!r}:"
-    more = f" ({error.error_count() - 1} more settings are wrong)" if error.error_count() > 1 else ""
-    what = f"{name}{found} {message[0].lower() + message[1:]}{more}".replace("  ", " ")
-    return ConfigError(what, where=origin, remedy="`rcnn config --explain` lists each setting with its bounds")
-
-
-def _unknown_setting(name: str, origin: str) -> ConfigError:
-    if name == "recipe":
-        return ConfigError("'recipe' chooses where settings start", where=origin, remedy="Use --recipe NAME")
-    near = difflib.get_close_matches(name, list(setting_names()), n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else ""
-    remedy = f"{hint} `rcnn config --explain` lists them all".strip()
-    return ConfigError(f"there is no setting {name!r}", where=origin, remedy=remedy)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _value(config: PipelineConfig, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)

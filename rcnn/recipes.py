@@ -4,21 +4,17 @@ Each docstring says in a line what the recipe is for, and then what it costs and
 that was measured.
 """
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from rcnn.config import (
-    DataConfig,
-    ModelConfig,
-    PipelineConfig,
-    TrainConfig,
-    TuneConfig,
-    build_config,
-    read_config_file,
-)
+from rcnn.config import DataConfig, ModelConfig, PipelineConfig, TrainConfig, TuneConfig
 from rcnn.errors import ConfigError
+from rcnn.section import shown
+from rcnn.settings import build_config, read_config_file
 
 
 def demo() -> PipelineConfig:
@@ -127,19 +123,31 @@ def resolve_config(
 ) -> PipelineConfig:
     """The config that a user asks for: a recipe, and on it a file, the environment and `--set` values, in that order.
 
-    A file may name its own `recipe`; without any, settings fall on the demo.
+    A file may name its own `recipe`, over which the argument wins; without any, settings fall on the demo.
 
     Raises:
         ConfigError: an unknown recipe or setting, or a value out of bounds.
     """
-    if recipe is None and file is not None:
-        recipe = read_config_file(file).get("recipe")
-    name = recipe or DEFAULT_RECIPE
-    if name == "custom":  # a config that grew from no recipe
-        return build_config(PipelineConfig(), file=file, environ=environ, overrides=overrides)
-    if not isinstance(name, str) or name not in RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}", where="--recipe", remedy=f"Choose from {', '.join(RECIPES)}")
-    return build_config(RECIPES[name](), file=file, environ=environ, overrides=overrides)
+    read = None if file is None else read_config_file(file)
+    base = RECIPES[DEFAULT_RECIPE]
+    if read is not None and read.names_recipe:
+        base = _recipe(read.recipe, where=read.path)
+    if recipe is not None:
+        base = _recipe(recipe, where="--recipe")
+    return build_config(base(), file=read, environ=environ, overrides=overrides)
+
+
+def _recipe(name: Any, *, where: str) -> Callable[[], PipelineConfig]:
+    if name == "custom":
+        return PipelineConfig  # a config that grew from no recipe
+    if isinstance(name, str) and name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name, RECIPES, n=1) if isinstance(name, str) else []
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    fault = f"there is no recipe {shown(name)}"
+    if where != "--recipe":  # a file
+        fault = f"recipe = {shown(name)}: {fault}" if isinstance(name, str) else f"recipe is {shown(name)}, not a name"
+    raise ConfigError(fault, where=where, remedy=f"{hint}Choose from {', '.join(RECIPES)}")
 
 
 def describe(name: str) -> dict[str, str]:

@@ -63,9 +63,19 @@ def _next_commands(config: PipelineConfig, results: dict[str, Any], storage: Sto
     browse = f"open {uri}" if config.tracking.uri else f"{bin_folder}mlflow ui --backend-store-uri {shlex.quote(uri)}"
     return [
         f"{browse}   # compare the runs in a browser",
-        f"{bin_folder}rcnn predict {samples}/*.png   # ask the champion",
+        f"{bin_folder}rcnn predict {_model_options(config, results)} {samples}/*.png   # ask the champion",
         f"{bin_folder}rcnn recipes   # larger runs; then: rcnn pipeline --recipe NAME",
     ]
+
+
+def _model_options(config: PipelineConfig, results: dict[str, Any]) -> str:
+    """Options that lead to the model that was registered, and not to one of another storage or data set."""
+    settings = {
+        "storage": (config.storage, os.environ.get("RCNN_STORAGE", "storage")),
+        "tracking.uri": (config.tracking.uri, os.environ.get("RCNN_TRACKING__URI", "")),
+    }
+    places = [f"--set {name}={shlex.quote(value)}" for name, (value, usual) in settings.items() if value != usual]
+    return " ".join(["--model", shlex.quote(results["register"].model_name), *places])
 
 
 def _short(path: str) -> str:

@@ -61,7 +61,10 @@ def test_without_a_registry_the_remedy_is_named(
     tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*command, "--set", f"storage={tmp_path}"]) == 2
-    assert "Run `rcnn pipeline` first" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "there is no registered model" in error
+    assert "Run `rcnn pipeline` first" in error
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = ["text", "errors", "config", "results", "storage", "progress", "tracking", "ray_session"]
+SHARED = [
+    "text",
+    "errors",
+    "section",
+    "config",
+    "settings",
+    "results",
+    "storage",
+    "progress",
+    "tracking",
+    "ray_session",
+]
 ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
 HOMES = {
     "prefect": ["flows/"],

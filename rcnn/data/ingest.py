@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,23 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from rcnn.config import DataConfig, PipelineConfig
-from rcnn.data.manifest import MANIFEST, Manifest, Split, read_manifest
+from rcnn.data.manifest import MANIFEST, Manifest, Split, read_manifest, require_whole
 from rcnn.data.schema import SCHEMA_VERSION
 from rcnn.data.shards import ShardJob, ShardRecord, rows_per_group, write_shard, written_shard
 from rcnn.data.sources import open_source
-from rcnn.data.sources.origin import Origin, bad_row
-from rcnn.errors import DataError, RcnnError
+from rcnn.data.sources.origin import Origin
+from rcnn.errors import ClusterError, DataError, RcnnError, SourceError
 from rcnn.progress import say
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
+from rcnn.text import printable
 from rcnn.tracking import Tracker
 
 SPLITS = ("train", "val", "test")
 DRAFT_PREFIX = ".draft-"
 BYTES_WORTH_A_CLUSTER = 64_000_000  # of encoded images: fewer are decoded before Ray has started
 SECONDS_TO_KEEP_A_DRAFT = 7 * 24 * 3600
+NUM_CLASSES_SHOWN = 5
 
 Plan = dict[str, tuple[str, np.ndarray]]
 """For each split the part of the source that it is drawn from, and the row numbers in it."""
@@ -52,10 +55,10 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
         ClusterError: the storage cannot be written.
     """
     with _alone(target):
-        manifest = None if target.replaces else read_manifest(target.storage, target.name)
-        if manifest is None:
+        if target.replaces or read_manifest(target.storage, target.name) is None:
             manifest = _ingest(config, target)
         else:
+            manifest = require_whole(target.storage, target.name)
             target.storage.delete(_Draft(target.storage, target.name).folder)  # a run was killed as it cleaned up
     tracker.log_params({"source": config.data.source, "digest": manifest.digest})
     tracker.log_metrics({f"rows/{name}": split.rows for name, split in manifest.splits.items()})
@@ -102,8 +105,6 @@ def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
         storage.delete(draft.folder)
     try:
         origin = open_source(config.data, _downloads(storage))
-        if origin.skipped and config.data.on_error == "fail":
-            raise bad_row(origin.skipped[0])
         found = " + ".join(f"{len(labels):,} {part}" for part, labels in origin.labels.items())
         say(f"  found {found} rows in {len(origin.classes)} classes")
         plan = split_rows(origin, config.data)
@@ -111,9 +112,13 @@ def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
         records = _write_shards(config, origin, jobs)
         manifest = _describe(config.data, origin, records)
         draft.publish(manifest, target, records)
-    except RcnnError as error:
+    except (SourceError, DataError) as error:
         if not error.retryable:
-            draft.delete()  # it cannot be gone on with: what it lacks is not there
+            draft.delete()  # not resumable: the source itself is bad
+        raise
+    except ClusterError:
+        if not draft.has_records():  # a full disk, say: what is finished is kept
+            draft.delete()
         raise
     return manifest
 
@@ -124,7 +129,7 @@ def _downloads(storage: Storage) -> Path:
 
 
 def split_rows(origin: Origin, data: DataConfig) -> Plan:
-    """The rows of each split, ascending; each class keeps its share.
+    """The rows of each split, ascending; each class keeps its share, and at least one row for training.
 
     Raises:
         DataError: a split would have no rows.
@@ -136,6 +141,8 @@ def split_rows(origin: Origin, data: DataConfig) -> Plan:
     for name, fraction in (("test", data.test_fraction), ("val", data.val_fraction)):
         if name not in plan:
             rows, held_out = _hold_out(rows, labels_N, fraction, rng)
+            if not len(held_out):
+                raise _too_small(name, data, origin)
             plan[name] = ("train", held_out)
     plan["train"] = ("train", rows)
     for name in SPLITS:
@@ -144,18 +151,34 @@ def split_rows(origin: Origin, data: DataConfig) -> Plan:
     return {name: plan[name] for name in SPLITS}
 
 
+def _too_small(split: str, data: DataConfig, origin: Origin) -> DataError:
+    """The error where each class needs its last row for training."""
+    counts = np.bincount(origin.labels["train"], minlength=len(origin.classes))
+    largest = int(counts.argmax())
+    num_drawn = sum(name not in origin.labels for name in ("val", "test"))
+    is_large_enough = counts[largest] > num_drawn
+    return DataError(
+        f"the {split} split of {data.dataset} would have no rows: each class keeps one for training, and even the largest, "
+        f"{origin.classes[largest]!r} ({counts[largest]:,} of {counts.sum():,} rows), has no other left",
+        where=f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}",
+        remedy="Lower data.test_fraction, or add images"
+        if is_large_enough
+        else f"Add images: at least one class needs {num_drawn + 1} rows",
+    )
+
+
 def _empty(split: str, data: DataConfig, origin: Origin) -> DataError:
     if split != "train" and split in origin.labels:
         there = f"{data.root}/{split}" if data.source == "folder" else f"{data.root}, {split}....parquet"
         return DataError(
             f"the {split} split of {data.dataset} would have no rows (of {len(origin.labels[split])})",
             where=f"data.root = {there}",
-            remedy=f"Bring {split} images, or remove that part",
+            remedy=f"Add {split} images, or remove that part",
         )
     return DataError(
         f"the {split} split of {data.dataset} would have no rows (of {len(origin.labels['train'])})",
-        where=f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}",
-        remedy=f"{'Lower the fractions' if split == 'train' else 'Raise the fraction'}, or bring more images",
+        where=f"data.root = {data.root}",
+        remedy="Mend the rows that were left out, or add images",
     )
 
 
@@ -163,12 +186,29 @@ def _hold_out(
     rows: np.ndarray, labels_N: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Parts `rows` in two, the second with `fraction` of each class, drawn at random; both ascending."""
-    held_out = [np.empty(0, np.int64)]
-    for label in np.unique(labels_N[rows]):
-        of_class = rows[labels_N[rows] == label]
-        held_out.append(rng.permutation(of_class)[: round(fraction * len(of_class))])
+    _, counts = np.unique(labels_N[rows], return_counts=True)
+    shares = _share_out(counts.tolist(), Fraction(str(fraction)), rng.spawn(1)[0])
+    by_class = np.split(rows[np.argsort(labels_N[rows], kind="stable")], np.cumsum(counts)[:-1])
+    held_out = [rng.permutation(of_class)[:share] for of_class, share in zip(by_class, shares, strict=True)]
     second = np.sort(np.concatenate(held_out))
-    return np.setdiff1d(rows, second), second
+    return np.setdiff1d(rows, second, assume_unique=True), second
+
+
+def _share_out(counts: list[int], fraction: Fraction, rng: np.random.Generator) -> list[int]:
+    """How many rows each class gives: `fraction` of it, rounded so that all together give `fraction` of all, at least 1.
+
+    Rounding class by class would take nothing from 10,000 classes of 4. So the rows that rounding down leaves over are taken
+    from the classes with the largest remainders, one each; equal remainders are drawn at random. No class gives its last
+    row, so that data of tiny classes may give fewer. Fractions, since 0.29 * 100 is less than 29.
+    """
+    shares = [count * fraction.numerator // fraction.denominator for count in counts]
+    remainders = [count * fraction.numerator % fraction.denominator for count in counts]
+    can_give = [n for n in rng.permutation(len(counts)) if remainders[n] and shares[n] < counts[n] - 1]
+    can_give.sort(key=lambda n: remainders[n], reverse=True)
+    num_left = max(1, round(fraction * sum(counts))) - sum(shares)
+    for n in can_give[: max(0, num_left)]:
+        shares[n] += 1
+    return shares
 
 
 def _plan_shards(origin: Origin, plan: Plan, data: DataConfig, draft: "_Draft") -> Iterator[ShardJob]:
@@ -244,14 +284,11 @@ def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) 
         splits[name] = _add_up(of_split)
         if splits[name].rows == 0:
             raise _empty(name, data, origin)
-    for label, count in enumerate(splits["train"].rows_per_class):
-        if count == 0:
-            say(f"  the class {origin.classes[label]!r} has no training rows")
+        _say_missing_classes(name, splits[name], origin.classes)
     skipped = (*origin.skipped, *itertools.chain.from_iterable(record.skipped for record in records))
     if skipped:
-        say(
-            f"  {len(skipped):,} rows were left out, as the manifest lists: {skipped[0].row_id} {skipped[0].reason}, ..."
-        )
+        first = printable(f"{skipped[0].row_id} {skipped[0].reason}")
+        say(f"  {len(skipped):,} rows were left out, as the manifest lists: {first}, ...")
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=data.dataset,
@@ -263,6 +300,14 @@ def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) 
         skipped=skipped,
         **_statistics([record for record in records if record.shard.file.startswith("train/")], splits, origin),
     ).with_digest()
+
+
+def _say_missing_classes(name: str, split: Split, classes: Sequence[str]) -> None:
+    missing = [repr(classes[label]) for label, count in enumerate(split.rows_per_class) if not count]
+    if missing:
+        more = ", ..." if len(missing) > NUM_CLASSES_SHOWN else ""
+        shown = ", ".join(missing[:NUM_CLASSES_SHOWN]) + more
+        say(f"  classes without {name} rows: {len(missing):,} of {len(classes):,} ({shown})")
 
 
 def _add_up(records: Sequence[ShardRecord]) -> Split:
@@ -323,6 +368,10 @@ class _Draft:
         if place.exists():
             place.rename(old)
         whole.rename(place)
+
+    def has_records(self) -> bool:
+        """Whether a shard is finished."""
+        return bool(self.storage.list_sizes(self.records))
 
     def delete(self) -> None:
         """Removes it. On an object store its shards stay, since a twin may have written them; the next run takes them up."""

@@ -1,16 +1,29 @@
-"""A finished model on image files: their classes, and how sure the model is."""
+"""A finished model on image files: their classes, and how sure the model is.
 
+Files are decoded by threads, a batch ahead of the model; one that cannot be read is reported, and the others go on.
+"""
+
+import glob
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from rcnn.config import DataConfig
-from rcnn.data.sources.decode import BadImage, ImageRule, decode_image
-from rcnn.errors import DataError
+from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, unwarned
+from rcnn.errors import ConfigError, SourceError
+from rcnn.model import Classifier
+from rcnn.text import printable
 from rcnn.train.checkpoint import load_model
+from rcnn.train.loop import choose_device
+
+BATCH_SIZE = 128
+NUM_DECODERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -22,38 +35,125 @@ class Prediction:
     probability: float
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.label} ({100 * self.probability:.1f} %)"
+        return printable(f"{self.file}: {self.label} ({100 * self.probability:.1f} %)")
 
 
-def predict_files(model_folder: Path, files: Sequence[Path]) -> Iterator[Prediction]:
-    """Classifies image files, each made grey or colour and resized as ingest does it (`data.resize`).
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that is not an image, and why."""
+
+    file: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return printable(f"{self.file}: {self.reason}")
+
+
+def find_images(arguments: Sequence[str]) -> list[Path]:
+    """The files that arguments name: files as they are, folders with all below them, globs. Hidden files stay out.
 
     Raises:
-        DataError: the folder holds no model, or a file is no image.
+        ConfigError: a folder or a glob holds no file.
     """
-    model, description = load_model(model_folder)
-    for file in files:
-        image_1CHW = _read_image(file, description)
-        with torch.inference_mode():
-            probabilities = model(image_1CHW).softmax(1)[0]
-        best = int(probabilities.argmax())
-        yield Prediction(file, description["classes"][best], float(probabilities[best]))
+    found: list[Path] = []
+    for argument in arguments:
+        files = _files_of(argument)
+        if not files:
+            raise ConfigError("there is no file", where=argument, remedy="Give image files, folders or globs")
+        found += files
+    return found
 
 
-def _read_image(file: Path, description: dict[str, Any]) -> torch.Tensor:
-    """An image made like those that the model was trained on, by the rule of its ingest."""
-    data = DataConfig.model_validate(description["config"]["data"])
+def _files_of(argument: str) -> list[Path]:
+    if os.path.isdir(argument):
+        return sorted(_files_below(argument))
+    if glob.has_magic(argument) and not os.path.lexists(argument):
+        return sorted(Path(name) for name in glob.iglob(argument, recursive=True) if not os.path.isdir(name))
+    return [Path(argument)]
+
+
+def _files_below(folder: str) -> Iterator[Path]:
+    for below, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (Path(below, name) for name in files if name[0] != ".")
+
+
+class Predictor:
+    """A model that was loaded once, for any number of files.
+
+    Args:
+        folder: holds `model.safetensors` and `model.json`.
+
+    Raises:
+        DataError: it does not.
+    """
+
+    def __init__(self, folder: Path):
+        self.model, self.description = load_model(folder)
+        self._device = choose_device(torch.cuda.is_available())
+        self.model.to(self._device)
+
+    @property
+    def data_set(self) -> str:
+        """The name of the data set that the model was trained on."""
+        return str(self.description["source"])
+
+    @unwarned()
+    def predict(self, files: Sequence[Path]) -> Iterator[Prediction | Unreadable]:
+        """The class of each file, in order; images are made grey or colour and resized as ingest did (`data.resize`)."""
+        rule = _rule_of(self.description)
+        for batch in _decoded_ahead(files, rule):
+            yield from _classified(self.model, batch, self.description["classes"], self._device)
+
+
+def _rule_of(description: dict[str, Any]) -> ImageRule:
+    """How images are made like those that the model was trained on."""
     height, width, channels = description["image_shape"]
-    rule = ImageRule(
+    data = description["config"]["data"]
+    return ImageRule(
         image_shape=(height, width, channels),
-        resize=data.resize,
+        resize=data["resize"],
         is_grey_required=False,
-        max_pixels=data.max_megapixels * 1_000_000,
+        max_pixels=data["max_megapixels"] * 1_000_000,
     )
-    try:
-        pixels = decode_image(file, rule)
-    except BadImage as error:
-        raise DataError(
-            str(error), where=str(file), remedy="Give PNG, JPEG or another format that Pillow reads"
-        ) from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+Decoded = tuple[Path, np.ndarray | str]
+"""A file and its pixels (H, W, C), or why there are none."""
+
+
+def _decoded_ahead(files: Sequence[Path], rule: ImageRule) -> Iterator[list[Decoded]]:
+    """Batches of decoded files; while one is in use, the next is being read."""
+
+    def decode(file: Path) -> Decoded:
+        try:
+            return file, decode_image(file, rule)
+        except (BadImage, SourceError) as error:
+            return file, str(error)
+
+    with ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode") as pool:
+        coming: deque[list[Future[Decoded]]] = deque()
+        for start in range(0, len(files), BATCH_SIZE):
+            coming.append([pool.submit(decode, file) for file in files[start : start + BATCH_SIZE]])
+            if len(coming) > 1:
+                yield [future.result() for future in coming.popleft()]
+        while coming:
+            yield [future.result() for future in coming.popleft()]
+
+
+def _classified(
+    model: Classifier, batch: Sequence[Decoded], classes: Sequence[str], device: torch.device
+) -> Iterator[Prediction | Unreadable]:
+    images = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
+    answers: Iterator[tuple[float, int]] = iter(())
+    if images:
+        images_NCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+        with torch.inference_mode():
+            best = model(images_NCHW).softmax(1).max(1)
+        answers = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    for file, pixels in batch:
+        if isinstance(pixels, str):
+            yield Unreadable(file, pixels)
+        else:
+            probability, label = next(answers)
+            yield Prediction(file, classes[label], probability)

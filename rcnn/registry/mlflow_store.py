@@ -13,6 +13,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from rcnn.tracking import STORE, experiment_name, has_store, model_name, trackin
 
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "rcnn.stage_key"
+DATA_SET_TAG = "rcnn.data_set"  # of a registered model: marks those of this project
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS = 100  # MLflow's limit for one call
@@ -182,6 +184,7 @@ def register_model(
         info = _log_pyfunc(model_folder, description, run_id)
         with _made_by_somebody():
             client.create_registered_model(name)
+        client.set_registered_model_tag(name, DATA_SET_TAG, config.data.dataset)
         version = client.create_model_version(
             name,
             info.model_uri,
@@ -216,35 +219,102 @@ def champion_of(config: PipelineConfig) -> Standing | None:
     return Standing(int(version.version), error, version.tags.get("test_digest", "unknown"))
 
 
-def download_champion(config: PipelineConfig, folder: Path) -> Path:
-    """Fetches the champion's model folder to this machine.
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model; as text `name version 3 (champion)`."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        aliases = f" ({', '.join(self.aliases)})" if self.aliases else ""
+        return f"{self.name} version {self.version}{aliases}"
+
+
+def find_version(config: PipelineConfig, wanted: str = "") -> ModelVersion:
+    """The version that `name`, `name@alias` or `name/3` names; of a name alone, the champion.
+
+    Without `wanted`, the model that the config names (`tracking.model_name`), or else the only one there is.
 
     Raises:
-        ConfigError: there is no champion.
+        ConfigError: there is none, or more than one.
     """
-    if not has_store(config) or champion_of(config) is None:
+    if not has_store(config):
+        raise _no_model(config)
+    wanted = wanted or config.tracking.model_name or _only_model(config)
+    name, alias_mark, alias = wanted.partition("@")
+    name, version_mark, version = name.partition("/") if not alias_mark else (name, "", "")
+    client = _connect(config)
+    with _reachable(config):
+        if version_mark:
+            found = _or_none(lambda: client.get_model_version(name, version))
+        else:
+            found = _or_none(lambda: client.get_model_version_by_alias(name, alias or CHAMPION))
+    if found is None:
+        what = f"version {version!r}" if version_mark else f"{alias or CHAMPION}"
+        there = ", ".join(list_models(config)) or "none"
         raise ConfigError(
-            f"the model {model_name(config)!r} has no champion",
+            f"the model {name!r} has no {what}",
             where=f"tracking.uri = {tracking_uri(config)}",
-            remedy="Run `rcnn pipeline` first, or name a model folder with --model",
+            remedy=f"Registered models: {there}; `rcnn registry` lists their versions",
         )
+    return ModelVersion(name, int(found.version), tuple(found.aliases))
+
+
+def _only_model(config: PipelineConfig) -> str:
+    names = list_models(config)
+    if not names:
+        raise _no_model(config)
+    if len(names) > 1:
+        raise ConfigError(
+            f"there are {len(names)} registered models: {', '.join(names)}",
+            where="--model",
+            remedy=f"Choose one, e.g. --model {names[0]}",
+        )
+    return names[0]
+
+
+def _no_model(config: PipelineConfig) -> ConfigError:
+    return ConfigError(
+        "there is no registered model",
+        where=f"tracking.uri = {tracking_uri(config)}",
+        remedy="Run `rcnn pipeline` first, or name a model folder with --model",
+    )
+
+
+def list_models(config: PipelineConfig) -> list[str]:
+    """The names of the registered models that this project made; a server may hold others."""
+    found: list[str] = []
+    with _reachable(config):
+        token: str | None = ""
+        client = _connect(config)
+        while token is not None:
+            page = client.search_registered_models(page_token=token or None)
+            found += [model.name for model in page if model.tags.get(DATA_SET_TAG) or model.name.startswith("rcnn-")]
+            token = page.token or None
+    return sorted(found)
+
+
+def download_model(config: PipelineConfig, version: ModelVersion, folder: Path) -> Path:
+    """Fetches the model folder of a version to this machine."""
     mlflow.set_tracking_uri(tracking_uri(config))
-    uri = f"models:/{model_name(config)}@{CHAMPION}"
+    uri = f"models:/{version.name}/{version.version}"
     with _reachable(config):
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)), "artifacts", MODEL_FOLDER)
 
 
-def set_alias(config: PipelineConfig, alias: str, version: int) -> None:
-    """Points an alias at a version."""
+def set_alias(config: PipelineConfig, alias: str, version: int, *, name: str = "") -> None:
+    """Points an alias of a model (default: the config's) at a version."""
     with _reachable(config):
-        _connect(config).set_registered_model_alias(model_name(config), alias, str(version))
+        _connect(config).set_registered_model_alias(name or model_name(config), alias, str(version))
 
 
-def list_versions(config: PipelineConfig) -> list[dict[str, str]]:
-    """Every version of the config's model, the newest first: version, aliases, test_error, k, t, run_id."""
+def list_versions(config: PipelineConfig, name: str = "") -> list[dict[str, str]]:
+    """Every version of a model (default: the config's), the newest first: version, aliases, test_error, k, t, run_id."""
     with _reachable(config):
         client = _connect(config)
-        found = client.search_model_versions(f"name = '{model_name(config)}'")
+        found = client.search_model_versions(f"name = '{name or model_name(config)}'")
         # The search leaves the aliases out.
         versions = [client.get_model_version(version.name, version.version) for version in found]
     rows = []
@@ -415,7 +485,9 @@ def _store_error(config: PipelineConfig, error: Exception) -> ClusterError:
     elif is_busy:
         remedy = "Another process writes to it: run the same command again"
     elif not config.tracking.uri:
-        remedy = f"Check its permissions; if it is damaged, move {STORE} away: data sets and models stay, a new one is made"
+        remedy = (
+            f"Check its permissions; if it is damaged, move {STORE} away: data sets and models stay, a new one is made"
+        )
     else:
         remedy = "Check the address, and that the database is sound"
     return ClusterError(

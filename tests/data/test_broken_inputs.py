@@ -43,7 +43,7 @@ from rcnn.data.ingest import run_ingest
 from rcnn.data.loader import Order, load_training_data
 from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.data.shards import rows_per_group
-from rcnn.data.sources import cifar, download, fingerprint, folder, svhn
+from rcnn.data.sources import cifar, decode, digits, download, fingerprint, folder, svhn
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError, SourceError
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
@@ -192,6 +192,14 @@ def check_nothing_left(scene: Scene, before: set[str] = frozenset()) -> None:  #
     assert [str(file) for file in scene.root.parent.rglob("*.part")] == []
 
 
+def check_finished_shards(scene: Scene) -> set[str]:
+    """The files of a draft, which is there only if a shard of it is finished."""
+    draft = Path(scene.storage, "datasets", ".draft-x")
+    files = {str(path) for path in draft.rglob("*") if path.is_file()}
+    assert bool(files) == draft.exists() == bool(list(draft.glob("records/*.json")))
+    return files | {str(path) for path in [draft] if path.exists()}
+
+
 def contents(below: Path) -> dict[str, object]:
     """All that is in a folder, links and pipes included."""
     found: dict[str, object] = {}
@@ -207,6 +215,8 @@ def check_refused(scene: Scene, settings: Settings, kind: type[RcnnError], words
         ingest(scene, settings)
     assert type(caught.value) is kind, repr(caught.value)
     check_message(caught.value, [word.format(root=scene.root, storage=scene.storage) for word in words])
+    if kind is ClusterError:  # the storage is at fault: what is finished is kept for the next run
+        storage_before |= check_finished_shards(scene)
     check_nothing_left(scene, storage_before)
     assert contents(scene.root) == images_before
 
@@ -247,6 +257,7 @@ class Case:
     row: str = ""
     settings: Settings = field(default_factory=dict)
     seconds: int = 20
+    remedy: str = ""
 
 
 def named(cases: Sequence[Case]) -> list[Any]:
@@ -262,10 +273,11 @@ def named(cases: Sequence[Case]) -> list[Any]:
 IMAGES: list[Case] = []
 
 
-def image(*words: str, **settings: Any) -> Callable[[Any], Any]:
+def image(*words: str, remedy: str = "Mend or delete it", **settings: Any) -> Callable[[Any], Any]:
     def register(make: Callable[[], bytes]) -> Callable[[], bytes]:
         given = {f"data.{key}": value for key, value in settings.items()}
-        IMAGES.append(Case(functools.cache(make), words, settings=given))
+        whole_remedy = f". {remedy}, or set data.on_error=skip to leave such rows out"
+        IMAGES.append(Case(functools.cache(make), words, settings=given, remedy=whole_remedy))
         return make
 
     return register
@@ -276,17 +288,17 @@ def no_bytes() -> bytes:
     return b""
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def random_bytes() -> bytes:
     return np.random.default_rng(0).bytes(300)
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def a_text() -> bytes:
     return b"this is not an image\n" * 20
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def a_zip() -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -294,27 +306,27 @@ def a_zip() -> bytes:
     return packed.getvalue()
 
 
-@image("no image that can be read")
+@image("is an SVG file", "not an image that can be read (PNG", "AVIF", remedy="Convert it to PNG")
 def an_svg() -> bytes:
     return b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><rect width="8" height="8"/></svg>'
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def an_eps() -> bytes:
     return encoded(picture(0), "EPS")
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def a_picture_of_another_format() -> bytes:
     return encoded(picture(0), "ICO")
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def a_png_of_its_signature_alone() -> bytes:
     return encoded(picture(0))[:8]
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def a_png_with_a_broken_header_crc() -> bytes:
     content = bytearray(encoded(picture(0)))
     content[29] ^= 0xFF  # the CRC of IHDR
@@ -352,10 +364,46 @@ def a_truncated_jpeg() -> bytes:
     return content[: len(content) - 20]
 
 
-@image("no image that can be read")
+@image("not an image that can be read")
 def a_truncated_webp() -> bytes:
     content = encoded(picture(0, SIDE, SIDE, 3), "WEBP", lossless=True)
     return content[: len(content) - 60]
+
+
+@image("not an image that can be read")
+def an_avif_cut_off_in_its_header() -> bytes:
+    return encoded(picture(0), "AVIF")[:200]
+
+
+@image("cannot be decoded")
+def a_truncated_avif() -> bytes:
+    return encoded(picture(0), "AVIF")[:-2]
+
+
+@image("cannot be decoded")
+def a_truncated_jpeg_2000() -> bytes:
+    return encoded(picture(0), "JPEG2000")[:-20]
+
+
+@image("cannot be decoded")
+def a_jpeg_2000_whose_pixels_are_not_of_the_size_that_its_header_says() -> bytes:
+    content = encoded(picture(0), "JPEG2000")
+    start = content.index(b"ihdr") + 4
+    return content[:start] + struct.pack(">II", 5, 6) + content[start + 8 :]
+
+
+@image("12000x12000", "data.max_megapixels = 64", remedy="Raise data.max_megapixels")
+def a_jpeg_2000_bomb() -> bytes:
+    content = encoded(picture(0), "JPEG2000")
+    start = content.index(b"ihdr") + 4
+    return content[:start] + struct.pack(">II", 12_000, 12_000) + content[start + 8 :]
+
+
+@image("12000x12000", "data.max_megapixels = 64", remedy="Raise data.max_megapixels")
+def an_avif_bomb() -> bytes:
+    content = encoded(picture(0), "AVIF")
+    start = content.index(b"ispe") + 8
+    return content[:start] + struct.pack(">II", 12_000, 12_000) + content[start + 8 :]
 
 
 @image("cannot be decoded", color="grey")
@@ -382,17 +430,17 @@ def a_truncated_pgm() -> bytes:
     return content[: len(content) - 20]
 
 
-@image("900", "data.max_megapixels = 64")
+@image("900", "data.max_megapixels = 64", remedy="Make it smaller")
 def a_decompression_bomb() -> bytes:
     return png_by_hand(30_000, 30_000, data=zlib.compress(bytes(1_000_000)))
 
 
-@image("12000x12000", "data.max_megapixels = 64")
+@image("12000x12000", "data.max_megapixels = 64", remedy="Raise data.max_megapixels")
 def an_image_that_pillow_warns_of() -> bytes:
     return png_by_hand(12_000, 12_000)
 
 
-@image("1001x1000", "data.max_megapixels = 1", max_megapixels=1)
+@image("1001x1000", "data.max_megapixels = 1", remedy="Raise data.max_megapixels", max_megapixels=1)
 def an_image_above_the_limit() -> bytes:
     return encoded(np.zeros((1000, 1001), np.uint8))
 
@@ -407,19 +455,20 @@ def a_png_with_broken_exif() -> bytes:
     return png_by_hand(SIDE, SIDE, png_chunk(b"eXIf", b"neither II nor MM"))
 
 
-@image("9x8", "8x8", "data.image_size")
+@image("is 9x8, and the first image is 8x8", remedy="Set data.image_size")
 def an_image_of_another_size() -> bytes:
     return encoded(picture(0, 8, 9))
 
 
-@image("in colour", "data.color")
+@image("is in colour, and the first image is grey", remedy="Set data.color to grey or rgb")
 def a_colour_image_among_grey_ones() -> bytes:
     return encoded(picture(0, SIDE, SIDE, 3))
 
 
 @pytest.mark.parametrize("case", named(IMAGES))
 def test_a_broken_image_file_is_named(scene: Scene, case: Case) -> None:
-    check_refused(scene, scene.tree(case.make()) | case.settings, DataError, (FOLDER_ROW, *case.words))
+    words = (FOLDER_ROW, *case.words, case.remedy)
+    check_refused(scene, scene.tree(case.make()) | case.settings, DataError, words)
 
 
 @pytest.mark.parametrize("case", named(IMAGES))
@@ -430,7 +479,7 @@ def test_a_broken_image_file_is_left_out_on_demand(scene: Scene, case: Case) -> 
 @pytest.mark.parametrize("case", named(IMAGES))
 def test_a_broken_image_in_parquet_is_named(scene: Scene, case: Case) -> None:
     settings = scene.table({BAD: {"bytes": case.make(), "path": None}}) | case.settings
-    check_refused(scene, settings, DataError, (PARQUET_ROW, *case.words))
+    check_refused(scene, settings, DataError, (PARQUET_ROW, *case.words, case.remedy))
 
 
 @pytest.mark.parametrize("case", named(IMAGES))
@@ -450,6 +499,10 @@ FIRST_IMAGES = [
         "a_png_with_corrupt_pixels",
         "a_truncated_png_of_another_size",
         "a_truncated_jpeg",
+        "a_truncated_avif",
+        "a_truncated_jpeg_2000",
+        "a_jpeg_2000_whose_pixels_are_not_of_the_size_that_its_header_says",
+        "an_svg",
         "a_png_with_broken_exif",
         "an_image_above_the_limit",
     )
@@ -460,7 +513,7 @@ FIRST_IMAGES = [
 @pytest.mark.parametrize("case", named(FIRST_IMAGES))
 def test_the_first_image_may_be_the_broken_one(scene: Scene, case: Case, source: str) -> None:
     settings, row = with_a_broken_first_image(scene, source, case)
-    check_refused(scene, settings, DataError, (row, "data.on_error=skip", *case.words))
+    check_refused(scene, settings, DataError, (row, *case.words, case.remedy))
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])
@@ -491,8 +544,155 @@ def bad_row(row: str, *words: str, seconds: int = 20) -> Callable[[Any], Any]:
 
 
 @bad_row(PARQUET_ROW, "image.bytes is null")
-def image_bytes_null(scene: Scene) -> Settings:
-    return scene.table({BAD: {"bytes": None, "path": "3.png"}})
+def image_bytes_and_path_null(scene: Scene) -> Settings:
+    return scene.table({BAD: {"bytes": None, "path": None}})
+
+
+def external(scene: Scene, path: str) -> Settings:
+    return scene.table({BAD: {"bytes": None, "path": path}})
+
+
+@bad_row(PARQUET_ROW, "image is not embedded: its bytes are null and its path '3.png' is not there")
+def image_file_missing(scene: Scene) -> Settings:
+    return external(scene, "3.png")
+
+
+@bad_row(PARQUET_ROW, "its bytes are null and its path '../outside.png' leads out of data.root")
+def image_file_above_the_root(scene: Scene) -> Settings:
+    (scene.root.parent / "outside.png").write_bytes(encoded(picture(0)))
+    return external(scene, "../outside.png")
+
+
+@bad_row(PARQUET_ROW, "its path '/", "outside.png' leads out of data.root")
+def image_file_of_an_absolute_path_outside(scene: Scene) -> Settings:
+    (scene.root.parent / "outside.png").write_bytes(encoded(picture(0)))
+    return external(scene, str(scene.root.parent / "outside.png"))
+
+
+@bad_row(PARQUET_ROW, "its path 'link.png' leads out of data.root")
+def image_file_that_is_a_link_to_one_outside(scene: Scene) -> Settings:
+    (scene.root.parent / "outside.png").write_bytes(encoded(picture(0)))
+    (scene.root / "link.png").symlink_to("../outside.png")
+    return external(scene, "link.png")
+
+
+@bad_row(PARQUET_ROW, "its path 'folder/outside.png' leads out of data.root")
+def image_file_behind_a_link_to_a_folder_outside(scene: Scene) -> Settings:
+    (scene.root.parent / "outside").mkdir()
+    (scene.root.parent / "outside/outside.png").write_bytes(encoded(picture(0)))
+    (scene.root / "folder").symlink_to("../outside")
+    return external(scene, "folder/outside.png")
+
+
+@bad_row(PARQUET_ROW, "its path '../source-2/x.png' leads out of data.root")
+def image_file_in_a_folder_whose_name_begins_like_the_root(scene: Scene) -> Settings:
+    (scene.root.parent / "source-2").mkdir()
+    (scene.root.parent / "source-2/x.png").write_bytes(encoded(picture(0)))
+    return external(scene, "../source-2/x.png")
+
+
+@bad_row(PARQUET_ROW, "its path 'link.png' is not there")
+def image_file_that_is_a_link_to_itself(scene: Scene) -> Settings:
+    (scene.root / "link.png").symlink_to("link.png")
+    return external(scene, "link.png")
+
+
+@bad_row(PARQUET_ROW, "its path 'pipe.png' is not a file", seconds=3)
+def image_file_that_is_a_pipe(scene: Scene) -> Settings:
+    os.mkfifo(scene.root / "pipe.png")
+    return external(scene, "pipe.png")
+
+
+@bad_row(PARQUET_ROW, "its path '.' is not a file")
+def image_file_that_is_the_root_itself(scene: Scene) -> Settings:
+    return external(scene, ".")
+
+
+@bad_row(PARQUET_ROW, "its path 'folder' is not a file")
+def image_file_that_is_a_folder(scene: Scene) -> Settings:
+    (scene.root / "folder").mkdir()
+    return external(scene, "folder")
+
+
+@bad_row(PARQUET_ROW, "its path 'train.parquet/0.png' is not there")
+def image_file_in_a_file(scene: Scene) -> Settings:
+    return external(scene, "train.parquet/0.png")
+
+
+@bad_row(PARQUET_ROW, "its file 'train.parquet' is not an image")
+def image_file_that_is_the_parquet_file(scene: Scene) -> Settings:
+    return external(scene, "train.parquet")
+
+
+@bad_row(PARQUET_ROW, "its path 'https://a/b.png' is an address")
+def image_file_in_the_web(scene: Scene) -> Settings:
+    return external(scene, "https://a/b.png")
+
+
+@bad_row(PARQUET_ROW, "cannot be a path")
+def image_file_with_a_zero_byte_in_its_name(scene: Scene) -> Settings:
+    return external(scene, "a\0b")
+
+
+@bad_row(PARQUET_ROW, "'nnnnnnnnnn", "nnn...' is not there")
+def image_file_of_too_long_a_name(scene: Scene) -> Settings:
+    return external(scene, "n" * 100_000)
+
+
+@bad_row(PARQUET_ROW, "its file 'broken.png' cannot be decoded")
+def image_file_that_is_broken(scene: Scene) -> Settings:
+    (scene.root / "broken.png").write_bytes(a_truncated_png())
+    return external(scene, "broken.png")
+
+
+@bad_row(PARQUET_ROW, "its path is not UTF-8")
+def image_path_not_utf8(scene: Scene) -> Settings:
+    table = scene.make_table({BAD: {"bytes": None, "path": "\u00e9.png"}})
+    file = scene.write_table(table, compression="none", use_dictionary=False)
+    file.write_bytes(file.read_bytes().replace("\u00e9.png".encode(), b"\xff\xff.png"))
+    return scene.settings("parquet")
+
+
+@bad_row(PARQUET_ROW, "label is null, and must be text")
+def text_label_null(scene: Scene) -> Settings:
+    return text_labels(scene, {BAD: None})
+
+
+@bad_row(PARQUET_ROW, "label is empty, and must be text")
+def text_label_empty(scene: Scene) -> Settings:
+    return text_labels(scene, {BAD: ""})
+
+
+@bad_row(PARQUET_ROW, "label is 'fox', which is not one of the 2 names in the metadata")
+def text_label_that_the_metadata_does_not_name(scene: Scene) -> Settings:
+    return text_labels(scene, {BAD: "fox"}, names=CLASSES)
+
+
+@bad_row(PARQUET_ROW, "label is b'\\xff\\xff', and not UTF-8")
+def text_label_not_utf8(scene: Scene) -> Settings:
+    settings = text_labels(scene, {BAD: "\u00e9"}, compression="none")
+    file = scene.root / "train.parquet"
+    file.write_bytes(file.read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
+    return settings
+
+
+@bad_row(PARQUET_ROW, "label is null, and must be false or true")
+def boolean_label_null(scene: Scene) -> Settings:
+    labels = {row: bool(row % 2) for row in range(20)} | {BAD: None}
+    return scene.table(labels=labels, label_type=pa.bool_(), names=None)
+
+
+@bad_row(PARQUET_ROW, "label is null, and must be 0 to 1")
+def label_null_that_made_pandas_write_floats(scene: Scene) -> Settings:
+    return scene.table(labels={BAD: float("nan")}, label_type=pa.float64())
+
+
+def text_labels(scene: Scene, labels: Mapping[int, Any] = {}, *, names: Any = None, **options: Any) -> Settings:
+    """Labels are the classes' names."""
+    texts = {row: CLASSES[row % len(CLASSES)] for row in range(20)} | dict(labels)
+    table = scene.make_table(labels=texts, label_type=pa.string(), names=names)
+    scene.write_table(table, use_dictionary=False, write_statistics=False, **options)
+    return scene.settings("parquet")
 
 
 @bad_row(PARQUET_ROW, "is null")
@@ -564,7 +764,7 @@ def link_to_nothing(scene: Scene) -> Settings:
     return settings
 
 
-@bad_row("train/a/link.png", "is no file")
+@bad_row("train/a/link.png", "is not a file")
 def link_to_a_folder(scene: Scene) -> Settings:
     settings = scene.tree()
     (scene.root / "train/a/link.png").symlink_to("../b")
@@ -588,7 +788,7 @@ def link_to_a_folder_outside(scene: Scene) -> Settings:
     return settings
 
 
-@bad_row("train/b/\ufffd.png", "not UTF-8")
+@bad_row(r"train/b/\udce9.png", "not UTF-8")
 def name_not_utf8(scene: Scene) -> Settings:
     settings = scene.tree()
     try:
@@ -596,6 +796,39 @@ def name_not_utf8(scene: Scene) -> Settings:
     except OSError:
         pytest.skip("this file system takes no such name")
     return settings
+
+
+@bad_row("train/a/03.svg", "is an SVG file")
+def file_of_another_kind(scene: Scene) -> Settings:
+    settings = scene.tree()
+    (scene.root / "train/a/03.svg").write_bytes(an_svg())
+    return settings
+
+
+@bad_row("train/a/03", "is empty")
+def file_without_an_ending(scene: Scene) -> Settings:
+    settings = scene.tree()
+    (scene.root / "train/a/03").touch()
+    return settings
+
+
+@bad_row("train/03.png", "is in no class folder")
+def file_without_a_class(scene: Scene) -> Settings:
+    settings = scene.tree()
+    (scene.root / "train/03.png").write_bytes(encoded(picture(0)))
+    return settings
+
+
+@bad_row("train/a/loop", "leads in circles")
+def link_in_circles(scene: Scene) -> Settings:
+    settings = scene.tree()
+    (scene.root / "train/a/loop").symlink_to("../..")
+    return settings
+
+
+@bad_row("train/a/loop", "leads in circles")
+def followed_link_in_circles(scene: Scene) -> Settings:
+    return link_in_circles(scene) | {"data.follow_links": True}
 
 
 @bad_row(FOLDER_ROW, "cannot be read")
@@ -647,7 +880,7 @@ def source(kind: type[RcnnError], *words: str) -> Callable[[Any], Any]:
     return register
 
 
-@source(SourceError, "train.parquet", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
 def parquet_truncated(scene: Scene) -> Settings:
     settings = scene.table()
     file = scene.root / "train.parquet"
@@ -655,7 +888,7 @@ def parquet_truncated(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "train.parquet", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
 def parquet_without_its_end(scene: Scene) -> Settings:
     settings = scene.table()
     file = scene.root / "train.parquet"
@@ -665,19 +898,19 @@ def parquet_without_its_end(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "train.parquet", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
 def parquet_of_no_bytes(scene: Scene) -> Settings:
     (scene.root / "train.parquet").touch()
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
 def parquet_that_is_a_text(scene: Scene) -> Settings:
     (scene.root / "train.parquet").write_text("image,label\n1.png,0\n" * 50)
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
 def parquet_with_a_huge_footer(scene: Scene) -> Settings:
     settings = scene.table()
     file = scene.root / "train.parquet"
@@ -685,21 +918,28 @@ def parquet_with_a_huge_footer(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "train.parquet", "row group 0", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file", "codec can't decode byte 0xff")
+def parquet_with_a_column_name_that_is_not_utf8(scene: Scene) -> Settings:
+    file = scene.write_table(scene.make_table(names=None))
+    file.write_bytes(file.read_bytes().replace(b"label", b"l\xffbel"))
+    return scene.settings("parquet")
+
+
+@source(SourceError, "train.parquet", "row group 0", "{root}", "not a sound Parquet file")
 def parquet_with_a_damaged_page_of_images(scene: Scene) -> Settings:
     file = scene.write_table(scene.make_table(), compression="gzip")
     overwrite_column(file, 0)
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
 def parquet_with_a_damaged_page_of_labels(scene: Scene) -> Settings:
     file = scene.write_table(scene.make_table(), compression="gzip")
     overwrite_column(file, 2)
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "no sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
 def parquet_with_a_label_page_that_its_checksum_tells(scene: Scene) -> Settings:
     options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
     file = scene.write_table(scene.make_table(), **options)
@@ -719,16 +959,45 @@ def overwrite_column(file: Path, number: int) -> None:
     file.write_bytes(content)
 
 
-@source(SourceError, "train.parquet", "'image'", "string")
-def image_column_of_strings(scene: Scene) -> Settings:
-    table = pa.table({"image": ["0.png", "1.png"], "label": [0, 1]})
-    scene.write_table(table)
+@source(
+    SourceError, "train.parquet in", "none of its first 2 images is embedded or found", "the path '0.png' is not there"
+)
+def image_column_of_strings_without_the_files(scene: Scene) -> Settings:
+    scene.write_table(pa.table({"image": ["0.png", "1.png"], "label": [0, 1]}))
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "'image'", "binary")
-def image_column_of_plain_bytes(scene: Scene) -> Settings:
-    scene.write_table(pa.table({"image": [encoded(picture(0)), encoded(picture(1))], "label": [0, 1]}))
+@source(SourceError, "train.parquet in", "none of its first 20 images", "its path '0.png' is not there", "{root}")
+def images_that_are_all_elsewhere(scene: Scene) -> Settings:
+    return scene.table({row: {"bytes": None, "path": f"{row}.png"} for row in range(20)})
+
+
+@source(SourceError, "test-0.parquet in", "is embedded or found, nor of 1 more files", "(test-0.parquet#0: ")
+def images_of_two_test_files_that_are_all_elsewhere(scene: Scene) -> Settings:
+    settings = scene.table()
+    for number in range(2):
+        lost = scene.make_table({row: {"bytes": None, "path": f"{row}.png"} for row in range(20)})
+        scene.write_table(lost, f"test-{number}.parquet")
+    return settings
+
+
+@source(SourceError, "train.parquet", "'image'", "list<element: struct<bytes: binary", "one image a row")
+def image_column_of_lists(scene: Scene) -> Settings:
+    images = [[{"bytes": encoded(picture(row)), "path": None}] for row in range(2)]
+    scene.write_table(pa.table({"image": images, "label": [0, 1]}))
+    return scene.settings("parquet")
+
+
+@source(SourceError, "train.parquet", "'image'", "extension<arrow.fixed_shape_tensor")
+def image_column_of_pixels(scene: Scene) -> Settings:
+    pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([picture(0), picture(1)]))
+    scene.write_table(pa.table({"image": pixels, "label": [0, 1]}))
+    return scene.settings("parquet")
+
+
+@source(SourceError, "train.parquet", "'label'", "list<element: int64>", "one label a row")
+def label_column_of_lists(scene: Scene) -> Settings:
+    scene.write_table(pa.table({"image": [encoded(picture(0))], "label": [[0, 1]]}))
     return scene.settings("parquet")
 
 
@@ -744,31 +1013,127 @@ def image_struct_of_numbers(scene: Scene) -> Settings:
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "'image'", "struct<path: string>")
-def image_struct_without_bytes(scene: Scene) -> Settings:
-    scene.write_table(pa.table({"image": [{"path": "0.png"}, {"path": "1.png"}], "label": [0, 1]}))
+@source(SourceError, "train.parquet", "'image'", "struct<size: int64>")
+def image_struct_without_bytes_and_path(scene: Scene) -> Settings:
+    scene.write_table(pa.table({"image": [{"size": 1}, {"size": 2}], "label": [0, 1]}))
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "'label'", "double")
+@source(
+    SourceError, "train.parquet", "row 3 of column 'label' (double) is 0.5, not a whole number", "data.label_column"
+)
 def label_column_of_floats(scene: Scene) -> Settings:
-    return scene.table(labels=dict.fromkeys(range(20), 0.5), label_type=pa.float64())
+    return scene.table(labels={BAD: 0.5}, label_type=pa.float64()) | {"data.on_error": "skip"}
 
 
-@source(SourceError, "train.parquet", "'label'", "string")
-def label_column_of_strings(scene: Scene) -> Settings:
-    return scene.table(labels=dict.fromkeys(range(20), "cat"), label_type=pa.string())
+@source(SourceError, "train.parquet", "row 3 of column 'label' (float) is inf, not a whole number")
+def label_that_is_infinite(scene: Scene) -> Settings:
+    return scene.table(labels={BAD: float("inf")}, label_type=pa.float32())
 
 
-@source(SourceError, "train.parquet", "'image' or 'img'", "picture, label")
+@source(SourceError, "column 'label' in data.root = {root}", "every row has the label 'cat'", "two or more")
+def text_labels_all_alike(scene: Scene) -> Settings:
+    return text_labels(scene, dict.fromkeys(range(20), "cat"))
+
+
+@source(SourceError, "column 'label' in data.root = {root}", "every row has the label 'true'", "two or more")
+def boolean_labels_all_alike(scene: Scene) -> Settings:
+    return scene.table(labels=dict.fromkeys(range(20), True), label_type=pa.bool_(), names=None)
+
+
+@source(DataError, "train.parquet#0", "label is 'cat'", "not one of the 2 names", "(the first of 20 bad rows)")
+def text_labels_that_the_metadata_does_not_name(scene: Scene) -> Settings:
+    return text_labels(scene, dict.fromkeys(range(20), "cat"), names=CLASSES)
+
+
+@source(
+    SourceError,
+    "column 'label' in",
+    "more than 10 different labels in 20 rows ('0.png', '1.png', ",
+    "data.label_column",
+)
+def text_labels_that_name_rows(scene: Scene) -> Settings:
+    return text_labels(scene, {row: f"{row}.png" for row in range(20)})
+
+
+@source(SourceError, "column 'label' in", "more than 10 different labels in 20 rows ('0', '1', ", "data.label_column")
+def numbers_that_name_rows(scene: Scene) -> Settings:
+    return scene.table(labels={row: row for row in range(20)}, names=None)
+
+
+@source(SourceError, "train-2.parquet in", "its labels are int64, and string in train-1.parquet")
+def labels_of_other_types_between_files(scene: Scene) -> Settings:
+    text_labels(scene)
+    (scene.root / "train.parquet").rename(scene.root / "train-1.parquet")
+    scene.write_table(scene.make_table(names=None), "train-2.parquet")
+    return scene.settings("parquet")
+
+
+@source(SourceError, "train.parquet", "'image' or 'img', only picture, label. Set data.image_column to 'picture'")
 def image_column_missing(scene: Scene) -> Settings:
     scene.write_table(scene.make_table().rename_columns(["picture", "label"]))
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "'label'", "image, class")
+@source(SourceError, "train.parquet", "'label'", "only image, class, id. Set data.label_column to 'class' or 'id'")
 def label_column_missing(scene: Scene) -> Settings:
-    scene.write_table(scene.make_table().rename_columns(["image", "class"]))
+    table = scene.make_table().rename_columns(["image", "class"])
+    scene.write_table(table.append_column("id", [[str(row) for row in range(20)]]))
+    return scene.settings("parquet")
+
+
+@source(SourceError, "train.parquet", "no column 'lable' (data.label_column), only image, label. Did you mean 'label'?")
+def label_column_misspelt(scene: Scene) -> Settings:
+    return scene.table() | {"data.label_column": "lable"}
+
+
+@source(
+    SourceError,
+    "train.parquet",
+    "no column 'x' (data.image_column), only image, label. Set data.image_column to 'image'",
+)
+def image_column_of_another_name(scene: Scene) -> Settings:
+    return scene.table() | {"data.image_column": "x"}
+
+
+@source(
+    SourceError,
+    "no column 'x' (data.label_column), only image, c0, c1, ",
+    "c8, ... (201 in all). Set ",
+    "'c9', ... (200 in all)",
+)
+def label_column_missing_among_many(scene: Scene) -> Settings:
+    table = scene.make_table().drop_columns(["label"])
+    for number in range(200):
+        table = table.append_column(f"c{number}", [list(range(20))])
+    scene.write_table(table)
+    return scene.settings("parquet", label_column="x")
+
+
+@source(
+    SourceError, "train.parquet", "no column 'image' or 'img', only x", "Give files with a column of encoded images"
+)
+def columns_of_which_none_fits(scene: Scene) -> Settings:
+    scene.write_table(pa.table({"x": [0.5]}))
+    return scene.settings("parquet")
+
+
+@source(SourceError, "data.label_column", "'image'", "data.image_column")
+def one_column_for_images_and_labels(scene: Scene) -> Settings:
+    return scene.table() | {"data.image_column": "image", "data.label_column": "image"}
+
+
+@source(SourceError, "kind=a/0.parquet in", "'fine_label', only image, kind (folders). Set data.label_column to 'kind'")
+def label_in_the_folders_of_another_key(scene: Scene) -> Settings:
+    for name in CLASSES:
+        scene.write_table(scene.make_table().drop_columns(["label"]), f"kind={name}/0.parquet")
+    return scene.settings("parquet")
+
+
+@source(SourceError, "rest.parquet in", "no column 'label'", "only image", "Give files with a column of labels")
+def label_in_the_folders_of_some_files(scene: Scene) -> Settings:
+    for name in (*(f"label={name}/0.parquet" for name in CLASSES), "rest.parquet"):
+        scene.write_table(scene.make_table().drop_columns(["label"]), name)
     return scene.settings("parquet")
 
 
@@ -861,6 +1226,35 @@ def metadata_that_is_no_text(scene: Scene) -> Settings:
     return scene.settings("parquet")
 
 
+@source(SourceError, "train.parquet", "huggingface", "nested too deeply")
+def metadata_that_is_nested_too_deeply(scene: Scene) -> Settings:
+    scene.write_table(scene.make_table().replace_schema_metadata({"huggingface": "[" * 200_000}))
+    return scene.settings("parquet")
+
+
+@source(SourceError, "train.parquet", "huggingface", "it names 'info' twice")
+def metadata_with_a_key_twice(scene: Scene) -> Settings:
+    scene.write_table(scene.make_table().replace_schema_metadata({"huggingface": '{"info": {}, "info": {}}'}))
+    return scene.settings("parquet")
+
+
+@source(SourceError, "train.parquet", "huggingface", "surrogates not allowed")
+def name_that_is_half_a_surrogate_pair(scene: Scene) -> Settings:
+    return scene.table(names=["a", "\ud83d"])
+
+
+@source(
+    SourceError, "train.parquet", "huggingface", "the class '\u00e9' twice, in two Unicode forms (0 and 2)", "Rename"
+)
+def one_name_in_two_unicode_forms(scene: Scene) -> Settings:
+    return scene.table(names=["\u00e9", "b", "e\u0301"])
+
+
+@source(SourceError, "train.parquet", "names are 'aaaa", "aaa...)")
+def names_that_are_one_long_string(scene: Scene) -> Settings:
+    return scene.table(names="a" * 1_000_000)
+
+
 @source(SourceError, "train.parquet", "huggingface", "'label'")
 def metadata_of_another_column(scene: Scene) -> Settings:
     table = scene.make_table()
@@ -896,9 +1290,28 @@ def parquet_of_a_test_part_alone(scene: Scene) -> Settings:
     return scene.settings("parquet")
 
 
-@source(SourceError, "{root}", "no Parquet file")
+@source(SourceError, "{root}", "no Parquet file. Give")
 def parquet_root_empty(scene: Scene) -> Settings:
     return scene.settings("parquet")
+
+
+@source(
+    SourceError,
+    "{root}",
+    "no Parquet file, only 2 .csv files, 1 file without an ending, 1 .txt file, 3 others, 1 hidden",
+)
+def parquet_root_of_other_files(scene: Scene) -> Settings:
+    (scene.root / ".cache").mkdir()
+    for name in ("a.csv", "b.csv", "c.txt", "Makefile", "x.1", "x.2", "x.3", ".hidden", ".cache/train.parquet"):
+        (scene.root / name).touch()
+    return scene.settings("parquet")
+
+
+@source(SourceError, "{root}/*.parquet", "no Parquet file that matches '*.parquet', only 1 .PARQUET file")
+def parquet_glob_in_other_letters(scene: Scene) -> Settings:
+    scene.table()
+    (scene.root / "train.parquet").rename(scene.root / "TRAIN.PARQUET")
+    return scene.settings("parquet", root=f"{scene.root}/*.parquet")
 
 
 @source(SourceError, "{root}/nowhere", "no Parquet file")
@@ -945,17 +1358,19 @@ def parquet_of_a_part_that_is_all_left_out(scene: Scene) -> Settings:
     return scene.table() | {"data.on_error": "skip"}
 
 
-@source(SourceError, "{root}", "train.parquet#", "no image")
+@source(SourceError, "{root}", "train.parquet#", "not an image")
 def parquet_without_one_image(scene: Scene) -> Settings:
     return scene.table({row: {"bytes": b"?", "path": None} for row in range(20)}) | {"data.on_error": "skip"}
 
 
-@source(DataError, "test split", "no rows", "data.test_fraction = 0.001")
-def split_too_small(scene: Scene) -> Settings:
-    return scene.tree() | {"data.test_fraction": 0.001}
+@source(DataError, "test split", "no rows", "'a' (1 of 2 rows)", "Add images: at least one class needs 3 rows")
+def classes_of_one_image(scene: Scene) -> Settings:
+    for label, name in enumerate(CLASSES):
+        scene.image_file(f"train/{name}/00.png", label)
+    return scene.settings("folder")
 
 
-@source(DataError, "train split", "no rows", "data.test_fraction = 0.99", "Lower")
+@source(DataError, "val split", "no rows", "'a' (10 of 20 rows)", "data.test_fraction = 0.99", "Lower")
 def split_too_large(scene: Scene) -> Settings:
     return scene.tree() | {"data.test_fraction": 0.99}
 
@@ -975,7 +1390,7 @@ def class_folder_empty_beside_a_row_left_out(scene: Scene) -> Settings:
     return settings | {"data.on_error": "skip"}
 
 
-@source(SourceError, "{root}/train/b", "no images")
+@source(SourceError, "{root}/train/b", "no images", "train/b/notes.txt")
 def class_folder_of_other_files(scene: Scene) -> Settings:
     settings = class_folder_empty(scene)
     (scene.root / "train/b/notes.txt").write_text("to do")
@@ -989,7 +1404,7 @@ def class_folder_of_a_folder_named_like_an_image(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "{root}/test/a", "no images")
+@source(SourceError, "{root}/test", "no images")
 def test_folder_without_images(scene: Scene) -> Settings:
     for name in CLASSES:
         (scene.root / "test" / name).mkdir(parents=True)
@@ -999,17 +1414,10 @@ def test_folder_without_images(scene: Scene) -> Settings:
 test_folder_without_images.__test__ = False  # type: ignore[attr-defined]
 
 
-@source(SourceError, "{root}/test", "{root}/train/a")
+@source(SourceError, "{root}/test", "no images")
 def part_folder_without_classes(scene: Scene) -> Settings:
     (scene.root / "test").mkdir()
     return scene.tree()
-
-
-@source(SourceError, "{root}/train/c", "{root}/test")
-def class_of_the_training_part_alone(scene: Scene) -> Settings:
-    settings = scene.tree(parts=("train", "test"))
-    scene.image_file("train/c/00.png", 2)
-    return settings
 
 
 @source(SourceError, "{root}/val/c", "{root}/train")
@@ -1054,7 +1462,7 @@ def root_missing(scene: Scene) -> Settings:
     return scene.settings("folder", root=f"{scene.root}/nowhere")
 
 
-@source(SourceError, "s3://bucket/images", "no local folder")
+@source(SourceError, "s3://bucket/images", "not a local folder")
 def root_on_s3(scene: Scene) -> Settings:
     return scene.settings("folder", root="s3://bucket/images")
 
@@ -1116,7 +1524,7 @@ def class_name_not_utf8(scene: Scene) -> Settings:
     return settings | {"data.on_error": "skip"}
 
 
-@source(DataError, "train/a/two", "lines.png", "no image")
+@source(DataError, "train/a/two", "lines.png", "not an image")
 def file_name_of_two_lines(scene: Scene) -> Settings:
     settings = scene.tree()
     (scene.root / "train/a/two\nlines.png").write_bytes(b"?")
@@ -1156,10 +1564,10 @@ def test_a_file_that_is_cut_off_between_footer_and_rows_is_named(scene: Scene) -
         return ParquetFile(*given, **options)
 
     ParquetFile = pq.ParquetFile
-    scene.patch.setattr("rcnn.data.sources.parquet.pq.ParquetFile", open_and_cut)
+    scene.patch.setattr("rcnn.data.sources.parquet_files.pq.ParquetFile", open_and_cut)
     with pytest.raises(SourceError) as caught:
         ingest(scene, settings)
-    check_message(caught.value, ["train.parquet", str(scene.root), "no sound Parquet file"])
+    check_message(caught.value, ["train.parquet", str(scene.root), "not a sound Parquet file"])
     check_nothing_left(scene)
 
 
@@ -1234,11 +1642,21 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def idx_files(scene: Scene, labels: Sequence[int] = tuple(range(10)) * 10) -> Settings:
-    """Unpacked files of Fashion-MNIST, of which no checksum is known."""
+    """Unpacked files of Fashion-MNIST, which the code takes for the official ones."""
     for prefix in ("train", "t10k"):
         images = np.stack([picture(row, 28, 28) for row in range(len(labels))])
         (scene.root / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images))
         (scene.root / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.array(labels)))
+    return trusted_idx(scene)
+
+
+def trusted_idx(scene: Scene) -> Settings:
+    """Makes the code take the files that are there, whatever they hold, for the official ones."""
+    md5 = {}
+    for name in digits.FASHION_MNIST.md5:
+        file = scene.root / name
+        md5[name] = ("", hashlib.md5(file.read_bytes()).hexdigest() if file.is_file() else "")
+    scene.patch.setattr(digits, "FASHION_MNIST", replace(digits.FASHION_MNIST, md5=md5))
     return scene.settings("fashion-mnist")
 
 
@@ -1365,17 +1783,17 @@ def mnist_file_that_is_a_folder(scene: Scene) -> Settings:
 
 @official("{root}/train-images-idx3-ubyte", "IDX")
 def idx_file_cut_off(scene: Scene) -> Settings:
-    settings = idx_files(scene)
+    idx_files(scene)
     file = scene.root / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
-    return settings
+    return trusted_idx(scene)
 
 
 @official("{root}/train-images-idx3-ubyte", "IDX")
 def idx_file_of_labels_for_images(scene: Scene) -> Settings:
-    settings = idx_files(scene)
+    idx_files(scene)
     shutil.copy(scene.root / "train-labels-idx1-ubyte", scene.root / "train-images-idx3-ubyte")
-    return settings
+    return trusted_idx(scene)
 
 
 @official("{root}/train-labels-idx1-ubyte.gz", "cannot be read")
@@ -1389,29 +1807,29 @@ def idx_file_packed_and_cut_off(scene: Scene) -> Settings:
 
 @official("{root}/train-images-idx3-ubyte", "100", "99")
 def idx_files_of_different_lengths(scene: Scene) -> Settings:
-    settings = idx_files(scene)
+    idx_files(scene)
     (scene.root / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(99) % 10))
-    return settings
+    return trusted_idx(scene)
 
 
-@official("{root}/train-", "label", "is 10")
+@official("{root}/train-labels-idx1-ubyte", "label", "is 10")
 def idx_label_beyond_the_classes(scene: Scene) -> Settings:
     return idx_files(scene, [*range(10), *range(10), 10])
 
 
 @official("{root}/train-images-idx3-ubyte", "0")
 def idx_files_without_rows(scene: Scene) -> Settings:
-    settings = idx_files(scene)
+    idx_files(scene)
     (scene.root / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((0, 28, 28))))
     (scene.root / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(0)))
-    return settings
+    return trusted_idx(scene)
 
 
 @official("{root}/train-images-idx3-ubyte", "8")
 def idx_files_of_another_size(scene: Scene) -> Settings:
-    settings = idx_files(scene)
+    idx_files(scene)
     (scene.root / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((100, 8, 8))))
-    return settings
+    return trusted_idx(scene)
 
 
 @official("{root}/train_32x32.mat", "missing")
@@ -1688,12 +2106,14 @@ WRITES = 7  # three shards, their records, and the manifest
 
 
 @pytest.mark.parametrize("number", range(WRITES))
-def test_a_full_disk_is_named_and_leaves_nothing(scene: Scene, number: int) -> None:
+def test_a_full_disk_is_named_and_keeps_finished_shards(scene: Scene, number: int) -> None:
     settings = scene.tree()
     with scene.patch.context() as patch:
         patch.setattr(Storage, "filesystem", FullDisk(number))
         check_refused(scene, settings, ClusterError, ("{storage}/datasets", "No space left on device"))
+    assert len(list(Path(scene.storage).glob("datasets/.draft-x/records/*.json"))) == number // 2
     ingest(scene, settings)
+    check_nothing_left(scene, kept(scene) - check_finished_shards(scene))
     assert stored_rows(scene) == scene.rows
 
 
@@ -1723,14 +2143,14 @@ def test_a_limit_on_the_size_of_files_is_named(scene: Scene) -> None:
 def test_a_full_disk_keeps_the_data_set_that_was_to_be_replaced(scene: Scene, number: int) -> None:
     settings = scene.tree()
     ingest(scene, settings)
-    before = contents(Path(scene.storage, "datasets"))
+    before = contents(Path(scene.storage, "datasets/x"))
     storage = Storage(scene.storage)
     scene.patch.setattr(Storage, "filesystem", FullDisk(number))
     with pytest.raises(ClusterError, match="No space left on device"):
         run_ingest(
             PipelineConfig().with_settings(settings), StageFolder(storage, "datasets/x", replaces=True), NoTracker()
         )
-    assert contents(Path(scene.storage, "datasets")) == before
+    assert contents(Path(scene.storage, "datasets/x")) == before
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1808,10 +2228,10 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "newer": (change_manifest(lambda tree: tree | {"schema_version": 99}), ("99", "reads 2", "Upgrade")),
     "older": (change_manifest(lambda tree: tree | {"schema_version": 1}), ("1", "reads 2", "Ingest")),
     "version that is a word": (change_manifest(lambda tree: tree | {"schema_version": "two"}), ("schema_version",)),
-    "no JSON": (lambda file: file.write_text('{\n"name":\n'), ("no JSON",)),
-    "no bytes": (lambda file: file.write_bytes(b""), ("no JSON",)),
-    "no text": (lambda file: file.write_bytes(b"\xff\xfe\n\x00"), ("no JSON",)),
-    "cut off": (lambda file: file.write_bytes(file.read_bytes()[:-3]), ("no JSON",)),
+    "not JSON": (lambda file: file.write_text('{\n"name":\n'), ("not JSON",)),
+    "no bytes": (lambda file: file.write_bytes(b""), ("not JSON",)),
+    "no text": (lambda file: file.write_bytes(b"\xff\xfe\n\x00"), ("not JSON",)),
+    "cut off": (lambda file: file.write_bytes(file.read_bytes()[:-3]), ("not JSON",)),
     "list": (change_manifest(lambda tree: [tree]), ("damaged",)),
     "changed number": (change_manifest(lambda tree: tree | {"pixel_std": tree["pixel_std"] + 1}), ("digest",)),
     "changed rows": (
@@ -2044,7 +2464,43 @@ def test_a_bit_anywhere_in_a_parquet_file_raises_nothing_else(scene: Scene, comp
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def categories(scene: Scene) -> Path:
+    table = scene.make_table(names=None)
+    texts = pa.array([CLASSES[label] for label in table["label"].to_pylist()]).dictionary_encode()
+    return scene.write_table(table.set_column(1, "label", texts), compression="none")
+
+
+def external_images(scene: Scene) -> Path:
+    for row in range(20):
+        (scene.root / f"{row}.png").write_bytes(sound_image(row)[1])
+    table = scene.make_table({row: {"bytes": None, "path": f"{row}.png"} for row in range(20)})
+    return scene.write_table(table, compression="none")
+
+
+def labels_of_folders(scene: Scene) -> Path:
+    table = scene.make_table(names=None).drop_columns(["label"])
+    files = [scene.write_table(table, f"label={name}/train.parquet") for name in CLASSES]
+    return files[0]
+
+
+def booleans(scene: Scene) -> Path:
+    labels = {row: bool(row % 2) for row in range(20)}
+    return scene.write_table(scene.make_table(labels=labels, label_type=pa.bool_(), names=None))
+
+
+@pytest.mark.parametrize("layout", [categories, external_images, labels_of_folders, booleans])
+def test_a_bit_anywhere_in_a_parquet_file_of_any_layout_raises_nothing_else(
+    scene: Scene, layout: Callable[[Scene], Path]
+) -> None:
+    file = layout(scene)
+    content = file.read_bytes()
+    for position in range(0, len(content), 61):
+        flip(file, position)
+        check_ingest_ends_well(scene, scene.settings("parquet"))
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", decode.FORMATS)
 def test_a_byte_anywhere_in_an_image_raises_nothing_else(scene: Scene, kind: str) -> None:
     settings = scene.tree()
     content = encoded(picture(0), kind)
@@ -2070,4 +2526,5 @@ def check_ingest_ends_well(scene: Scene, settings: Settings) -> None:
     error = error_of(scene, settings, on_error="skip")
     if error is not None:
         check_message(error, [])
-    shutil.rmtree(scene.storage)
+    if Path(scene.storage).exists():  # not where the settings were refused
+        shutil.rmtree(scene.storage)

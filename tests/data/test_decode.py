@@ -9,14 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 
 from rcnn.config import DataConfig
-from rcnn.data.sources.decode import FORMATS, ORIENTATION_TAG, BadImage, ImageRule, decode_image, find_rule
+from rcnn.data.sources.decode import (
+    ENDINGS,
+    FORMATS,
+    ORIENTATION_TAG,
+    BadImage,
+    ImageRule,
+    decode_image,
+    find_rule,
+    require_header,
+)
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 SIXTEEN_BITS = np.array([[0, 255, 256], [32767, 32768, 65535]], np.uint16)
-NO_IMAGE = "is no image that can be read"
+GREYS = np.random.default_rng(3).integers(0, 256, (24, 40), dtype=np.uint8)
+NO_IMAGE = "is not an image that can be read"
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
@@ -58,7 +68,27 @@ def test_the_content_decides_on_the_format_and_not_the_ending(tmp_path: Path, ki
     np.testing.assert_array_equal(pixels, as_pillow_has_it(content))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("PPM", {})])
+def test_avif_and_jpeg_2000_are_read_where_pillow_reads_them() -> None:
+    assert ("AVIF" in FORMATS, ".avif" in ENDINGS) == (features.check("avif"),) * 2
+    assert ("JPEG2000" in FORMATS, ".jp2" in ENDINGS) == (features.check("jpg_2000"),) * 2
+
+
+def test_the_endings_are_those_that_pillow_gives_the_formats() -> None:
+    Image.init()
+    assert {Image.EXTENSION[ending] for ending in ENDINGS} == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("PPM", {}),
+        ("JPEG2000", {}),
+        ("JPEG2000", {"no_jp2": True}),
+    ],
+)
 def test_lossless_pixels_come_back_as_they_were(kind: str, options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(decoded(encoded(COLOURS, kind, **options)), COLOURS)
 
@@ -67,6 +97,36 @@ def test_lossless_pixels_come_back_as_they_were(kind: str, options: dict[str, An
 def test_other_formats_and_other_files_are_refused(content: bytes) -> None:
     with pytest.raises(BadImage, match=NO_IMAGE):
         decoded(content)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"", b'<?xml version="1.0" encoding="utf-8"?>\n<!-- drawn by hand -->\n', b"<!--" + b" " * 3000 + b"-->"],
+)
+@pytest.mark.parametrize("is_file", [False, True])
+def test_an_svg_is_said_to_be_one_and_what_is_read_is_listed(tmp_path: Path, start: bytes, is_file: bool) -> None:
+    content = start + b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>'
+    (tmp_path / "x.svg").write_bytes(content)
+    with pytest.raises(BadImage) as caught:
+        decode_image(tmp_path / "x.svg" if is_file else io.BytesIO(content), RULE)
+    assert str(caught.value) == (
+        f"is an SVG file, a vector graphic, and not an image that can be read ({', '.join(FORMATS)})"
+    )
+    assert caught.value.remedy == "Convert it to PNG"
+
+
+def test_a_header_is_checked_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    data = DataConfig(source="folder", root="x", max_megapixels=1)
+    for kind in FORMATS:
+        (tmp_path / "x").write_bytes(encoded(COLOURS, kind))
+        require_header(tmp_path / "x", data)
+    (tmp_path / "x").write_bytes(b"hello")
+    with pytest.raises(BadImage, match=NO_IMAGE):
+        require_header(tmp_path / "x", data)
+    (tmp_path / "x").write_bytes(png_header(2000, 1000))
+    with pytest.raises(BadImage, match="is 2000x1000"):
+        require_header(tmp_path / "x", data)
 
 
 def test_an_empty_image_is_said_to_be_empty(tmp_path: Path) -> None:
@@ -114,6 +174,19 @@ def test_a_decompression_bomb_is_refused_by_its_header(
         decoded(png_header(*size), max_megapixels=2)
 
 
+@pytest.mark.parametrize(("kind", "before_size"), [("JPEG2000", b"ihdr"), ("AVIF", b"ispe\0\0\0\0")])
+@pytest.mark.parametrize("side", [2000, 12_000, 100_000])
+def test_a_bomb_in_avif_or_jpeg_2000_is_refused_by_its_header(
+    kind: str, before_size: bytes, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encoded(COLOURS, kind)
+    start = content.index(before_size) + len(before_size)
+    content = content[:start] + struct.pack(">II", side, side) + content[start + 8 :]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(BadImage, match=rf"data\.max_megapixels = 2|{NO_IMAGE}"):  # libavif refuses 100,000 itself
+        decoded(content, max_megapixels=2)
+
+
 def test_a_size_just_within_the_limit_is_decoded() -> None:
     content = encoded(np.zeros((1000, 2000), np.uint8))
     assert decoded(content, max_megapixels=2).shape == (1000, 2000, 1)
@@ -150,7 +223,14 @@ def test_broken_exif_makes_a_bad_image(kind: str) -> None:
         decode_image(io.BytesIO(content), RULE)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_avif_is_turned_upright_as_its_header_says() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    flat, turned = encoded(COLOURS, "AVIF"), encoded(COLOURS, "AVIF", exif=exif)
+    np.testing.assert_array_equal(decoded(turned), np.rot90(as_pillow_has_it(flat), -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_16_bit_greys_are_scaled_to_8(kind: str) -> None:
     np.testing.assert_array_equal(decoded(encoded(SIXTEEN_BITS, kind)), (SIXTEEN_BITS // 256)[..., None])
 
@@ -185,6 +265,14 @@ def test_an_alpha_channel_falls_away() -> None:
     np.testing.assert_array_equal(decoded(encoded(grey)), COLOURS[..., :1])
 
 
+@pytest.mark.parametrize("kind", ["JPEG2000", "AVIF"])
+def test_an_alpha_channel_of_a_newer_format_is_dropped(kind: str) -> None:
+    opaque, faint = (np.dstack([COLOURS, np.full((6, 9), alpha, np.uint8)]) for alpha in (255, 1))
+    pixels = decoded(encoded(faint, kind))
+    assert pixels.shape == (6, 9, 3)
+    np.testing.assert_array_equal(pixels, decoded(encoded(opaque, kind)))
+
+
 def test_black_and_white_becomes_0_and_255() -> None:
     bits = COLOURS[..., 0] > 127
     np.testing.assert_array_equal(decoded(encoded(Image.fromarray(bits)))[..., 0], np.where(bits, 255, 0))
@@ -202,6 +290,85 @@ def test_of_an_animation_the_first_picture_is_taken(kind: str) -> None:
         first, kind, save_all=True, append_images=[second], **({"lossless": True} if kind == "WEBP" else {})
     )
     np.testing.assert_array_equal(decoded(content), np.broadcast_to(np.array([255, 0, 0]), (3, 4, 3)))
+
+
+def test_of_an_animated_avif_the_first_picture_is_taken() -> None:
+    first, second = (Image.new("RGB", (4, 3), colour) for colour in ("red", "blue"))
+    content = encoded(first, "AVIF", save_all=True, append_images=[second])
+    np.testing.assert_allclose(decoded(content), np.broadcast_to(np.array([255, 0, 0]), (3, 4, 3)), atol=2)
+
+
+def palette_image(colours: list[tuple[int, int, int]], numbers: np.ndarray) -> Image.Image:
+    image = Image.fromarray(numbers.astype(np.uint8)).convert("P")
+    image.putpalette(np.array(colours, np.uint8).tobytes())
+    return image
+
+
+GREY_PALETTE = palette_image([(90, 90, 90), (7, 7, 7), (200, 10, 10)], GREYS % 2)  # the red one is not used
+COLOUR_PALETTE = palette_image([(90, 90, 90), (7, 7, 7), (200, 10, 10)], GREYS % 3)
+GREY_IMAGES = {
+    "a PNG": encoded(GREYS),
+    "a GIF": encoded(GREY_PALETTE, "GIF"),
+    "a PNG of a palette": encoded(GREY_PALETTE, "PNG"),
+    "a BMP of a palette": encoded(GREY_PALETTE, "BMP"),
+    "a TIFF of a palette": encoded(GREY_PALETTE, "TIFF"),
+    "a JPEG 2000": encoded(GREYS, "JPEG2000"),
+    "a JPEG": encoded(GREYS, "JPEG"),
+    "a lossless WebP": encoded(GREYS, "WEBP", lossless=True),
+    **{f"a WebP of quality {quality}": encoded(GREYS, "WEBP", quality=quality) for quality in (1, 30, 80, 100)},
+    **{f"an AVIF of quality {quality}": encoded(GREYS, "AVIF", quality=quality) for quality in (1, 30, 80, 100)},
+    "a tiny AVIF": encoded(GREYS[:5, :7], "AVIF", quality=0, range="limited"),
+    "a WebP with alpha": encoded(np.dstack([GREYS, GREYS, GREYS, GREYS]), "WEBP"),
+}
+NEARLY_GREY = np.dstack([GREYS // 2 + 40, GREYS // 2 + 40, GREYS // 2 + 60])
+COLOUR_IMAGES = {
+    "a GIF": encoded(COLOUR_PALETTE, "GIF"),
+    "a moving GIF": encoded(COLOUR_PALETTE, "GIF", save_all=True, append_images=[GREY_PALETTE]),
+    "a PNG of a palette": encoded(COLOUR_PALETTE, "PNG"),
+    "a WebP": encoded(NEARLY_GREY, "WEBP"),
+    "an AVIF": encoded(NEARLY_GREY, "AVIF"),
+    "a JPEG of three grey channels": encoded(np.dstack([GREYS] * 3), "JPEG"),
+    "a PNG of three grey channels": encoded(np.dstack([GREYS] * 3), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", GREY_IMAGES)
+def test_what_looks_grey_counts_as_grey_where_its_format_cannot_say_it(name: str) -> None:
+    content = GREY_IMAGES[name]
+    pixels = decoded(content)
+    assert pixels.shape[2] == 1
+    np.testing.assert_array_equal(pixels[..., 0], as_pillow_has_it(content, "L"))
+    height, width, _ = pixels.shape
+    rule = ImageRule((height, width, 1), None, is_grey_required=True, max_pixels=10**6)
+    np.testing.assert_array_equal(decode_image(io.BytesIO(content), rule), pixels)
+
+
+@pytest.mark.parametrize("name", COLOUR_IMAGES)
+def test_what_is_or_is_said_to_be_in_colour_stays_so(name: str) -> None:
+    assert decoded(COLOUR_IMAGES[name]).shape[2] == 3
+    rule = ImageRule((24, 40, 1), None, is_grey_required=True, max_pixels=10**6)
+    with pytest.raises(BadImage, match="is in colour") as caught:
+        decode_image(io.BytesIO(COLOUR_IMAGES[name]), rule)
+    assert caught.value.remedy == "Set data.color to grey or rgb"
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
+def test_an_image_is_decoded_once_to_find_out_whether_it_is_grey(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(GREYS, kind)
+    rule = find_rule(DataConfig(source="folder", root="x"), io.BytesIO(content))
+    opened: list[object] = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda *given, **options: opened.append(given) or open_image(*given, **options))
+    decode_image(io.BytesIO(content), rule)
+    assert rule.is_grey_required
+    assert len(opened) == 1
+
+
+def test_a_first_image_that_is_cut_off_makes_no_rule() -> None:
+    """Its header has a size; taken from there, every sound image of another size would be left out."""
+    content = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "JPEG")
+    with pytest.raises(BadImage, match="truncated"):
+        find_rule(DataConfig(source="folder", root="x"), io.BytesIO(content[: len(content) // 2]))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +393,7 @@ def test_a_colour_image_among_greys_is_refused_unless_grey_was_asked_for(color: 
     grey = encoded(COLOURS[..., 0])
     rule = find_rule(DataConfig(source="folder", root="x", color=color), io.BytesIO(grey))
     if is_refused:
-        with pytest.raises(BadImage, match=r"is in colour, and the first image is grey: set data\.color"):
+        with pytest.raises(BadImage, match="is in colour, and the first image is grey"):
             decode_image(io.BytesIO(encoded(COLOURS)), rule)
     else:
         pixels = decode_image(io.BytesIO(encoded(COLOURS)), rule)[..., 0]
@@ -256,5 +423,6 @@ def test_another_size_is_resized_as_pillow_does_it(resize: str, shape: tuple[int
 
 
 def test_another_size_is_refused_where_none_was_asked_for() -> None:
-    with pytest.raises(BadImage, match=r"is 9x5, and the first image is 9x6: set data\.image_size"):
+    with pytest.raises(BadImage, match=r"is 9x5, and the first image is 9x6$") as caught:
         decode_image(io.BytesIO(encoded(COLOURS[:5])), RULE)
+    assert caught.value.remedy == "Set data.image_size"

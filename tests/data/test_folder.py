@@ -2,6 +2,7 @@
 
 import io
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from PIL import Image, ImageOps
 
 from rcnn.config import DataConfig
 from rcnn.data.schema import Block
+from rcnn.data.sources import decode, open_source
 from rcnn.data.sources import folder as folder_source
-from rcnn.data.sources import open_source
 from rcnn.data.sources.decode import ORIENTATION_TAG
-from rcnn.data.sources.origin import Origin
+from rcnn.data.sources.origin import Origin, bad_row
 from rcnn.errors import RcnnError, SourceError
 
 SHAPE = (5, 7, 3)
@@ -47,6 +48,26 @@ def read(origin: Origin, part: str = "train") -> Block:
     block, skipped = origin.cut(part, np.arange(len(origin.labels[part]))).read()
     assert skipped == []
     return block
+
+
+def bad_rows(root: Path, **settings: Any) -> list[tuple[str, str]]:
+    """What listing leaves out on demand: path and reason."""
+    return [(skip.row_id, skip.reason) for skip in opened(root, on_error="skip", **settings).skipped]
+
+
+def message_of(root: Path, **settings: Any) -> str:
+    """The error that opening the tree raises."""
+    with pytest.raises(RcnnError) as caught:
+        opened(root, **settings)
+    return str(caught.value)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that the user sees."""
+    lines: list[str] = []
+    monkeypatch.setattr(folder_source, "say", lines.append)
+    return lines
 
 
 @pytest.fixture
@@ -115,14 +136,134 @@ def test_folders_below_a_class_belong_to_it(root: Path) -> None:
     assert block.labels.tolist() == [0, 0, 0, 1]
 
 
-def test_hidden_files_other_files_and_folders_beside_train_stay_out(sound: Path) -> None:
+def test_hidden_files_leftovers_of_windows_and_what_is_beside_train_stay_out(sound: Path, said: list[str]) -> None:
     write_tree(sound, "train/a/.0.png", "train/.git/0.png", "train/a/.thumbs/0.png", ".cache/0.png", "raw/c/0.png")
-    for name in ("README.md", "train/README.md", "train/a/notes.txt", "train/a/0.json", "train/a/Thumbs.db"):
-        (sound / name).write_text("no image")
+    for name in ("README.md", "train/README.md", "train/labels.csv", "train/a/Thumbs.db", "train/a/desktop.ini"):
+        (sound / name).write_text("not an image")
     origin = opened(sound)
     assert origin.classes == ("a", "b")
     assert len(read(origin).row_ids) == 4
     assert origin.skipped == ()
+    assert said == [
+        "  files and folders beside train/ stay out: README.md, raw",
+        "  files beside the class folders stay out: README.md, labels.csv",
+    ]
+
+
+def test_a_line_about_many_files_names_three_of_them_with_their_control_characters_as_escapes(
+    sound: Path, said: list[str]
+) -> None:
+    for name in ("a\n\x1b[31m.txt", *map(str, range(3000))):
+        (sound / "train" / name).touch()
+    opened(sound)
+    assert said == [r"  files beside the class folders stay out: 0, 1, 10 and 2,998 more"]
+    for number in range(3000):
+        (sound / "train" / str(number)).unlink()
+    opened(sound)
+    assert said[1:] == [r"  files beside the class folders stay out: a\n\x1b[31m.txt"]
+
+
+@pytest.mark.parametrize("name", ["0", "0.dat", "0.svg", "0.avif.bak"])
+@pytest.mark.parametrize("kind", decode.FORMATS)
+def test_an_image_is_read_whatever_its_name(sound: Path, name: str, kind: str) -> None:
+    image = Image.fromarray(picture(7))
+    image.save(sound / "train/a" / name, kind)
+    origin = opened(sound)
+    block = read(origin)
+    assert origin.skipped == ()
+    assert len(block.row_ids) == 5
+    with Image.open(sound / "train/a" / name) as expected:
+        row = block.row_ids.index(f"train/a/{name}")
+        np.testing.assert_array_equal(block.images[row], np.asarray(expected.convert("RGB")))
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>'
+
+
+def test_what_is_not_an_image_is_a_bad_row_of_its_class(sound: Path) -> None:
+    (sound / "train/a/notes.txt").write_text("not an image")
+    (sound / "train/a/0.json").touch()
+    (sound / "train/b/0.svg").write_bytes(SVG)
+    kinds = ", ".join(decode.FORMATS)
+    assert bad_rows(sound) == [
+        ("train/a/0.json", "is empty"),
+        ("train/a/notes.txt", f"is not an image that can be read ({kinds})"),
+        ("train/b/0.svg", f"is an SVG file, a vector graphic, and not an image that can be read ({kinds})"),
+    ]
+    assert len(read(opened(sound, on_error="skip")).row_ids) == 4
+    assert message_of(sound) == (
+        "train/a/0.json: is empty (the first of 3 bad rows). "
+        "Mend or delete it, or set data.on_error=skip to leave such rows out"
+    )
+
+
+def test_all_files_of_unknown_kind_are_counted_before_any_image_is_decoded(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2000):
+        (sound / f"train/b/{number:04}.svg").write_bytes(SVG)
+    monkeypatch.setattr(folder_source, "find_rule", lambda *_: pytest.fail("it was decoded"))
+    assert message_of(sound).startswith("train/b/0000.svg: is an SVG file")
+    assert message_of(sound).endswith(
+        "(the first of 2,000 bad rows). Convert it to PNG, or set data.on_error=skip to leave such rows out"
+    )
+
+
+def test_listing_opens_only_files_whose_names_do_not_say_what_they_are(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sound / "train/a/0.png").rename(sound / "train/a/zero")
+    checked: list[str] = []
+    require_header = folder_source.require_header
+    monkeypatch.setattr(
+        folder_source, "require_header", lambda file, data: checked.append(file.name) or require_header(file, data)
+    )
+    assert read(opened(sound)).row_ids == ["train/a/1.png", "train/a/zero", "train/b/0.png", "train/b/1.png"]
+    assert checked == ["zero"]
+
+
+def test_an_image_beside_the_class_folders_is_a_bad_row(sound: Path) -> None:
+    write_tree(sound, "train/preview.png", "test/a/0.png", "test/total.JPG")
+    assert bad_rows(sound) == [
+        ("test/total.JPG", "is in no class folder"),
+        ("train/preview.png", "is in no class folder"),
+    ]
+    assert message_of(sound) == (
+        "test/total.JPG: is in no class folder (the first of 2 bad rows). "
+        "Move it into one, or set data.on_error=skip to leave such rows out"
+    )
+
+
+def test_an_image_beside_the_class_folders_of_the_root_is_a_bad_row(root: Path) -> None:
+    write_tree(root, "a/0.png", "b/0.png", "c.png")
+    assert bad_rows(root) == [("c.png", "is in no class folder")]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_class_is_one_in_whatever_unicode_form_its_folders_are(root: Path, form: str, said: list[str]) -> None:
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    here, there = (unicodedata.normalize(kind, "Gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n") for kind in (form, other))
+    assert here != there
+    write_tree(root, f"train/{here}/0.png", "train/a/0.png", f"test/{there}/0.png", "test/a/0.png")
+    origin = opened(root)
+    assert origin.classes == (unicodedata.normalize("NFC", here), "a")
+    assert read(origin).row_ids == [f"train/{here}/0.png", "train/a/0.png"]
+    assert read(origin, "test").row_ids == [f"test/{there}/0.png", "test/a/0.png"]
+    assert origin.labels["train"].tolist() == origin.labels["test"].tolist() == [0, 1]
+    assert said == []
+
+
+def test_two_folders_of_one_class_are_both_read_and_a_line_says_so(root: Path, said: list[str]) -> None:
+    composed, decomposed = (
+        unicodedata.normalize(form, "\N{LATIN SMALL LETTER U WITH DIAERESIS}") for form in ("NFC", "NFD")
+    )
+    names = (f"train/{decomposed}/0.png", f"train/{composed}/0.png", f"train/{composed}/1.png")
+    write_tree(root, *names, "train/a/0.png")
+    origin = opened(root)
+    assert origin.classes == ("a", composed)
+    assert sorted(read(origin).row_ids) == sorted([*names, "train/a/0.png"])
+    assert origin.labels["train"].tolist() == [0, 1, 1, 1]
+    assert said == [f"  classes of train/ with two folders, in NFC and NFD: {composed}"]
 
 
 @pytest.mark.parametrize("ending", [".png", ".PNG", ".Jpg"])
@@ -174,9 +315,11 @@ def test_mixed_sizes_without_image_size_are_left_out_and_named(sound: Path) -> N
     block, skipped = opened(sound).cut("train", np.arange(4)).read()
     assert block.row_ids == ["train/a/0.png", "train/a/1.png", "train/b/1.png"]
     assert block.labels.tolist() == [0, 0, 1]
-    assert [(skip.row_id, skip.reason) for skip in skipped] == [
-        ("train/b/0.png", "is 8x5, and the first image is 7x5: set data.image_size")
-    ]
+    assert [(skip.row_id, skip.reason) for skip in skipped] == [("train/b/0.png", "is 8x5, and the first image is 7x5")]
+    assert str(bad_row(skipped[0])) == (
+        "train/b/0.png: is 8x5, and the first image is 7x5. "
+        "Set data.image_size, or set data.on_error=skip to leave such rows out"
+    )
 
 
 @pytest.mark.parametrize(("color", "channels"), [("auto", 3), ("rgb", 3), ("grey", 1)])
@@ -270,18 +413,20 @@ def test_the_root_itself_may_be_a_link(sound: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("../../../outside.png", "outside.png, out of data.root: copy the file"),
-        ("../../../outside", "outside, out of data.root: copy the file"),
-        ("gone.png", "root/train/a/gone.png, which is no file"),
-        ("../b", "root/train/b, which is no file"),
-        ("link.png", "root/train/a/link.png, which is no file"),
+        ("../../../outside.png", "outside.png, out of data.root"),
+        ("../../../outside", "outside, out of data.root"),
+        ("gone.png", "root/train/a/gone.png, where nothing can be found"),
+        ("../b", "root/train/b, which is not a file"),
+        ("link.png", "root/train/a/link.png, where nothing can be found"),
+        (".", "root/train/a, which holds the link: it leads in circles"),
+        ("../..", "root, which holds the link: it leads in circles"),
     ],
 )
 def test_links_that_lead_out_or_to_no_file_are_named(sound: Path, target: str, reason: str) -> None:
     write(sound.parent / "outside.png", picture(0))
     write(sound.parent / "outside/0.png", picture(0))
     (sound / "train/a/link.png").symlink_to(target)
-    origin = opened(sound)
+    origin = opened(sound, on_error="skip")
     [skip] = origin.skipped
     assert skip.row_id == "train/a/link.png"
     assert skip.reason.startswith("is a link to ")
@@ -292,14 +437,88 @@ def test_links_that_lead_out_or_to_no_file_are_named(sound: Path, target: str, r
 def test_a_link_to_a_folder_of_images_is_named_whatever_its_ending(sound: Path) -> None:
     write(sound.parent / "outside/0.png", picture(0))
     (sound / "train/a/more").symlink_to(sound.parent / "outside")
-    [skip] = opened(sound).skipped
+    [skip] = opened(sound, on_error="skip").skipped
     assert skip.row_id == "train/a/more"
     assert "out of data.root" in skip.reason
 
 
-def test_a_link_that_does_not_look_like_an_image_does_not_matter(sound: Path) -> None:
-    (sound / "train/a/notes.txt").symlink_to(sound.parent / "gone.txt")
-    assert opened(sound).skipped == ()
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [
+        (
+            "outside.png",
+            "Copy the file, or set data.follow_links=true, or set data.on_error=skip to leave such rows out",
+        ),
+        ("outside", "Copy the folder, or set data.follow_links=true, or set data.on_error=skip to leave such rows out"),
+        (
+            "root/train/b",
+            "Copy the folder, or set data.follow_links=true, or set data.on_error=skip to leave such rows out",
+        ),
+        ("root/train", "Delete it, or set data.on_error=skip to leave such rows out"),
+        ("gone", "Mend or delete it, or set data.on_error=skip to leave such rows out"),
+    ],
+)
+def test_a_bad_link_has_one_remedy_that_fits(sound: Path, target: str, remedy: str) -> None:
+    write_tree(sound.parent, "outside.png", "outside/0.png")
+    (sound / "train/a/link").symlink_to(sound.parent / target)
+    assert message_of(sound).endswith(f". {remedy}")
+    assert message_of(sound).count(". ") == 1
+
+
+def test_links_out_of_the_root_are_followed_on_demand(sound: Path) -> None:
+    pictures = write_tree(sound.parent / "outside", "0.png", "c/0.png", "c/deep/1.png", "more/2.png")
+    (sound / "train/a/2.png").symlink_to(sound.parent / "outside/0.png")
+    (sound / "train/a/more").symlink_to(sound.parent / "outside/more")
+    (sound / "train/c").symlink_to(sound.parent / "outside/c")
+    origin = opened(sound, follow_links=True)
+    block = read(origin)
+    assert origin.skipped == ()
+    assert origin.classes == ("a", "b", "c")
+    assert block.row_ids == [
+        *("train/a/0.png", "train/a/1.png", "train/a/2.png", "train/a/more/2.png"),
+        *("train/b/0.png", "train/b/1.png", "train/c/0.png", "train/c/deep/1.png"),
+    ]
+    for row, name in ((2, "0.png"), (3, "more/2.png"), (6, "c/0.png"), (7, "c/deep/1.png")):
+        np.testing.assert_array_equal(block.images[row], pictures[name])
+
+
+def test_a_part_that_is_a_link_out_of_the_root_is_followed_on_demand(sound: Path) -> None:
+    write_tree(sound.parent / "outside", "a/0.png", "b/0.png")
+    (sound / "test").symlink_to(sound.parent / "outside")
+    assert read(opened(sound, follow_links=True), "test").row_ids == ["test/a/0.png", "test/b/0.png"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
+def test_a_followed_link_to_a_folder_around_it_is_a_bad_row(sound: Path, target: str) -> None:
+    (sound / "train/a/loop").symlink_to(target)
+    holder = os.path.normpath(sound / "train/a" / target)
+    assert bad_rows(sound, follow_links=True) == [
+        ("train/a/loop", f"is a link to {holder}, which holds the link: it leads in circles")
+    ]
+    assert len(read(opened(sound, follow_links=True, on_error="skip")).row_ids) == 4
+
+
+@pytest.mark.timeout(20)
+def test_followed_links_that_lead_to_each_other_end(sound: Path) -> None:
+    outside = sound.parent / "outside"
+    write_tree(outside, "x/0.png", "y/1.png")
+    (outside / "x/to-y").symlink_to(outside / "y")
+    (outside / "y/to-x").symlink_to(outside / "x")
+    (sound / "train/a/x").symlink_to(outside / "x")
+    (sound / "train/a/y").symlink_to(outside / "y")
+    origin = opened(sound, follow_links=True, on_error="skip")
+    assert [skip.row_id for skip in origin.skipped] == ["train/a/x/to-y/to-x", "train/a/y"]
+    assert origin.skipped[1].reason == f"leads to {outside}/y, which is in this class already"
+    assert read(origin).row_ids[2:4] == ["train/a/x/0.png", "train/a/x/to-y/1.png"]
+
+
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_a_class_that_is_a_link_to_its_own_part_is_refused(sound: Path, follow_links: bool) -> None:
+    (sound / "train/c").symlink_to(".")
+    assert message_of(sound, follow_links=follow_links) == (
+        f"{sound}/train/c: is a link to {sound}/train, which holds the link: it leads in circles. Delete it"
+    )
 
 
 @pytest.mark.parametrize("link", ["train/c", "test"])
@@ -307,7 +526,7 @@ def test_a_link_that_does_not_look_like_an_image_does_not_matter(sound: Path) ->
 def test_a_folder_that_is_a_link_out_or_to_nothing_is_refused(sound: Path, link: str, target: str) -> None:
     write_tree(sound.parent / "outside", "a/0.png", "b/0.png")
     (sound / link).symlink_to(sound / link if target == "itself" else sound.parent / target)
-    expected = "out of data.root" if target != "itself" else "which is no folder"
+    expected = "out of data.root" if target == "outside" else "where nothing can be found"
     with pytest.raises(SourceError, match=f"{link}: is a link to .*{expected}"):
         opened(sound)
 
@@ -321,17 +540,14 @@ def test_links_beside_the_training_folder_do_not_matter(sound: Path) -> None:
 @pytest.mark.timeout(20)
 def test_a_pipe_is_refused_and_not_waited_for(sound: Path) -> None:
     os.mkfifo(sound / "train/a/pipe.png")
-    [skip] = opened(sound).skipped
-    assert (skip.row_id, skip.reason) == ("train/a/pipe.png", "is no file, and cannot be read")
+    assert bad_rows(sound) == [("train/a/pipe.png", "is not a file, and cannot be read")]
 
 
-def test_names_that_are_no_utf8_are_refused(sound: Path) -> None:
+def test_names_that_are_not_utf8_are_refused(sound: Path) -> None:
     (sound / "train/a/0.png").rename(sound / "train/a" / os.fsdecode(b"\xe9.png"))
-    [skip] = opened(sound).skipped
-    assert (skip.row_id, skip.reason) == ("train/a/\ufffd.png", "its name is not UTF-8: rename it")
+    assert bad_rows(sound) == [(r"train/a/\udce9.png", "its name is not UTF-8")]
     (sound / "train/b").rename(sound / "train" / os.fsdecode(b"\xe9"))
-    with pytest.raises(SourceError, match="train/\ufffd: its name is not UTF-8"):
-        opened(sound)
+    assert message_of(sound) == rf"{sound}/train/\udce9: its name is not UTF-8. Rename it"
 
 
 FAULTS = {
@@ -341,12 +557,17 @@ FAULTS = {
     "one class": (("train/a/0.png",), "", r"root/train: holds 1 class folder\(s\)"),
     "one class below the root": (("a/0.png",), "", r"root: holds 1 class folder\(s\)"),
     "no training part": (("test/a/0.png", "test/b/0.png"), "", "root: holds no train/ folder"),
-    "a class more": (("train/a/0.png", "train/b/0.png", "val/a/0.png"), "", "train/b: the class is not in .*/val"),
-    "a class less": (
+    "a class of the validation part alone": (
         ("train/a/0.png", "train/b/0.png", "val/a/0.png", "val/b/0.png", "val/c/0.png"),
         "",
-        "val/c: the class is not in .*/train",
+        r"val/c: the class is not in .*/train\. Add training images of it, or delete it",
     ),
+    "classes of the test part alone": (
+        ("train/a/0.png", "train/b/0.png", "test/c/0.png", "test/d/0.png", "test/e/0.png"),
+        "",
+        r"test/c: the class is not in .*/train, nor are 2 other classes\. Add",
+    ),
+    "a part without images": (("train/a/0.png", "train/b/0.png", "test/a/.0.png"), "", "root/test: holds no images"),
     "one part twice": (
         ("train/a/0.png", "train/b/0.png", "val/a/0.png", "valid/a/0.png"),
         "",
@@ -364,15 +585,37 @@ def test_a_tree_that_cannot_be_taken_is_named(root: Path, fault: str) -> None:
 
 
 def test_a_uri_is_no_local_folder() -> None:
-    with pytest.raises(SourceError, match=r"data\.root = s3://bucket/images: is no local folder"):
+    with pytest.raises(SourceError, match=r"data\.root = s3://bucket/images: is not a local folder"):
         opened("s3://bucket/images")
 
 
 @pytest.mark.parametrize("has_other_fault", [False, True])
 def test_a_class_without_images_is_named(sound: Path, has_other_fault: bool) -> None:
     (sound / "train/b/0.png").unlink()
-    (sound / "train/b/1.png").rename(sound / "train/b/1.txt")
+    (sound / "train/b/1.png").unlink()
     if has_other_fault:
         (sound / "train/a/link.png").symlink_to("gone.png")
-    with pytest.raises(SourceError, match=r"train/b: the class has no images\. Add some \(\.bmp, .*\.webp\)"):
-        opened(sound)
+    for on_error in ("fail", "skip"):
+        with pytest.raises(SourceError, match=r"train/b: the class has no images\. Add some \(PNG, JPEG, .*AVIF"):
+            opened(sound, on_error=on_error)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_class_of_which_no_file_is_an_image_is_named_with_the_first_of_them(sound: Path, on_error: str) -> None:
+    for number in range(2):
+        (sound / f"train/b/{number}.png").unlink()
+        (sound / f"train/b/{number}.svg").write_bytes(SVG)
+    expected = r"train/b: the class has no images \(files that cannot be taken: 2, the first train/b/0\.svg: is an SVG"
+    with pytest.raises(SourceError, match=expected):
+        opened(sound, on_error=on_error)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_class_may_be_missing_from_the_test_part(sound: Path, is_there: bool) -> None:
+    write_tree(sound, "test/b/0.png")
+    if is_there:
+        (sound / "test/a").mkdir()
+    origin = opened(sound)
+    assert origin.classes == ("a", "b")
+    assert origin.labels["test"].tolist() == [1]
+    assert read(origin, "test").row_ids == ["test/b/0.png"]

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from rcnn.config import PipelineConfig
 from rcnn.data import ingest, shards
 from rcnn.data.ingest import run_ingest, split_rows
 from rcnn.data.loader import load_rows
-from rcnn.data.manifest import read_manifest, require_manifest
+from rcnn.data.manifest import SourceRecord, read_manifest, require_manifest
 from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
 from rcnn.errors import ClusterError, DataError
 from rcnn.results import IngestResult
@@ -35,12 +36,133 @@ def random_source(random_origin: Origin, monkeypatch: pytest.MonkeyPatch) -> Ori
 def test_every_row_goes_to_one_split_and_classes_keep_their_share(random_origin: Origin) -> None:
     plan = split_rows(random_origin, PipelineConfig().data)
     assert sorted(np.concatenate([rows for _, rows in plan.values()])) == list(range(60))
-    labels = random_origin.labels["train"]
-    assert {name: np.bincount(labels[rows]).tolist() for name, (_, rows) in plan.items()} == {
-        "train": [14, 14, 14],
-        "val": [2, 2, 2],
-        "test": [4, 4, 4],
-    }
+    counts = rows_per_class(plan, random_origin)
+    assert counts["test"] == [4, 4, 4]
+    assert sorted(counts["val"]) == [1, 2, 2]  # 5 of 48, where each class gives 1 or 2
+    assert sorted(counts["train"]) == [14, 14, 15]
+
+
+def rows_per_class(plan: ingest.Plan, origin: Origin) -> dict[str, list[int]]:
+    labels, num_classes = origin.labels["train"], len(origin.classes)
+    return {name: np.bincount(labels[rows], minlength=num_classes).tolist() for name, (_, rows) in plan.items()}
+
+
+def origin_of_labels(labels: np.ndarray | list[int]) -> Origin:
+    """A source of black pixels with these labels."""
+    arrays = Arrays(np.zeros((len(labels), 1, 1, 1), np.uint8), np.array(labels))
+    classes = tuple(f"c{label}" for label in range(max(labels) + 1))
+    return origin_of_arrays({"train": arrays}, classes, SourceRecord(name="labels", url="", files={}))
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("per_class", [500, 50])
+def test_fractions_that_divide_each_class_are_taken_from_a_permutation_of_each_class(per_class: int, seed: int) -> None:
+    """The split of every data set that was ingested so far, and of the golden losses, is one of these."""
+    labels = np.random.default_rng(5).permutation(np.repeat(np.arange(10), per_class))
+    data = PipelineConfig().with_settings({"data.split_seed": seed}).data
+    plan = split_rows(origin_of_labels(labels), data)
+    rng, rows, expected = np.random.default_rng(seed), np.arange(len(labels)), {}
+    for name, share in (("test", per_class // 5), ("val", per_class * 4 // 50)):
+        held_out = [rng.permutation(rows[labels[rows] == label])[:share] for label in range(10)]
+        expected[name] = np.sort(np.concatenate(held_out))
+        rows = np.setdiff1d(rows, expected[name])
+    for name, chosen in (expected | {"train": rows}).items():
+        np.testing.assert_array_equal(plan[name][1], chosen)
+
+
+def test_10_000_classes_of_5_rows_can_be_split() -> None:
+    origin = origin_of_labels(np.random.default_rng(0).permutation(np.repeat(np.arange(10_000), 5)))
+    plan = split_rows(origin, PipelineConfig().data)
+    assert {name: len(rows) for name, (_, rows) in plan.items()} == {"train": 36_000, "val": 4_000, "test": 10_000}
+    counts = rows_per_class(plan, origin)
+    assert set(counts["test"]) == {1}
+    assert set(counts["val"]) == {0, 1}
+    given = np.flatnonzero(counts["val"])
+    assert 4_500 < given.mean() < 5_500  # drawn from all classes, not from the first ones
+
+
+def test_2_classes_of_3_rows_can_be_split() -> None:
+    plan = split_rows(origin_of_labels([0, 1, 0, 1, 0, 1]), PipelineConfig().data)
+    assert {name: len(rows) for name, (_, rows) in plan.items()} == {"train": 4, "val": 1, "test": 1}
+
+
+def test_a_class_of_one_row_keeps_it_for_training() -> None:
+    origin = origin_of_labels([0] + [1] * 20 + [2] + [3] * 20)
+    plan = split_rows(origin, PipelineConfig().with_settings({"data.test_fraction": 0.5}).data)
+    counts = rows_per_class(plan, origin)
+    assert (counts["train"][0], counts["train"][2]) == (1, 1)
+    assert counts["test"] == [0, 10, 0, 10]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_split_gives_its_share_and_no_class_gives_much_more_or_less(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(2, 40, 30)
+    fraction = round(float(rng.uniform(0.01, 0.6)), 2)
+    origin = origin_of_labels(np.repeat(np.arange(30), counts))
+    data = PipelineConfig().with_settings({"data.test_fraction": fraction, "data.split_seed": seed}).data
+    given = np.array(rows_per_class(split_rows(origin, data), origin)["test"])
+    assert given.sum() == max(1, round(fraction * counts.sum()))
+    assert (np.abs(given - fraction * counts) < 1).all()
+    assert (given < counts).all()
+
+
+def test_which_class_gives_the_odd_row_follows_the_seed() -> None:
+    origin = origin_of_labels(np.repeat(np.arange(100), 4))
+    configs = [PipelineConfig().with_settings({"data.split_seed": seed}) for seed in (0, 0, 1)]
+    one, again, other = (rows_per_class(split_rows(origin, config.data), origin)["test"] for config in configs)
+    assert one == again != other
+
+
+def test_a_fraction_that_floating_point_rounds_down_is_exact() -> None:
+    assert 0.29 * 100 < 29
+    origin = origin_of_labels(np.repeat(np.arange(3), 100))
+    data = PipelineConfig().with_settings({"data.test_fraction": 0.29}).data
+    assert rows_per_class(split_rows(origin, data), origin)["test"] == [29, 29, 29]
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "expected"),
+    [
+        (
+            [0, 1],
+            {},
+            r"the test split of x would have no rows: each class .*'c0' \(1 of 2 rows\).* at least one class needs 3 rows",
+        ),
+        (
+            [0, 1, 1],
+            {},
+            r"the val split of x would have no rows: each class .*'c1' \(2 of 3 rows\).* at least one class needs 3 rows",
+        ),
+        (
+            [0, 1] * 10,
+            {"data.test_fraction": 0.99},
+            r"test_fraction = 0\.99: the val split .*'c0' \(10 of 20 rows\), .*Lower data\.test_fraction",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_split_is_named_with_its_largest_class(
+    labels: list[int], settings: dict[str, object], expected: str
+) -> None:
+    data = PipelineConfig().with_settings({"data.name": "x", **settings}).data
+    with pytest.raises(DataError, match=expected):
+        split_rows(origin_of_labels(labels), data)
+
+
+def test_a_tiny_fraction_holds_out_one_row(random_origin: Origin) -> None:
+    plan = split_rows(random_origin, PipelineConfig().with_settings({"data.val_fraction": 0.001}).data)
+    assert {name: len(rows) for name, (_, rows) in plan.items()} == {"train": 47, "val": 1, "test": 12}
+
+
+def test_classes_that_a_split_lacks_are_said_in_one_line(target: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = origin_of_labels([*range(2_000), *[0] * 8])
+    said: list[str] = []
+    monkeypatch.setattr(ingest, "open_source", lambda data, downloads: origin)
+    monkeypatch.setattr(ingest, "say", said.append)
+    run_ingest(PipelineConfig(), target, NoTracker())
+    [line] = [line for line in said if "without test rows" in line]
+    assert line == "  classes without test rows: 1,999 of 2,000 ('c1', 'c2', 'c3', 'c4', 'c5', ...)"
+    assert not [line for line in said if "without train rows" in line]
 
 
 def test_the_split_follows_its_seed_alone(random_origin: Origin) -> None:
@@ -63,7 +185,7 @@ def test_a_source_keeps_the_splits_that_it_has(
 
 def test_pixels_labels_and_ids_come_back(target: StageFolder, random_source: Origin, random_arrays: Arrays) -> None:
     result = run_ingest(PipelineConfig(), target, NoTracker())
-    assert result.rows == {"train": 42, "val": 6, "test": 12}
+    assert result.rows == {"train": 43, "val": 5, "test": 12}
     folder = target.storage.local_path("datasets/x")
     for split in result.rows:
         table = pq.read_table(folder / split)
@@ -158,6 +280,32 @@ def test_a_killed_ingest_leaves_nothing_or_all_and_is_taken_up(
     assert left == ["whole", "x"]
 
 
+def _ingest_onto_a_full_disk(storage: Storage) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+    with pytest.raises(ClusterError, match=r"val-00000\.parquet: cannot be written \(File too large\)"):
+        run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x"), NoTracker())
+    os._exit(0)
+
+
+def test_a_full_disk_keeps_finished_shards(
+    target: StageFolder, random_arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    black = Arrays(np.zeros_like(random_arrays.images), random_arrays.labels)  # takes less room than the limit
+    parts = {"train": black, "val": random_arrays, "test": random_arrays}
+    origin = origin_of_arrays(parts, ("a", "b", "c"), SourceRecord(name="random", url="", files={}))
+    monkeypatch.setattr(ingest, "open_source", lambda data, downloads: origin)
+    process = multiprocessing.get_context("fork").Process(target=_ingest_onto_a_full_disk, args=(target.storage,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    jobs: list[str] = []
+    write_shard = ingest.write_shard
+    monkeypatch.setattr(ingest, "write_shard", lambda job: jobs.append(job.file) or write_shard(job))
+    run_ingest(PipelineConfig(), target, NoTracker())
+    assert jobs == ["val/val-00000.parquet", "test/test-00000.parquet"]
+
+
 def test_a_shard_that_was_damaged_in_the_draft_is_written_anew(
     target: StageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,11 +373,6 @@ def test_an_unwritable_storage_is_named(tmp_path: Path, random_source: Origin) -
     (tmp_path / "datasets").write_text("a file where a folder should be")
     with pytest.raises(ClusterError, match="cannot be written"):
         run_ingest(PipelineConfig(), StageFolder(Storage(str(tmp_path)), "datasets/x"), NoTracker())
-
-
-def test_a_split_without_rows_is_named(random_origin: Origin) -> None:
-    with pytest.raises(DataError, match="the val split of mnist-sample would have no rows"):
-        split_rows(random_origin, PipelineConfig().with_settings({"data.val_fraction": 0.001}).data)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def test_a_confusion_matrix_of_any_names_is_drawn_without_a_warning(no_other_fon
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot_confusion(torch.eye(5, dtype=torch.int64), names, "title", tmp_path / "x.png")
-    assert Image.open(tmp_path / "x.png").width > 300
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width > 300
 
 
 def test_of_many_classes_some_are_drawn_and_others_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

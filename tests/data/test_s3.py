@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
@@ -60,6 +61,18 @@ def test_parquet_files_are_read_from_s3(exported: str, digits: IngestResult, tmp
     missing = config.data.model_copy(update={"root": exported.replace("digits?", "nothing?")})
     with pytest.raises(SourceError, match="there is no Parquet file"):
         fingerprint(missing)
+
+
+def test_images_that_parquet_files_on_s3_only_name_are_refused(endpoint: str, tmp_path: Path) -> None:
+    """They would be files of the machine that reads, or objects that nothing has checked to be below data.root."""
+    filesystem, base = fs.FileSystem.from_uri(f"s3://paths/digits?{endpoint}")
+    filesystem.create_dir("paths")
+    rows = pa.table({"image": [{"bytes": None, "path": f"{row}.png"} for row in range(2)], "label": ["a", "b"]})
+    pq.write_table(rows, f"{base}/TRAIN.PARQUET", filesystem=filesystem)
+    config = PipelineConfig().with_settings({"data.source": "parquet", "data.root": f"s3://paths/digits?{endpoint}"})
+    assert fingerprint(config.data)
+    with pytest.raises(SourceError, match=r"its path '0\.png' cannot be followed, since data\.root is remote"):
+        run_ingest(config, StageFolder(Storage(str(tmp_path)), "datasets/x"), NoTracker())
 
 
 def test_a_data_set_is_kept_on_s3(endpoint: str, digits: IngestResult) -> None:

@@ -139,3 +139,45 @@ def test_the_fingerprint_follows_links_and_overlooks_what_is_beside_the_parts(
     (root / "train").unlink()
     (root / "train").symlink_to(root / ".pool" / "v2")
     assert fingerprint(data) != before
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+@pytest.mark.parametrize(
+    ("pool", "follow_links", "is_seen"), [("root/.pool", False, True), ("pool", True, True), ("pool", False, False)]
+)
+def test_the_fingerprint_changes_with_what_a_followed_link_leads_to(
+    tmp_path: Path, what: str, pool: str, follow_links: bool, is_seen: bool
+) -> None:
+    (tmp_path / "root/train").mkdir(parents=True)
+    (tmp_path / pool / "cat").mkdir(parents=True)
+    file = tmp_path / pool / "cat/0.png"
+    file.write_bytes(b"something")
+    (tmp_path / "root/train/cat").symlink_to(file if what == "file" else file.parent)
+    data = DataConfig(source="folder", root=str(tmp_path / "root"), follow_links=follow_links)
+    before = fingerprint(data)
+    os.utime(file, (1, 1))
+    assert (fingerprint(data) != before) == is_seen
+    before = fingerprint(data)
+    file.write_bytes(b"something more")
+    os.utime(file, (1, 1))
+    assert (fingerprint(data) != before) == is_seen
+
+
+@pytest.mark.timeout(20)
+def test_the_fingerprint_of_links_that_lead_in_circles_ends(tmp_path: Path) -> None:
+    (tmp_path / "root/train/a").mkdir(parents=True)
+    (tmp_path / "root/train/a/0.png").write_bytes(b"x")
+    for name, target in (("self", "."), ("root", "../.."), ("all", "../../.."), ("gone", "gone")):
+        (tmp_path / "root/train/a" / name).symlink_to(target)
+    for follow_links in (False, True):
+        assert fingerprint(DataConfig(source="folder", root=str(tmp_path / "root"), follow_links=follow_links))
+
+
+def test_the_fingerprint_passes_over_what_windows_leaves_in_folders_of_pictures(tmp_path: Path) -> None:
+    (tmp_path / "train/a").mkdir(parents=True)
+    data = DataConfig(source="folder", root=str(tmp_path))
+    before = fingerprint(data)
+    (tmp_path / "train/a/Thumbs.db").touch()
+    assert fingerprint(data) == before
+    (tmp_path / "train/a/0").touch()
+    assert fingerprint(data) != before

@@ -1,15 +1,19 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.data.loader import load_training_data
-from rcnn.errors import DataError
-from rcnn.evaluate.predict import predict_files
+from rcnn.errors import ConfigError, DataError
+from rcnn.evaluate import predict
+from rcnn.evaluate.predict import Prediction, Predictor, Unreadable, find_images
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
+from rcnn.train.checkpoint import load_model
 from rcnn.train.loop import fit
 
 
@@ -21,20 +25,86 @@ def model(tiny_config: PipelineConfig, digits: IngestResult, tmp_path_factory: p
     return folder
 
 
+def write_images(folder: Path, count: int) -> list[Path]:
+    """Random grey images of 28x28."""
+    rng = np.random.default_rng(0)
+    files = [folder / f"{number:03d}.png" for number in range(count)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(file)
+    return files
+
+
 def test_any_size_and_colour_of_image_gets_a_class(model: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[:28, :28, 0]).save(tmp_path / "b.jpg")
-    predictions = list(predict_files(model, [tmp_path / "a.png", tmp_path / "b.jpg"]))
-    assert all(prediction.label in "0123456789" and 0.1 <= prediction.probability <= 1 for prediction in predictions)
-    assert str(predictions[0]).startswith(f"{tmp_path / 'a.png'}: ")
+    for answer in Predictor(model).predict([tmp_path / "a.png", tmp_path / "b.jpg"]):
+        assert isinstance(answer, Prediction)
+        assert answer.label in "0123456789"
+        assert 0.1 <= answer.probability <= 1
+        assert str(answer).startswith(f"{answer.file}: {answer.label} (")
 
 
-def test_what_is_no_image_is_named(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"a\.png: is no image"):
-        list(predict_files(model, [tmp_path / "a.png"]))
-    with pytest.raises(DataError, match=r"b\.png: is not there"):
-        list(predict_files(model, [tmp_path / "b.png"]))
+def test_batches_answer_as_the_model_does_for_each_image(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(predict, "BATCH_SIZE", 4)
+    files = write_images(tmp_path, 11)
+    network, description = load_model(model)
+    answers = list(Predictor(model).predict(files))
+    assert [answer.file for answer in answers] == files
+    for answer in answers:
+        assert isinstance(answer, Prediction)
+        with Image.open(answer.file) as image, torch.inference_mode():
+            probabilities = network(torch.from_numpy(np.array(image))[None, None]).softmax(1)[0]
+        assert answer.label == description["classes"][int(probabilities.argmax())]
+        assert answer.probability == pytest.approx(float(probabilities.max()), rel=1e-4)
+
+
+def test_a_bad_file_is_reported_and_the_others_go_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_images(tmp_path, 2)
+    (tmp_path / "bad\n.png").write_bytes(b"no image")
+    arguments = [str(good[0]), str(tmp_path / "bad\n.png"), str(tmp_path / "absent.png"), str(good[1])]
+    assert main(["predict", "--model", str(model), *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == f"model: {model}, trained on mnist-sample"
+    assert [line.partition(": ")[0] for line in printed.out.splitlines()[1:]] == list(map(str, good))
+    bad, absent, summary = printed.err.splitlines()
+    assert "bad\\n.png: is " in bad
+    assert "absent.png: is not there" in absent
+    assert summary == "rcnn: 2 of 4 files could not be read"
+
+
+def test_nothing_but_bad_files_is_reported_too(model: Path, tmp_path: Path) -> None:
+    assert [type(answer) for answer in Predictor(model).predict([tmp_path / "absent.png"])] == [Unreadable]
+
+
+def test_folders_and_globs_are_searched_and_hidden_files_stay_out(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/deep/2.jpg", "a/.hidden/3.png", "a/.4.png", "b/5.png", "x[1].png"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    os.chdir(tmp_path)
+    assert list(map(str, find_images(["a"]))) == ["a/1.png", "a/deep/2.jpg"]
+    assert list(map(str, find_images(["*/*.png", "b/5.png"]))) == ["a/1.png", "b/5.png", "b/5.png"]
+    assert list(map(str, find_images(["**/*.jpg"]))) == ["a/deep/2.jpg"]
+    assert list(map(str, find_images(["x[1].png", "absent.png"]))) == ["x[1].png", "absent.png"]
+    (tmp_path / "empty").mkdir()
+    for argument in ("empty", "*.gif"):
+        with pytest.raises(ConfigError, match="there is no file"):
+            find_images([argument])
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match="holds no model"):
-        list(predict_files(tmp_path, [tmp_path / "a.png"]))
+        Predictor(tmp_path)
+    [image] = write_images(tmp_path, 1)
+    for wanted in (str(tmp_path), "runs/absent/model"):
+        assert main(["predict", "--model", wanted, str(image)]) == 2
+        error = capsys.readouterr().err
+        assert f"{wanted}: holds no model" in error
+        assert error.count("\n") == 1

@@ -128,18 +128,48 @@ def test_the_champion_can_be_fetched_and_scores(
 ) -> None:
     import mlflow
 
-    with pytest.raises(ConfigError, match="has no champion"):
-        mlflow_store.download_champion(config, tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"there is no registered model|has no champion"):
+        mlflow_store.find_version(config)
     run_register(
         config, trained(config, digits_storage, digits, 1), evaluated(0.5), StageFolder(Storage(config.storage), "x")
     )
-    folder = mlflow_store.download_champion(config, tmp_path / "fetched")
+    found = mlflow_store.find_version(config)
+    assert str(found) == f"{config.tracking.model_name} version 1 (champion)"
+    folder = mlflow_store.download_model(config, found, tmp_path / "fetched")
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "model.json"}
     mlflow.set_tracking_uri(tracking_uri(config))
     model = mlflow.pyfunc.load_model(f"models:/{config.tracking.model_name}@champion")
     for rows in (1, 7):
         probabilities = model.predict(np.zeros((rows, 1, 28, 28), np.uint8))
         assert probabilities.shape == (rows, 10)
+
+
+def test_a_model_is_named_by_itself_an_alias_or_a_version(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    target, name = StageFolder(Storage(config.storage), "runs/register"), config.tracking.model_name
+    for seed, error in ((1, 0.5), (2, 0.6)):
+        run_register(config, trained(config, digits_storage, digits, seed), evaluated(error), target)
+    versions = {wanted: mlflow_store.find_version(config, wanted).version for wanted in (
+        name, f"{name}@champion", f"{name}@challenger", f"{name}/1", f"{name}/2")}  # fmt: skip
+    assert list(versions.values()) == [1, 1, 2, 1, 2]
+    for wanted, fault in ((f"{name}/3", "has no version '3'"), (f"{name}@x", "has no x"), ("other", "has no champion")):
+        with pytest.raises(ConfigError, match=rf"{fault}.*Registered models: .*{name}"):
+            mlflow_store.find_version(config, wanted)
+
+
+def test_of_several_models_one_must_be_named(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    target, other = StageFolder(Storage(config.storage), "runs/register"), f"other-{config.tracking.model_name}"
+    for number, name in enumerate((config.tracking.model_name, other), start=1):
+        named = config.with_settings({"tracking.model_name": name})
+        run_register(named, trained(named, digits_storage, digits, number), evaluated(0.5), target)
+    anonymous = config.with_settings({"tracking.model_name": ""})
+    with pytest.raises(ConfigError, match=rf"--model: there are \d+ registered models: .*{other}.*--model ") as caught:
+        mlflow_store.find_version(anonymous)
+    assert config.tracking.model_name in str(caught.value)
+    assert mlflow_store.find_version(anonymous, other).name == other
 
 
 def test_a_run_that_the_store_does_not_know_is_written_anew(

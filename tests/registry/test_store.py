@@ -89,7 +89,9 @@ def test_runs_opened_at_once_in_a_new_experiment_all_succeed(config: PipelineCon
     others = [config.with_settings({"tracking.experiment": f"e{number}"}) for number in range(3) for _ in range(3)]
     runs: list[str] = []
     threads = [
-        threading.Thread(target=lambda other: runs.append(open_run(other, "train", key=str(id(other))).run_id), args=(o,))
+        threading.Thread(
+            target=lambda other: runs.append(open_run(other, "train", key=str(id(other))).run_id), args=(o,)
+        )
         for o in others
     ]
     for thread in threads:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rcnn.config import IMAGE_FILE_SOURCES, DataConfig
-from rcnn.data.sources.origin import PARTS, Origin, expanded
+from rcnn.data.sources.origin import LEFTOVERS, PARTS, Origin, expanded
 from rcnn.errors import SourceError
 
 SECONDS_TO_REMEMBER = 30
@@ -19,7 +19,7 @@ SECONDS_TO_REMEMBER = 30
 
 @dataclass(frozen=True)
 class Source:
-    """What `rcnn sources` tells of an origin, and the function that opens it, by module and name."""
+    """What `rcnn sources` shows of an origin, and the function that opens it, by module and name."""
 
     summary: str
     needs: str
@@ -72,13 +72,13 @@ SOURCES = {
         "open_svhn",
     ),
     "folder": Source(
-        "your images: train/<class>/*.png (jpg, webp, ...), with or without val/ and test/; or <class>/*.png",
+        "your images: train/<class>/*.png (jpg, webp, avif, ...), with or without val/ and test/; or <class>/*.png",
         "data.root; data.image_size where sizes differ",
         "folder",
         "open_folder",
     ),
     "parquet": Source(
-        "Parquet files in the Hugging Face image layout (image or img, label)",
+        "Parquet files of images and labels: as Hugging Face, or by data.image_column and data.label_column",
         "data.root: a file, a folder, a glob or s3://...; data.image_size where sizes differ",
         "parquet",
         "open_parquet",
@@ -106,14 +106,15 @@ def fingerprint(data: DataConfig) -> str:
     if data.source not in IMAGE_FILE_SOURCES:
         return ""
     now = time.monotonic()
-    known = _fingerprints.get((data.source, data.root))
+    place = (data.source, data.root, data.follow_links, data.image_column, data.label_column)
+    known = _fingerprints.get(place)
     if known is None or now - known[0] > SECONDS_TO_REMEMBER:
-        known = (now, _hash_of(_folder_entries(data.root) if data.source == "folder" else _parquet_entries(data.root)))
-        _fingerprints[data.source, data.root] = known
+        known = (now, _hash_of(_folder_entries(data) if data.source == "folder" else _parquet_entries(data)))
+        _fingerprints[place] = known
     return known[1]
 
 
-_fingerprints: dict[tuple[str, str], tuple[float, str]] = {}
+_fingerprints: dict[tuple[str, str, bool, str, str], tuple[float, str]] = {}
 
 
 def _hash_of(entries: Iterator[str]) -> str:
@@ -123,17 +124,19 @@ def _hash_of(entries: Iterator[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder_entries(root: str) -> Iterator[str]:
+def _folder_entries(data: DataConfig) -> Iterator[str]:
     """Files and links below the parts' folders, or where there are none, below all folders: what ingest looks at."""
-    if "://" in root or not os.path.isdir(expanded(root)):
-        fault = "is no local folder" if "://" in root else "there is no such folder"
-        raise SourceError(fault, where=f"data.root = {root}", remedy="Give the folder with train/<class>/*.png")
+    if "://" in data.root or not os.path.isdir(expanded(data.root)):
+        fault = "is not a local folder" if "://" in data.root else "there is no such folder"
+        raise SourceError(fault, where=f"data.root = {data.root}", remedy="Give the folder with train/<class>/*.png")
+    root = expanded(data.root)
+    within = Path("/") if data.follow_links else root.resolve()
     try:
-        yield from _entries_below(expanded(root), only=PARTS if _has_parts(expanded(root)) else None)
+        yield from _entries_below(root, within, set(), only=PARTS if _has_parts(root) else None)
     except OSError as error:
         raise SourceError(
             f"cannot be listed ({error.strerror})",
-            where=str(error.filename or root),
+            where=str(error.filename or data.root),
             remedy="Check its permissions, and that nothing changes it meanwhile",
         ) from error
 
@@ -142,21 +145,50 @@ def _has_parts(root: Path) -> bool:
     return any(PARTS.get(name.lower()) == "train" for name in os.listdir(root))
 
 
-def _entries_below(folder: Path, *, only: Mapping[str, str] | None = None) -> Iterator[str]:
+def _entries_below(
+    folder: Path, within: Path, entered: set[str], *, only: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Each file with its size and time, each link with its target and what is there.
+
+    Args:
+        within: links are followed to targets in this folder.
+        entered: real paths of the folders that links led to, to which this adds: each is listed once.
+        only: names of the folders to list at this level.
+    """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or (only is not None and entry.name.lower() not in only):
+        name = entry.name.lower()
+        if entry.name.startswith(".") or name in LEFTOVERS or (only is not None and name not in only):
             continue
         if entry.is_symlink():
-            yield f"{entry.path} -> {os.path.realpath(entry.path)}"
-        if entry.is_dir(follow_symlinks=False):
-            yield from _entries_below(Path(entry.path))
-        elif only is None or entry.is_symlink():
-            found = entry.stat(follow_symlinks=False)
-            yield f"{entry.path} {found.st_size} {found.st_mtime_ns}"
+            yield from _link_entries(entry, within, entered)
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _entries_below(Path(entry.path), within, entered)
+        elif only is None:
+            yield _entry(entry.path, entry.stat(follow_symlinks=False))
 
 
-def _parquet_entries(root: str) -> Iterator[str]:
-    from rcnn.data.sources.parquet import list_paths
+def _link_entries(link: "os.DirEntry[str]", within: Path, entered: set[str]) -> Iterator[str]:
+    target = os.path.realpath(link.path)
+    yield f"{link.path} -> {target}"
+    if not Path(target).is_relative_to(within) or target in entered:
+        return
+    if os.path.isdir(target):
+        entered.add(target)
+        yield from _entries_below(Path(target), within, entered)
+    elif os.path.isfile(target):
+        yield _entry(link.path, os.stat(target))
 
-    for name, info in list_paths(root):
+
+def _entry(path: str, found: os.stat_result) -> str:
+    return f"{path} {found.st_size} {found.st_mtime_ns}"
+
+
+def _parquet_entries(data: DataConfig) -> Iterator[str]:
+    """The Parquet files, and the image files that their rows name; on S3 there are none of these."""
+    from rcnn.data.sources.parquet_files import list_paths
+    from rcnn.data.sources.parquet_images import external_entries
+
+    paths = list_paths(data.root)
+    for name, info in paths:
         yield f"{name} {info.size} {info.mtime_ns}"
+    yield from external_entries(data, paths)

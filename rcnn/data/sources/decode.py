@@ -4,7 +4,6 @@ Ingest and `rcnn predict` both come here, so a model is asked about images made 
 """
 
 import errno
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,23 +12,46 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps, features
 
 from rcnn.config import DataConfig
 from rcnn.errors import SourceError
 
-# What is read, by content and not by file name (JPEG includes MPO). Not EPS: Pillow hands it to another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+# What is read, by content and not by file name (JPEG includes MPO), with the usual endings of file names. Not EPS: Pillow
+# hands it to another program. AVIF and JPEG 2000 need libraries that Pillow's own wheels have, and some builds lack.
+ENDINGS_OF = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    **({"AVIF": (".avif",)} if features.check("avif") else {}),
+    **({"JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")} if features.check("jpg_2000") else {}),
+}
+FORMATS = tuple(ENDINGS_OF)
+ENDINGS = tuple(ending for endings in ENDINGS_OF.values() for ending in endings)
 # Not the image's fault: to leave it out for good would be wrong.
 PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 ORIENTATION_TAG = 0x0112
 MODES = {1: "L", 3: "RGB"}
-NO_IMAGE = "is no image that can be read ({})"
+NO_IMAGE = "is not an image that can be read ({})"
+SVG = f"is an SVG file, a vector graphic, and not an image that can be read ({', '.join(FORMATS)})"
+BYTES_TO_TELL_SVG = 4096  # an XML declaration, a comment and a DOCTYPE may come first
+# Formats without a grey mode: in them an image is grey if its pixels are. What encoding grey pixels adds in colour, the
+# largest difference of a pixel's channels, was 1 of 255 in WebP (libwebp rounds) and up to 4 in AVIF (tiny images, quality 30
+# and below), over noise, gradients and flat areas of 1x1 to 130x100 pixels at quality 0 to 100.
+FORMATS_WITHOUT_GREY = ("WEBP", "AVIF")
+MAX_COLOUR_OF_GREY = 4
 
 
 class BadImage(Exception):
-    """Why an image cannot be taken."""
+    """Why an image cannot be taken, and what the user can do about it."""
+
+    def __init__(self, reason: str, *, remedy: str = "Mend or delete it"):
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
@@ -56,9 +78,10 @@ def find_rule(data: DataConfig, first: IO[bytes] | Path) -> ImageRule:
         BadImage: the first image cannot be read.
     """
     max_pixels = data.max_megapixels * 1_000_000
-    with unwarned(), _opened(first, max_pixels) as image, _decoding():
-        is_grey = data.color == "grey" or (data.color == "auto" and _is_grey(image))
-        width, height = _upright(image).size
+    with unwarned(), _opened(first, max_pixels) as opened:
+        image = _loaded(opened)
+    is_grey = data.color == "grey" or (data.color == "auto" and _is_grey(image, opened.format))
+    width, height = image.size
     if data.image_size:
         width = height = data.image_size
     return ImageRule(
@@ -72,27 +95,34 @@ def find_rule(data: DataConfig, first: IO[bytes] | Path) -> ImageRule:
 def decode_image(source: IO[bytes] | Path, rule: ImageRule) -> np.ndarray:
     """The pixels, uint8 (H, W, C).
 
-    Turned upright as EXIF says; 16-bit greys are scaled to 8; transparency falls away; of an animation the first picture.
+    Turned upright as EXIF says; 16-bit greys are scaled to 8; transparency is dropped; of an animation the first picture.
 
     Raises:
-        BadImage: it is no image, or not one that the rule takes.
+        BadImage: it cannot be read, or is not one that the rule takes.
     """
     height, width, channels = rule.image_shape
     with _opened(source, rule.max_pixels) as opened:
-        if rule.is_grey_required and not _is_grey(opened):
-            raise BadImage("is in colour, and the first image is grey: set data.color to grey or rgb")
+        image = _loaded(opened)
+    if rule.is_grey_required and not _is_grey(image, opened.format):
+        raise BadImage("is in colour, and the first image is grey", remedy="Set data.color to grey or rgb")
+    if image.mode != MODES[channels]:
         with _decoding():
-            image = _eight_bits(_upright(opened))
-            image.info.pop("transparency", None)  # Pillow would warn that it falls away
-            if image.mode != MODES[channels]:
-                image = image.convert(MODES[channels])
-            image.load()
+            image = image.convert(MODES[channels])
     if image.size != (width, height):
         if rule.resize is None:
             found = f"{image.width}x{image.height}"
-            raise BadImage(f"is {found}, and the first image is {width}x{height}: set data.image_size")
+            raise BadImage(f"is {found}, and the first image is {width}x{height}", remedy="Set data.image_size")
         image = _resized(image, (width, height), rule.resize)
     return np.asarray(image).reshape(rule.image_shape)
+
+
+def require_header(source: IO[bytes] | Path, data: DataConfig) -> None:
+    """Checks that a file begins like an image, without decoding it: a file name may say nothing about that.
+
+    Raises:
+        BadImage: it does not.
+    """
+    _opened(source, data.max_megapixels * 1_000_000).close()
 
 
 def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
@@ -111,25 +141,40 @@ def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
             ) from error
         if error.errno:
             raise BadImage(f"cannot be read ({error.strerror})") from error
-        raise BadImage("is empty" if _is_empty(source) else NO_IMAGE.format(", ".join(FORMATS))) from error
+        raise _unknown_kind(source) from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, above any of ours
-        raise BadImage(f"is larger than data.max_megapixels = {max_pixels // 1_000_000} allows ({error})") from error
-    except Exception as error:  # Pillow raises whatever the broken bytes lead it to
+        fault = f"is larger than data.max_megapixels = {max_pixels // 1_000_000} allows ({_line(error)})"
+        raise BadImage(fault, remedy="Make it smaller") from error
+    except Exception as error:  # on broken bytes Pillow raises almost anything
         raise BadImage(NO_IMAGE.format(_line(error))) from error
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"
         image.close()
-        raise BadImage(f"is {size}, and data.max_megapixels = {max_pixels // 1_000_000} allows no more")
+        raise BadImage(
+            f"is {size}, and data.max_megapixels = {max_pixels // 1_000_000} allows no more",
+            remedy="Raise data.max_megapixels",
+        )
     return image
 
 
-def _is_empty(source: IO[bytes] | Path) -> bool:
-    return (source.stat().st_size if isinstance(source, Path) else source.seek(0, os.SEEK_END)) == 0
+def _unknown_kind(source: IO[bytes] | Path) -> BadImage:
+    """What is wrong with a file that none of the formats claims."""
+    if isinstance(source, Path):
+        with source.open("rb") as stream:
+            start = stream.read(BYTES_TO_TELL_SVG)
+    else:
+        source.seek(0)
+        start = source.read(BYTES_TO_TELL_SVG)
+    if not start:
+        return BadImage("is empty")
+    if b"<svg" in start:
+        return BadImage(SVG, remedy="Convert it to PNG")
+    return BadImage(NO_IMAGE.format(", ".join(FORMATS)))
 
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Names what Pillow raises, which is whatever the broken bytes lead it to."""
+    """Turns whatever Pillow raises on broken bytes into a `BadImage`."""
     try:
         yield
     except Exception as error:
@@ -144,13 +189,38 @@ def unwarned() -> Iterator[None]:
         yield
 
 
+def _loaded(opened: Image.Image) -> Image.Image:
+    """The whole image, decoded, upright, with 8 bits a channel."""
+    with _decoding():
+        image = _eight_bits(_upright(opened))
+        image.info.pop("transparency", None)  # Pillow would warn that it is dropped
+        image.load()
+    return image
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """The image, turned if EXIF asks for it; otherwise it is not copied."""
     return image if image.getexif().get(ORIENTATION_TAG, 1) == 1 else ImageOps.exif_transpose(image)
 
 
-def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+def _is_grey(image: Image.Image, kind: str | None) -> bool:
+    """Whether a loaded image of this format counts as grey.
+
+    A format that has a grey mode says it by that: a JPEG of three channels is meant in colour, whatever its pixels.
+    """
+    if image.mode in ("1", "L", "LA", "La"):
+        return True
+    if image.mode in ("P", "PA"):
+        return _largest_colour(image) == 0
+    return kind in FORMATS_WITHOUT_GREY and _largest_colour(image) <= MAX_COLOUR_OF_GREY
+
+
+def _largest_colour(image: Image.Image) -> int:
+    """The largest difference between two channels of a pixel, 0 to 255."""
+    with _decoding():
+        red, green, blue = image.convert("RGB").split()
+    pairs = ((red, green), (green, blue), (red, blue))
+    return max(int(ImageChops.difference(one, other).getextrema()[1]) for one, other in pairs)  # type: ignore[arg-type]
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

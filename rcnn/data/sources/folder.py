@@ -1,23 +1,44 @@
 """A tree of image files: `train/<class>/*.png`, with or without `val/` and `test/`; or just `<class>/*.png`.
 
-Classes are the folders' names, in alphabetical order. A row's id is its path below `data.root`.
+Classes are the folders' names (in Unicode's composed form, NFC), in alphabetical order. A row's id is its path below
+`data.root`. Every file in a class folder is a row, whatever its name: what cannot be read as an image is a bad row, and
+`data.on_error` decides. Only hidden files (.name) and `LEFTOVERS` are passed over.
 """
 
 import os
+import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped, SourceRecord
 from rcnn.data.schema import Block
-from rcnn.data.sources.decode import ENDINGS, BadImage, ImageRule, decode_image, find_rule, unwarned
-from rcnn.data.sources.origin import NUM_FIRST_IMAGES, PARTS, Origin, bad_row, expanded
+from rcnn.data.sources.decode import (
+    ENDINGS,
+    FORMATS,
+    BadImage,
+    ImageRule,
+    decode_image,
+    find_rule,
+    require_header,
+    unwarned,
+)
+from rcnn.data.sources.origin import LEFTOVERS, NUM_FIRST_IMAGES, PARTS, BadRow, Origin, bad_row, expanded
 from rcnn.errors import SourceError
 from rcnn.progress import say
+from rcnn.text import printable
+
+NUM_SHOWN = 3  # names in a line about many
+
+ClassFolders = dict[str, list[Path]]
+"""The folders of each class: more than one where their names differ only in Unicode's composition."""
 
 
 @dataclass(frozen=True)
@@ -40,52 +61,72 @@ class FileChunk:
                 images[len(kept)] = decode_image(Path(self.root, row_id), self.rule)
                 kept.append(number)
             except BadImage as error:
-                skipped.append(Skipped(row_id=row_id, reason=str(error)))
+                skipped.append(BadRow(row_id=row_id, reason=str(error), remedy=error.remedy))
         row_ids = [self.row_ids[number] for number in kept]
         return Block(images[: len(kept)], self.labels[kept], row_ids), skipped
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Where the files are, and whether links may lead out of there."""
+
+    root: Path
+    follow_links: bool
+
+    def row_id(self, entry: os.DirEntry[str]) -> str:
+        """The path below the root, as found: links are not resolved."""
+        return entry.path.removeprefix(self._prefix)
+
+    @cached_property
+    def _prefix(self) -> str:
+        return os.path.join(self.root, "")
+
+
+class _Fault(NamedTuple):
+    """What is wrong with a file or a folder, and what the user can do about it."""
+
+    reason: str
+    remedy: str = "Mend or delete it"
 
 
 @dataclass
 class _Listing:
     """The files of a tree, class by class, and what was found wrong with some."""
 
-    root: Path
+    tree: _Tree
+    data: DataConfig
+    bar: "tqdm[object]"
     row_ids: dict[str, list[str]] = field(default_factory=dict)
     labels: dict[str, list[int]] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
     encoded_bytes: int = 0
-    others: list[str] = field(default_factory=list)
-    """Files that do not look like images."""
 
 
 def open_folder(data: DataConfig, downloads: Path) -> Origin:
-    """Lists the tree and reads the header of its first image."""
-    root = _existing(data.root)
-    folders = _part_folders(root)
-    classes = _classes(root, folders)
-    listing = _Listing(root)
-    for part, folder in folders.items():
-        listing.row_ids[part], listing.labels[part] = [], []
-        listing.others += [os.path.relpath(entry.path, root) for entry in _entries(folder) if entry.is_file()]
-        for label, name in enumerate(classes):
-            _list_class(listing, part, folder / name, label)
-    if listing.others:
-        first = _printable(listing.others[0])
-        say(f"  {len(listing.others):,} files stay out, since they are no images or in no class: {first}, ...")
-    rule = _rule_of_first(data, listing)
+    """Lists the tree and decodes its first image."""
+    tree = _Tree(_existing(data.root), data.follow_links)
+    parts = _part_folders(tree)
+    classes, class_folders = _classes(tree, parts)
+    with tqdm(desc="listing", unit="file", leave=False, disable=not sys.stderr.isatty()) as bar:
+        listing = _Listing(tree, data, bar)
+        for part, folder in parts.items():
+            _list_part(listing, part, folder, [class_folders[part].get(name, []) for name in classes])
+    if listing.bad and data.on_error == "fail":
+        raise bad_row(listing.bad[0], num_rows=len(listing.bad))
+    rule = _rule_of_first(listing)
     row_ids = {part: np.array(names, dtype=object) for part, names in listing.row_ids.items()}
     labels = {part: np.array(numbers, np.int64) for part, numbers in listing.labels.items()}
 
     def cut(part: str, rows: np.ndarray) -> FileChunk:
-        return FileChunk(str(root), row_ids[part][rows].tolist(), labels[part][rows], rule)
+        return FileChunk(str(tree.root), row_ids[part][rows].tolist(), labels[part][rows], rule)
 
     return Origin(
         labels=labels,
         classes=classes,
         image_shape=rule.image_shape,
-        record=SourceRecord(name="folder", url=str(root), files={}),
+        record=SourceRecord(name="folder", url=str(tree.root), files={}),
         cut=cut,
-        skipped=tuple(listing.skipped),
+        skipped=tuple(listing.bad),
         encoded_bytes=listing.encoded_bytes,
     )
 
@@ -93,130 +134,232 @@ def open_folder(data: DataConfig, downloads: Path) -> Origin:
 def _existing(text: str) -> Path:
     root = expanded(text) if "://" not in text else Path(text)
     if "://" in text or not os.path.isdir(root):
-        fault = "is no local folder" if "://" in text else "there is no such folder"
+        fault = "is not a local folder" if "://" in text else "there is no such folder"
         raise SourceError(fault, where=f"data.root = {text}", remedy="Give the folder with train/<class>/*.png")
     return root.resolve()
 
 
-def _part_folders(root: Path) -> dict[str, Path]:
+def _part_folders(tree: _Tree) -> dict[str, Path]:
     """The folder of each part; a root that holds the classes itself is all training rows."""
-    folders = {entry.name: entry for entry in _subfolders(root)}
+    folders = {entry.name: entry for entry in _subfolders(tree.root)}
     found: dict[str, Path] = {}
     for name, entry in folders.items():
         part = PARTS.get(name.lower())
         if part in found:
-            raise SourceError(f"{found[part].name}/ and {name}/ are one part", where=str(root), remedy="Keep one")
+            raise SourceError(f"{found[part].name}/ and {name}/ are one part", where=str(tree.root), remedy="Keep one")
         if part:
-            found[part] = _folder_within(root, entry)
+            found[part] = _sound_folder(tree, entry)
     if "train" not in found:
         if found or not folders:
-            raise SourceError("holds no train/ folder", where=str(root), remedy="Lay it out as train/<class>/*.png")
-        return {"train": root}
-    if ignored := [name for name in folders if name.lower() not in PARTS]:
-        say(f"  {len(ignored)} folders beside train/ stay out: {ignored[0]}/, ...")
+            raise SourceError(
+                "holds no train/ folder", where=str(tree.root), remedy="Lay it out as train/<class>/*.png"
+            )
+        return {"train": tree.root}
+    if beside := [entry.name for entry in _entries(tree.root) if entry.name.lower() not in PARTS]:
+        say(f"  files and folders beside train/ stay out: {_some(beside)}")
     return found
 
 
-def _classes(root: Path, folders: dict[str, Path]) -> tuple[str, ...]:
-    """The classes, which are the same in every part."""
-    of_part = {
-        part: {_folder_within(root, entry).name for entry in _subfolders(folder)} for part, folder in folders.items()
-    }
-    classes = of_part["train"]
+def _classes(tree: _Tree, parts: dict[str, Path]) -> tuple[tuple[str, ...], dict[str, ClassFolders]]:
+    """The classes, which are those of the training part, and their folders in each part."""
+    folders = {part: _class_folders(tree, folder) for part, folder in parts.items()}
+    classes = tuple(sorted(folders["train"]))
     if len(classes) < 2:
         raise SourceError(
-            f"holds {len(classes)} class folder(s)", where=str(folders["train"]), remedy="There must be two or more"
+            f"holds {len(classes)} class folder(s)", where=str(parts["train"]), remedy="There must be two or more"
         )
-    for part, names in of_part.items():
-        if names != classes:
-            odd = min(names ^ classes)
-            where = folders[part if odd in names else "train"] / odd
-            missing = folders["train" if odd in names else part]
+    for of_class in folders.values():
+        if odd := sorted(of_class.keys() - folders["train"].keys()):
+            more = f", nor are {len(odd) - 1:,} other classes" if len(odd) > 1 else ""
             raise SourceError(
-                f"the class is not in {missing}", where=str(where), remedy="Give every part the same class folders"
+                f"the class is not in {parts['train']}{more}",
+                where=str(of_class[odd[0]][0]),
+                remedy="Add training images of it, or delete it",
             )
-    return tuple(sorted(classes))
+    return classes, folders
+
+
+def _class_folders(tree: _Tree, part: Path) -> ClassFolders:
+    """The folders of each class of a part. A Mac writes ü as u and a mark (NFD), others as one sign (NFC): one class."""
+    folders: ClassFolders = {}
+    for entry in _subfolders(part):
+        folder = _sound_folder(tree, entry)
+        folders.setdefault(unicodedata.normalize("NFC", entry.name), []).append(folder)
+    if doubled := [name for name, of_class in folders.items() if len(of_class) > 1]:
+        say(f"  classes of {part.name}/ with two folders, in NFC and NFD: {_some(doubled)}")
+    return folders
 
 
 def _subfolders(folder: Path) -> list[os.DirEntry[str]]:
     """Folders, links to folders, and links to nothing: a folder may have been there."""
-    return [entry for entry in _entries(folder) if not os.path.isfile(entry.path)]
+    return [entry for entry in _entries(folder) if not _is_file(entry)]
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, in alphabetical order; hidden files are left out."""
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What is in a folder, in alphabetical order, but for hidden files and leftovers."""
     try:
-        return sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
+        found = [entry for entry in os.scandir(folder) if entry.name[0] != "." and entry.name.lower() not in LEFTOVERS]
     except OSError as error:
         raise SourceError(
             f"cannot be listed ({error.strerror})", where=str(folder), remedy="Check its permissions"
         ) from error
+    return sorted(found, key=lambda entry: entry.name)
 
 
-def _folder_within(root: Path, entry: os.DirEntry[str]) -> Path:
-    if fault := _fault_of_entry(root, entry, "folder"):
-        raise SourceError(fault, where=_printable(entry.path), remedy="Mend or delete it")
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file or leads to one. A link may lead in circles, at which `DirEntry.is_file` raises."""
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file(follow_symlinks=False)
+
+
+def _sound_folder(tree: _Tree, entry: os.DirEntry[str]) -> Path:
+    if fault := _fault_of(tree, entry, "folder"):
+        raise SourceError(fault.reason, where=printable(entry.path), remedy=fault.remedy)
     return Path(entry.path)
 
 
-def _list_class(listing: _Listing, part: str, folder: Path, label: int) -> None:
-    before, skipped_before = len(listing.row_ids[part]), len(listing.skipped)
-    for entry in _files_below(folder):
-        row_id = os.path.relpath(entry.path, listing.root)
-        if Path(entry.name).suffix.lower() not in ENDINGS and not os.path.isdir(entry.path):
-            listing.others.append(_printable(row_id))
-        elif fault := _fault_of_entry(listing.root, entry, "file"):
-            listing.skipped.append(Skipped(row_id=_printable(row_id), reason=fault))
-        else:
-            listing.row_ids[part].append(row_id)
-            listing.encoded_bytes += entry.stat().st_size
-    found = len(listing.row_ids[part]) - before
-    if not found and len(listing.skipped) == skipped_before:
+def _fault_of(tree: _Tree, entry: os.DirEntry[str], kind: Literal["file", "folder"]) -> _Fault | None:
+    """Why an entry cannot be taken for a file, or a folder, of the tree."""
+    if not _is_utf8(entry.path):
+        return _Fault("its name is not UTF-8", "Rename it")
+    if not entry.is_symlink():
+        is_one = entry.is_file(follow_symlinks=False) if kind == "file" else entry.is_dir(follow_symlinks=False)
+        return None if is_one else _Fault(f"is not a {kind}, and cannot be read")
+    target = os.path.realpath(entry.path)
+    leads_to = f"is a link to {printable(target)}"
+    if not os.path.exists(target):
+        return _Fault(f"{leads_to}, where nothing can be found")
+    found = "folder" if os.path.isdir(target) else "file"
+    if not tree.follow_links and not Path(target).is_relative_to(tree.root):
+        return _Fault(f"{leads_to}, out of data.root", f"Copy the {found}, or set data.follow_links=true")
+    if found == "folder" and Path(os.path.realpath(os.path.dirname(entry.path))).is_relative_to(target):
+        return _Fault(f"{leads_to}, which holds the link: it leads in circles", "Delete it")
+    if kind == "file" and found == "folder":
+        return _Fault(f"{leads_to}, which is not a file", "Copy the folder, or set data.follow_links=true")
+    is_one = os.path.isfile(target) if kind == "file" else found == "folder"
+    return None if is_one else _Fault(f"{leads_to}, which is not a {kind}")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _list_part(listing: _Listing, part: str, folder: Path, class_folders: list[list[Path]]) -> None:
+    """The files of one part, class by class; a part that is there and holds no images is refused."""
+    listing.row_ids[part], listing.labels[part] = [], []
+    num_bad = len(listing.bad)
+    _list_files_without_class(listing, folder)
+    for label, folders in enumerate(class_folders):
+        _list_class(listing, part, folders, label)
+    if not listing.row_ids[part]:
         raise SourceError(
-            "the class has no images",
+            f"holds no images{_first_of(listing.bad[num_bad:])}",
             where=str(folder),
-            remedy=f"Add some ({', '.join(sorted(ENDINGS))}), or delete it",
+            remedy=f"Add {folder.name}/<class>/*.png, or delete the folder",
+        )
+
+
+def _list_files_without_class(listing: _Listing, part: Path) -> None:
+    """Files beside the class folders: images are bad rows, since they have no class; others are said to stay out."""
+    files = [entry for entry in _entries(part) if _is_file(entry)]
+    for entry in files:
+        if _looks_like_image(entry.name):
+            _add_bad(listing, entry, _Fault("is in no class folder", "Move it into one"))
+    if others := [entry.name for entry in files if not _looks_like_image(entry.name)]:
+        say(f"  files beside the class folders stay out: {_some(others)}")
+
+
+def _list_class(listing: _Listing, part: str, folders: list[Path], label: int) -> None:
+    """The files of one class in one part; a class without training images is refused."""
+    num_rows, num_bad = len(listing.row_ids[part]), len(listing.bad)
+    entered = {os.path.realpath(folder) for folder in folders}
+    for folder in folders:
+        for entry, fault in _files_below(listing.tree, str(folder), entered):
+            listing.bar.update()
+            fault = fault or _fault_of(listing.tree, entry, "file") or _fault_of_unnamed(entry, listing.data)
+            if fault:
+                _add_bad(listing, entry, fault)
+            else:
+                listing.row_ids[part].append(listing.tree.row_id(entry))
+                listing.encoded_bytes += entry.stat().st_size
+    found = len(listing.row_ids[part]) - num_rows
+    if not found and part == "train":
+        raise SourceError(
+            f"the class has no images{_first_of(listing.bad[num_bad:])}",
+            where=str(folders[0]),
+            remedy=f"Add some ({', '.join(FORMATS)}), or delete it",
         )
     listing.labels[part] += [label] * found
 
 
-def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Files in alphabetical order, those of folders below included; links to folders are not followed."""
+def _files_below(tree: _Tree, folder: str, entered: set[str]) -> Iterator[tuple[os.DirEntry[str], _Fault | None]]:
+    """Files in alphabetical order, those of folders below included; folders that cannot be entered, with the reason.
+
+    Args:
+        entered: the real paths of the folders so far, to which this adds: links may lead to one of them again.
+    """
     for entry in _entries(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(Path(entry.path))
+        if not _is_folder_to_enter(tree, entry):
+            yield entry, None
+        elif fault := _fault_of(tree, entry, "folder") if entry.is_symlink() else None:
+            yield entry, fault
+        elif tree.follow_links and (real := os.path.realpath(entry.path)) in entered:
+            yield entry, _Fault(f"leads to {printable(real)}, which is in this class already", "Delete it")
         else:
-            yield entry
+            entered.update([real] if tree.follow_links else [])
+            yield from _files_below(tree, entry.path, entered)
 
 
-def _fault_of_entry(root: Path, entry: os.DirEntry[str], kind: Literal["file", "folder"]) -> str:
-    """Why an entry cannot be taken for a file, or a folder, of the root."""
-    if entry.path != _printable(entry.path):
-        return "its name is not UTF-8: rename it"
-    is_one = os.path.isfile(entry.path) if kind == "file" else os.path.isdir(entry.path)
-    if not entry.is_symlink():
-        return "" if is_one else f"is no {kind}, and cannot be read"
-    target = os.path.realpath(entry.path)
-    if not Path(target).is_relative_to(root):
-        return f"is a link to {_printable(target)}, out of data.root: copy the {kind}"
-    return "" if is_one else f"is a link to {_printable(target)}, which is no {kind}"
+def _is_folder_to_enter(tree: _Tree, entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink():
+        return tree.follow_links and os.path.isdir(entry.path)
+    return entry.is_dir(follow_symlinks=False)
 
 
-def _printable(name: str) -> str:
-    return name.encode(errors="surrogateescape").decode(errors="replace")
+def _fault_of_unnamed(entry: os.DirEntry[str], data: DataConfig) -> _Fault | None:
+    """Why a file cannot be an image, if its name does not say that it is one: only then it is opened while listing."""
+    if _looks_like_image(entry.name):
+        return None
+    try:
+        require_header(Path(entry.path), data)
+    except BadImage as error:
+        return _Fault(str(error), error.remedy)
+    return None
 
 
-def _rule_of_first(data: DataConfig, listing: _Listing) -> ImageRule:
-    faults = list(listing.skipped)
+def _looks_like_image(name: str) -> bool:
+    return name.lower().endswith(ENDINGS)
+
+
+def _add_bad(listing: _Listing, entry: os.DirEntry[str], fault: _Fault) -> None:
+    row_id = listing.tree.row_id(entry)
+    storable = row_id if _is_utf8(row_id) else printable(row_id)  # a manifest holds no other names
+    listing.bad.append(BadRow(row_id=storable, reason=fault.reason, remedy=fault.remedy))
+
+
+def _first_of(bad: list[BadRow]) -> str:
+    return f" (files that cannot be taken: {len(bad):,}, the first {bad[0].row_id}: {bad[0].reason})" if bad else ""
+
+
+def _some(names: list[str]) -> str:
+    """The first names, to be shown, and how many more there are."""
+    more = f" and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
+    return ", ".join(printable(name) for name in names[:NUM_SHOWN]) + more
+
+
+def _rule_of_first(listing: _Listing) -> ImageRule:
+    """The rule by the first image that can be read."""
+    data, faults = listing.data, []
     for row_id in listing.row_ids["train"][:NUM_FIRST_IMAGES]:
         try:
-            return find_rule(data, listing.root / row_id)
+            return find_rule(data, listing.tree.root / row_id)
         except BadImage as error:
-            faults.append(Skipped(row_id=row_id, reason=str(error)))
+            faults.append(BadRow(row_id=row_id, reason=str(error), remedy=error.remedy))
             if data.on_error == "fail":
-                break
-    if data.on_error == "fail":
-        raise bad_row(faults[0])
+                raise bad_row(faults[0]) from error
     raise SourceError(
         f"none of the first {len(faults)} images can be read ({faults[0].row_id}: {faults[0].reason})",
         where=f"data.root = {data.root}",

@@ -17,12 +17,19 @@ from rcnn.data.schema import Block
 from rcnn.errors import DataError, SourceError
 
 
-def bad_row(skipped: Skipped) -> DataError:
-    """The error for a row that cannot be taken."""
+class BadRow(Skipped):
+    """A row that cannot be taken, and what the user can do about it. A manifest lists it as a plain `Skipped`."""
+
+    remedy: str = "Mend or delete it"
+
+
+def bad_row(skipped: Skipped, *, num_rows: int = 1) -> DataError:
+    """The error for a row that cannot be taken, the first of `num_rows`."""
+    remedy = skipped.remedy if isinstance(skipped, BadRow) else BadRow.model_fields["remedy"].default
     return DataError(
-        skipped.reason,
+        skipped.reason + (f" (the first of {num_rows:,} bad rows)" if num_rows > 1 else ""),
         where=skipped.row_id,
-        remedy="Mend or delete it, or set data.on_error=skip to leave such rows out",
+        remedy=f"{remedy}, or set data.on_error=skip to leave such rows out",
     )
 
 
@@ -30,15 +37,14 @@ def expanded(root: str) -> Path:
     """`data.root` as a path, with the home folder for ~.
 
     Raises:
-        SourceError: there is no such user, or the text cannot be a path.
+        SourceError: the user after ~ does not exist, or the text cannot be a path.
     """
     try:
         path = Path(root).expanduser().absolute()
         path.as_posix().encode()
         os.path.lexists(path)
     except (RuntimeError, ValueError) as error:
-        printable = root.encode(errors="replace").decode()
-        raise SourceError(f"is no path ({error})", where=f"data.root = {printable}", remedy="Give another") from error
+        raise SourceError(f"is not a path ({error})", where=f"data.root = {root}", remedy="Give another") from error
     return path
 
 
@@ -55,6 +61,9 @@ PARTS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+
+# Files that Windows adds to folders of pictures by itself; never images. In lower case.
+LEFTOVERS = frozenset({"thumbs.db", "desktop.ini"})
 
 
 class Chunk(Protocol):
@@ -79,7 +88,7 @@ class Origin:
         record: where it came from.
         cut: a part's name and row numbers -> the chunk with these rows.
         coarse_classes: names of the coarse labels, where there are any.
-        skipped: rows that were left out while listing.
+        skipped: rows that listing already found to be bad; with data.on_error=fail the source has raised `bad_row` instead.
         encoded_bytes: size of files that have to be decoded, row by row; 0 for arrays in memory.
         block_rows: rows that are best read together. Training rows are stored in random order, by blocks of so many.
     """

@@ -1,0 +1,360 @@
+"""What the config is made of: sections that read each value by its type, and one line for each value that is wrong.
+
+In: a tree of settings, and layers of values over it, each value with its origin (a file, a variable, `--set`).
+Out: a checked tree, or a `ConfigError` that names the setting, the value, its bounds and the origin at fault.
+
+It stands left of the schema, which changes itself by it (`with_settings`), and knows none of its names but `recipe`.
+"""
+
+import datetime
+import difflib
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from rcnn.errors import ConfigError
+
+ENV_PREFIX = "RCNN_"
+EXPLAIN = "`rcnn config --explain` lists each setting with its bounds"
+MAX_SHOWN = 80  # characters of a value in an error
+MAX_DIGITS = 400  # of a number; Python refuses to print more than 4,300
+
+
+class Text(str):
+    """A value as a user typed it (`--set`, a variable, a YAML scalar): the type of the setting decides how it is read."""
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, with no room for a misspelt name or for a value of another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_by_type(cls, value: Any, info: ValidationInfo) -> Any:
+        return _read(cls.model_fields[str(info.field_name)].annotation, value)
+
+
+class Given(NamedTuple):
+    """A value, and who gave it."""
+
+    value: Any
+    origin: str
+
+
+Layer = Mapping[str, Given]
+"""Values by the dotted name of their setting."""
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def lay(base: Tree, layers: Sequence[Layer], *, base_origin: str = "") -> Tree:
+    """The tree with the layers' values, later ones over earlier ones.
+
+    All are checked together, since a rule over two settings may need both layers.
+
+    Args:
+        base: a checked tree.
+        layers: what to change in it.
+        base_origin: what errors call the origin of the base's own values; empty: they do not mention it.
+
+    Raises:
+        ConfigError: a name is unknown or a value cannot be; the message names the last layer at fault.
+    """
+    known = set(setting_names(type(base)))
+    tree = base.model_dump()
+    for layer in layers:
+        for name, given in layer.items():
+            if name not in known:
+                raise unknown_setting(type(base), name, given.origin)
+            *path, leaf = name.split(".")
+            branch = tree
+            for part in path:
+                branch = branch[part]
+            branch[leaf] = given.value
+    try:
+        return type(base).model_validate(tree)
+    except ValidationError as error:
+        raise _error_of(error, type(base), layers, base_origin) from error
+
+
+def environment_layer(tree: type[Section], environ: Mapping[str, str]) -> dict[str, Given]:
+    """The settings in `RCNN_SECTION__FIELD` variables.
+
+    Raises:
+        ConfigError: a variable names no setting, or is not in upper case and so would not be read.
+    """
+    names = {variable_of(name): name for name in setting_names(tree)}
+    layer = {}
+    for variable, value in environ.items():
+        if variable in names:
+            layer[names[variable]] = Given(Text(value), variable)
+        elif variable.startswith(ENV_PREFIX) and variable.upper() not in names:
+            name = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            raise unknown_setting(tree, name, variable, spell=variable_of)
+        elif variable.upper() in names:
+            raise ConfigError(
+                "is not read, as it is not in upper case", where=variable, remedy=f"Name it {variable.upper()}"
+            )
+    return layer
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting: `train.epochs` -> `RCNN_TRAIN__EPOCHS`."""
+    return ENV_PREFIX + name.replace(".", "__").upper()
+
+
+def fields_of(tree: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every field that holds a value, by its dotted name, in the tree's order."""
+    for name, field in tree.model_fields.items():
+        if is_section(field):
+            yield from fields_of(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name, field
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Whether the field holds a table of fields."""
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def setting_names(tree: type[BaseModel]) -> Iterator[str]:
+    """The dotted name of every setting, in the tree's order; `recipe` is the name of where settings start."""
+    return (name for name, _ in fields_of(tree) if name != "recipe")
+
+
+def limits_of(field: FieldInfo) -> str:
+    """The values that a setting may have, in a few words: `1 to 2048`, `true or false`, `crop, pad, stretch`."""
+    return _limits(field.annotation, field.metadata, field.examples)
+
+
+def as_typed(value: Any) -> str:
+    """A setting's value as a user would type it after `--set NAME=`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(as_typed, value))}]"
+    return str(value) or '""'
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: short, whatever it is."""
+    if value is None:
+        return "empty (null)"
+    if isinstance(value, bool):
+        return as_typed(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return str(value)
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, int) and value.bit_length() > MAX_DIGITS:
+        return f"a number of {value.bit_length()} bits"
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
+    return _repr.repr(plain)
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = MAX_SHOWN
+_repr.maxlevel = 2
+
+
+def unknown_setting(
+    tree: type[BaseModel], name: str, origin: str, *, spell: Callable[[str], str] = repr
+) -> ConfigError:
+    """The error for a name that is not a setting's; `spell` writes a name as its origin would."""
+    if name == "recipe":
+        return ConfigError("'recipe' chooses where settings start", where=origin, remedy="Use --recipe NAME")
+    names = list(setting_names(tree))
+    inside = [known for known in names if known.startswith(f"{name}.")]
+    if inside:
+        remedy = f"Set what is in it, such as {spell(inside[0])}"
+        return ConfigError(f"{name!r} is a section, and takes no value of its own", where=origin, remedy=remedy)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    hint = f"Did you mean {spell(near[0])}? " if near else ""
+    remedy = f"{hint}`rcnn config --explain` lists them all"
+    return ConfigError(f"there is no setting {shown(name)}", where=origin, remedy=remedy)
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """The value for a setting of this type. Pydantic would also take true for 1, "3" for 3 and 1 for true."""
+    if get_origin(kind) is Annotated:
+        return _read(get_args(kind)[0], value)
+    if get_origin(kind) is tuple:
+        return tuple(_read(get_args(kind)[0], item) for item in _items(value))
+    if kind is str or get_origin(kind) is Literal:
+        return _text(value)
+    if kind is bool:
+        return _switch(value)
+    if kind in (int, float):
+        return _number(kind, value)
+    return value  # a section, which reads its own
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type("text")
+    if "\0" in value:  # no system takes one in a name
+        raise ValueError("should not hold a NUL")
+    if any("\ud800" <= sign <= "\udfff" for sign in value):  # bytes of another encoding; they cannot go through JSON
+        raise ValueError("should be UTF-8 text")
+    return str(value)
+
+
+def _switch(value: Any) -> bool:
+    if isinstance(value, Text) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise _wrong_type("true or false")
+    return value
+
+
+def _number(kind: type, value: Any) -> Any:
+    number = _parsed_number(value.strip()) if isinstance(value, Text) else value
+    if number is None or isinstance(number, bool | str):
+        raise _wrong_type("a whole number" if kind is int else "a number")
+    return number
+
+
+def _parsed_number(text: str) -> int | float | None:
+    """A number as TOML has it: 3, 1_000, 1e5. Python would also read the digits of every script."""
+    for parse in (int, float):
+        with suppress(ValueError):
+            return parse(text) if text.isascii() and len(text) <= MAX_DIGITS else None  # type: ignore[no-any-return]
+    return None
+
+
+def _items(value: Any) -> Sequence[Any]:
+    if isinstance(value, Text) and re.fullmatch(r"\s*\[.*\]\s*", value, flags=re.DOTALL):
+        inside = value.strip()[1:-1].strip().removesuffix(",")
+        return [Text(item) for item in inside.split(",")] if inside else []
+    if not isinstance(value, list | tuple):
+        raise _wrong_type("a list")
+    return value
+
+
+def _wrong_type(wanted: str) -> PydanticCustomError:
+    """What Prefect says of a flow's parameter; `_fault` has more to say."""
+    return PydanticCustomError("wrong_type", "should be {wanted}", {"wanted": wanted})
+
+
+def _error_of(error: ValidationError, tree: type[BaseModel], layers: Sequence[Layer], base_origin: str) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    at = ".".join(filter(_is_name, first["loc"]))  # type: ignore[arg-type]
+    message = first["msg"].removeprefix("Value error, ")
+    field = dict(fields_of(tree)).get(at)
+    involved = [at] if field else _settings_in(message, tree, at)
+    what = _fault(first, at, field) if field else f"{at} {message}".strip()
+    origins = {name: _origin_of(name, layers, base_origin) for name in involved}
+    if len(set(filter(None, origins.values()))) > 1:
+        told = ", ".join(f"{name} from {origin}" for name, origin in origins.items() if origin)
+        what = f"{what} ({told})"
+    num_wrong = len({tuple(filter(_is_name, each["loc"])) for each in error.errors()})
+    if num_wrong > 1:
+        what += f" ({num_wrong - 1} more settings are wrong)"
+    return ConfigError(what, where=_blamed(involved, layers, base_origin), remedy=EXPLAIN)
+
+
+def _fault(first: ErrorDetails, name: str, field: FieldInfo) -> str:
+    """What is wrong with the value of one setting."""
+    value, kind = first["input"], field.annotation
+    if first["type"] == "value_error":  # a rule of the setting's own says it
+        return f"{name} is {shown(value)}: {first['msg'].removeprefix('Value error, ')}"
+    if value is None:
+        return f"{name} is {shown(None)}: give it a value, or leave it out for the recipe's"
+    index = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+    if get_origin(kind) is tuple and index:
+        kind, metadata = _item_type(kind)
+        return f"{name}{index} is {shown(value)}: should be {_noun(kind)}{_limits(kind, metadata)}"
+    if first["type"] == "string_pattern_mismatch":
+        meaning = (field.description or "").partition(";")[0]
+        return f"{name} is {shown(value)}: should be text such as {' or '.join(field.examples or [])} ({meaning})"
+    hint = ""
+    if _is_text(kind) and not isinstance(value, str):
+        hint = "; put it in quotes"
+    elif isinstance(value, str) and not isinstance(value, Text) and not _is_text(kind):
+        hint = ", without quotes"
+    example = f", such as {as_typed(field.default)}" if get_origin(kind) is tuple else ""
+    return f"{name} is {shown(value)}: should be {_noun(kind)}{limits_of(field)}{hint}{example}"
+
+
+def _is_name(part: int | str) -> bool:
+    """Whether a part of an error's place is a name, not the number of a list's element."""
+    return isinstance(part, str)
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or get_origin(kind) is Literal
+
+
+def _noun(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of "
+    return {int: "a whole number, ", float: "a number, "}.get(kind, "")
+
+
+def _item_type(kind: Any) -> tuple[Any, Sequence[Any]]:
+    """The type of a tuple's elements, and its bounds."""
+    item = get_args(kind)[0]
+    if get_origin(item) is not Annotated:
+        return item, ()
+    bare, *fields = get_args(item)
+    return bare, [bound for field in fields for bound in field.metadata]
+
+
+def _limits(kind: Any, metadata: Sequence[Any], examples: Sequence[Any] | None = None) -> str:
+    if kind is bool:
+        return "true or false"
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        item, item_metadata = _item_type(kind)
+        return f"a list, each {_noun(item)}{_limits(item, item_metadata)}"
+    bounds = {
+        bound: getattr(item, bound)
+        for item in metadata
+        for bound in ("ge", "gt", "le", "lt", "min_length", "max_length")
+        if hasattr(item, bound)
+    }
+    if kind is str:
+        most = f", up to {bounds['max_length']} characters" if "max_length" in bounds else ""
+        least = ", not empty" if "min_length" in bounds else ""
+        return f"text{most}{least}" + (f", such as {' or '.join(examples)}" if examples else "")
+    return _range(bounds)
+
+
+def _range(bounds: Mapping[str, Any]) -> str:
+    low = f"above {_figure(bounds['gt'])}" if "gt" in bounds else _figure(bounds["ge"])
+    if "lt" in bounds:
+        return f"{low}{', ' if 'gt' in bounds else ' to '}below {_figure(bounds['lt'])}"
+    return f"{low}{', up to ' if 'gt' in bounds else ' to '}{_figure(bounds['le'])}"
+
+
+def _figure(bound: float) -> str:
+    """With the underscores that may be typed too."""
+    return f"{int(bound):_}" if bound == int(bound) and abs(bound) >= 10_000 else f"{bound:g}"
+
+
+def _settings_in(message: str, tree: type[BaseModel], section: str) -> list[str]:
+    """The settings that the text of a section's rule names, quoted values left out: a rule is about what it names."""
+    words = set(re.findall(r"\w+(?:\.\w+)*", re.sub(r"(?<!\w)(['\"]).*?\1", "", message)))
+    prefix = f"{section}." if section else ""
+    return [name for name in setting_names(tree) if name in words or name.removeprefix(prefix) in words]
+
+
+def _origin_of(name: str, layers: Sequence[Layer], base_origin: str) -> str:
+    return next((layer[name].origin for layer in reversed(layers) if name in layer), base_origin)
+
+
+def _blamed(names: Sequence[str], layers: Sequence[Layer], base_origin: str) -> str:
+    """Who gave these values: the last layer that gave any of them."""
+    for layer in reversed(layers):
+        origins = [layer[name].origin for name in names if name in layer]
+        if origins:
+            return " and ".join(dict.fromkeys(origins))
+    return base_origin

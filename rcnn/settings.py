@@ -1,0 +1,243 @@
+"""Where settings come from: a recipe, on it a file, on it environment variables, on it `--set`.
+
+In: text, as a user wrote it. Out: a validated `PipelineConfig`; or one line that names the layer at fault, whether that is
+a file, a variable, `--set` or the recipe.
+"""
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import ConfigError
+from rcnn.section import (
+    Given,
+    Layer,
+    Text,
+    as_typed,
+    environment_layer,
+    fields_of,
+    is_section,
+    lay,
+    limits_of,
+    shown,
+    unknown_setting,
+)
+from rcnn.section import setting_names as names_in
+from rcnn.text import parse_json
+
+EXAMPLE = "`rcnn config --recipe demo` prints an example, as YAML"
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What a file sets, and the recipe that it names, which may be of any type."""
+
+    path: str
+    layer: Layer
+    recipe: Any = None
+    names_recipe: bool = False
+
+
+def build_config(
+    base: PipelineConfig,
+    *,
+    file: ConfigFile | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Iterable[str] = (),
+) -> PipelineConfig:
+    """Lays a file, `RCNN_SECTION__FIELD` variables and `section.field=value` strings over `base`.
+
+    Raises:
+        ConfigError: a name is unknown or a value out of bounds; the message names the setting and where it was set.
+    """
+    layers = [
+        file.layer if file else {},
+        environment_layer(PipelineConfig, environ or {}),
+        dict(_parse_override(text) for text in overrides),
+    ]
+    return lay(base, layers, base_origin=f"recipe {base.recipe}")
+
+
+def read_config_file(file: str | Path) -> ConfigFile:
+    """The settings in a `.toml`, `.yaml`, `.yml` or `.json` file.
+
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, or does not hold a table of known settings.
+    """
+    path, where = Path(file), str(file)
+    if not where:
+        raise ConfigError("is empty", where="--config", remedy="Name a file")
+    try:
+        tree = _parse_tree(path.suffix, path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({error.strerror})", where=where, remedy="Check the path") from error
+    except UnicodeDecodeError as error:
+        fault = f"is not UTF-8 text (byte {error.object[error.start]:#04x} at position {error.start})"
+        raise ConfigError(fault, where=where, remedy="Save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot be parsed: {_parse_fault(error)}", where=where, remedy=EXAMPLE) from error
+    return _config_file(tree, where)
+
+
+def config_from_json(text: str, *, origin: str) -> PipelineConfig:
+    """A config in JSON, as `model_dump_json` writes it.
+
+    Raises:
+        ConfigError: it is not JSON, a name is unknown or a value out of bounds.
+    """
+    try:
+        file = _config_file(parse_json(text), origin)
+    except ValueError as error:
+        raise ConfigError(f"cannot be parsed: {_parse_fault(error)}", where=origin, remedy=EXAMPLE) from error
+    recipe = {"recipe": file.recipe} if file.names_recipe else {}
+    if not all(isinstance(name, str) for name in recipe.values()):
+        raise ConfigError(f"recipe is {shown(file.recipe)}", where=origin, remedy="Give the name of a recipe")
+    return lay(PipelineConfig(**recipe), [file.layer])
+
+
+def setting_names() -> Iterator[str]:
+    """The dotted name of every setting, in the tree's order."""
+    return names_in(PipelineConfig)
+
+
+def explain_settings() -> list[dict[str, str]]:
+    """Each setting with its default, its bounds and its meaning."""
+    return [
+        {
+            "setting": name,
+            "default": as_typed(field.get_default()),
+            "bounds": limits_of(field),
+            "meaning": field.description or "",
+        }
+        for name, field in fields_of(PipelineConfig)
+        if name != "recipe"
+    ]
+
+
+def _parse_override(text: str) -> tuple[str, Given]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        fault = "has no '='" if not equals else "names no setting"
+        raise ConfigError(f"{shown(text)} {fault}", where="--set", remedy="Write --set section.field=value")
+    return name.strip(), Given(Text(value), "--set")
+
+
+def _config_file(tree: Any, where: str) -> ConfigFile:
+    if not isinstance(tree, dict):
+        kind = "a list" if isinstance(tree, list) else "null" if tree is None else shown(tree)
+        raise ConfigError(f"holds {kind}, not a table of settings", where=where, remedy=EXAMPLE)
+    settings = {name: value for name, value in tree.items() if name != "recipe"}
+    layer = dict(_flattened(settings, PipelineConfig, "", where))
+    return ConfigFile(where, layer, tree.get("recipe"), names_recipe="recipe" in tree)
+
+
+def _flattened(table: Mapping[str, Any], tree: type[BaseModel], prefix: str, where: str) -> Iterator[tuple[str, Given]]:
+    for key, value in table.items():
+        name, field = prefix + key, tree.model_fields.get(key)
+        if field is None:
+            raise _misplaced(key, prefix, where)
+        if not is_section(field):
+            yield name, Given(value, where)
+        elif isinstance(value, dict):
+            yield from _flattened(value, field.annotation, f"{name}.", where)  # type: ignore[arg-type]
+        else:
+            inside = next(fields_of(field.annotation))[0]  # type: ignore[arg-type]
+            remedy = f"Set what is in it, such as {name}.{inside}, or leave it out"
+            raise ConfigError(f"{name} is {shown(value)}, and should be a table", where=where, remedy=remedy)
+
+
+def _misplaced(key: str, prefix: str, where: str) -> ConfigError:
+    if key == "<<":
+        return ConfigError("a merge (<<) is not supported", where=where, remedy="Write the settings out")
+    if not prefix and "." in key and key in setting_names():
+        section, _, field = key.rpartition(".")
+        return ConfigError(f"{key!r} is one key with a dot in it", where=where, remedy=f"Put {field} into {section}")
+    return unknown_setting(PipelineConfig, prefix + key, where)
+
+
+def _parse_tree(suffix: str, text: str) -> Any:
+    if suffix == ".toml":
+        return tomllib.loads(text)
+    if suffix == ".json":
+        if not text.strip():
+            raise ValueError("it is empty; write {} for no settings")
+        return parse_json(text)
+    if suffix in (".yaml", ".yml"):
+        return _parse_yaml(text)
+    raise ValueError(f"the ending {suffix!r} is unknown; it may be .toml, .yaml, .yml or .json")
+
+
+def _parse_fault(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split()).partition("; use sys.")[0]  # Python's advice for longer numbers
+
+
+def _parse_yaml(text: str) -> Any:
+    """Tables and lists of what stands there: scalars stay text, until the setting's type says how to read them.
+
+    PyYAML's own loader would make a number of `name: 1.10`, a date of `2024-01-01` and true of `on`, take the last of
+    two equal keys, and write out aliases of aliases until the memory is full.
+    """
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{', '.join(filter(None, (error.context, error.problem)))}{line}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    value = None if node is None else _YamlTree().value_of(node)
+    return {} if value is None else value
+
+
+class _YamlTree:
+    """Values of nodes, each made once: an alias shares its value, so aliases of aliases stay small."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, Any] = {}
+
+    def value_of(self, node: Any) -> Any:
+        """The table, list, text or None that a node stands for."""
+        if id(node) not in self.values:
+            self.values[id(node)] = _Unfinished
+            self.values[id(node)] = self._new_value(node)
+        if self.values[id(node)] is _Unfinished:
+            raise ValueError(f"{_line(node)} holds an alias of itself")
+        return self.values[id(node)]
+
+    def _new_value(self, node: Any) -> Any:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if node.id == "mapping" and kind == "map":
+            return self._table(node)
+        if node.id == "sequence" and kind == "seq":
+            return [self.value_of(item) for item in node.value]
+        if node.id == "scalar" and kind in ("null", "bool", "int", "float", "timestamp", "str", "merge", "value"):
+            return None if kind == "null" else Text(node.value)
+        raise ValueError(f"{_line(node)} has the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}; leave it out")
+
+    def _table(self, node: Any) -> dict[str, Any]:
+        lines: dict[str, str] = {}
+        table = {}
+        for key, value in node.value:
+            if key.id != "scalar":
+                raise ValueError(f"{_line(key)} has a key that is not a name")
+            if key.value in lines:
+                raise ValueError(f"{_line(key)} names {key.value!r}, as {lines[key.value]} did; keep one")
+            lines[key.value] = _line(key)
+            table[key.value] = self.value_of(value)
+        return table
+
+
+class _Unfinished:
+    """Stands for a value that is being made."""
+
+
+def _line(node: Any) -> str:
+    return f"line {node.start_mark.line + 1}"
