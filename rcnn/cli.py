@@ -300,7 +300,8 @@ def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str,
     if options.promote is None:
         columns = ("version", "aliases", "test_error", "k", "t", "config_hash", "run_id")
         for name, rows in versions.items():
-            _print_table([{column: row[column] for column in columns} for row in rows], title=name)
+            shown = [row | {"test_error": _percent(row["test_error"])} for row in rows]
+            _print_table([{column: row[column] for column in columns} for row in shown], title=name)
         return
     if len(versions) > 1:
         raise ConfigError(
@@ -317,6 +318,11 @@ def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str,
 
     set_alias(config, "champion", options.promote, name=name)
     print(f"{name} version {options.promote} is now the champion")
+
+
+def _percent(share: str) -> str:
+    """An error from a tag, which a version that was registered by hand lacks."""
+    return f"{100 * float(share):.2f} %" if share else ""
 
 
 def _data_list(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@
     ├── ConfigError      a setting has a value that cannot work
     ├── DataError        a file or a row of a data set is not what it should be
     ├── SourceError      a data set's origin is missing, unreachable or altered
-    ├── TrainingError    training or tuning cannot go on
+    ├── TrainingError    training or tuning cannot continue
     └── ClusterError     Ray, MLflow or the storage that they share is out of reach
 
 The command line prints them without a traceback and exits with 2. Everything else is a bug of ours and keeps its
@@ -54,7 +54,7 @@ class SourceError(RcnnError):
 
 
 class TrainingError(RcnnError):
-    """Training or tuning cannot go on."""
+    """Training or tuning cannot continue."""
 
 
 class ClusterError(RcnnError):

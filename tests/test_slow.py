@@ -59,8 +59,8 @@ def test_a_search_that_was_interrupted_goes_on_with_what_is_left(tmp_path: Path)
     killed.wait()
     killed.stdout.close()
     output = finish(command(tmp_path, *search))
-    assert "going on with the search that was interrupted" in output
-    assert "trial-00" not in output.split("going on")[1].split("{")[0]
+    assert "resuming the interrupted search" in output
+    assert "trial-00" not in output.split("resuming the interrupted")[1].split("{")[0]
     assert output.count('"outcome": "finished"') == 3
 
 

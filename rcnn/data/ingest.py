@@ -1,8 +1,8 @@
 """The ingest stage: a source in, a folder of Parquet shards with a manifest out.
 
 Which row is for training, validation or testing is decided here, by seed, and never changes later. Shards are written to a
-draft folder that is renamed when whole: a data set is there with its manifest, or not at all. What a killed run finished is
-taken up by the next one.
+draft folder that is renamed when whole: a data set is there with its manifest, or not at all. The next run resumes a
+killed one.
 
     datasets/.draft-<name>/data/      the data set to be           datasets/.draft-<name>/records/   what is in each shard
     .locks/<name>.lock                held while one is at work    datasets/<name>/                  whole
@@ -262,7 +262,7 @@ def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJo
         outcomes = map_on_cluster(config, write_shard, missing)
     else:
         outcomes = (write_shard(job) for job in missing)
-    # Closed before an error leaves: what Ray is still at would go on writing, and would outlive its driver.
+    # Closed before an error leaves: otherwise Ray tasks keep writing after the driver exits.
     with (
         closing(outcomes),
         tqdm(total=len(jobs), initial=len(there), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar,

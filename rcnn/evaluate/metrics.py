@@ -30,7 +30,7 @@ class Scores:
     @property
     def error(self) -> float:
         """Share of the rows that were classified wrongly, 0 to 1."""
-        return 1 - int(self.confusion.diagonal().sum()) / self.num_rows
+        return (self.num_rows - int(self.confusion.diagonal().sum())) / self.num_rows
 
     @property
     def loss(self) -> float:

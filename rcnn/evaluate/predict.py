@@ -1,6 +1,6 @@
 """A finished model on image files: their classes, and how sure the model is.
 
-Files are decoded by threads, a batch ahead of the model; one that cannot be read is reported, and the others go on.
+Files are decoded by threads, a batch ahead of the model; one that cannot be read is reported, and the rest are classified.
 """
 
 import glob

@@ -92,7 +92,7 @@ class MlflowTracker:
             self.client.log_artifacts(self.run_id, str(folder))
 
     def child(self, name: str) -> "MlflowTracker":
-        """The run of that name under this one, made if it is not there: a resumed search goes on in the same runs."""
+        """The run of that name under this one, made if it is not there: a resumed search continues in the same runs."""
         where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.run_name = '{name}'"
         with _reachable(self.config):
             found = self.client.search_runs([self.experiment_id], where, max_results=1)

@@ -1,4 +1,4 @@
-"""What training keeps on disk: checkpoints to go on from, and the finished model.
+"""What training keeps on disk: checkpoints to resume from, and the finished model.
 
 A checkpoint is one file that `torch.load(weights_only=True)` opens: tensors and plain values. A model folder is
 `model.safetensors` with `model.json`, which says how to build the network: no pickle, so it can be passed on.

@@ -44,11 +44,11 @@ def fit(
         config: the whole config; `model`, `train` and `seed` matter here.
         data: both splits; each rank takes its own share of them.
         report: called after each epoch.
-        resume_from: folder of a checkpoint to go on from.
+        resume_from: folder of a checkpoint to resume from.
         on_progress: called now and then with the epochs done, a fraction.
 
     Raises:
-        TrainingError: the loss is no longer a number, or the checkpoint cannot be taken up.
+        TrainingError: the loss is no longer a number, or the checkpoint cannot be read.
         DataError: there are fewer rows than one batch.
     """
     device = choose_device(config.train.use_gpu)

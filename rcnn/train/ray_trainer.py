@@ -1,6 +1,6 @@
 """The train stage: `fit` on Ray Train workers, with checkpoints in the storage.
 
-In: a config and a data set. Out: a finished model folder. A run of the same name goes on from its last checkpoint.
+In: a config and a data set. Out: a finished model folder. A run of the same name resumes from its last checkpoint.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from rcnn.train.loop import Metrics, fit, training_data
 
 
 def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TrainResult:
-    """Trains the model that `config` describes, or goes on with it where an earlier run was stopped.
+    """Trains the model that `config` describes; resumes where an earlier run was stopped.
 
     Raises:
         TrainingError: the loss is no longer a number, or workers failed more often than `train.max_failures`.
@@ -132,7 +132,7 @@ def _as_training_error(error: Exception) -> RcnnError:
     return TrainingError(
         f"the workers failed more often than allowed; the last one with: {last_line[0]}",
         where="train.max_failures",
-        remedy="Run the same command again to go on from the last checkpoint; --debug shows the worker's traceback",
+        remedy="Run the same command again to resume from the last checkpoint; --debug shows the worker's traceback",
         retryable=True,
     )
 

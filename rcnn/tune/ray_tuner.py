@@ -116,7 +116,7 @@ def _tuner(config: PipelineConfig, data: IngestResult, target: StageFolder, boar
     filesystem = None if storage.is_local else storage.filesystem
     path = storage.path(target.name)
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
-        say("  going on with the search that was interrupted")
+        say("  resuming the interrupted search")
         return tune.Tuner.restore(path, trainable, storage_filesystem=filesystem, restart_errored=True)
     return tune.Tuner(
         trainable,
@@ -175,7 +175,7 @@ def _run_trial(drawn: dict[str, Any], *, config: PipelineConfig, storage: str, d
         data = training_data(config, Storage(storage), data_folder)
         fit(config, data, report)
     except TrainingError:
-        # A rate too high is an answer, not a fault: the worst error there is, and the search goes on.
+        # A rate too high is an answer, not a fault: the worst error there is; the search continues.
         tune.report({"epoch": config.train.epochs, "val/error": WORST_ERROR, "diverged": True})
     except RcnnError as error:
         ray.get(board.put.remote("fatal", error))  # it is about the data, which all trials share

@@ -388,10 +388,18 @@ def test_few_rows_to_a_class_are_taken(root: Path, num_rows: int, num_labels: in
 
 
 @pytest.mark.parametrize("kind", [str, int])
+def test_classes_that_the_metadata_names_may_be_many(root: Path, kind: Callable[[int], Any]) -> None:
+    metadata = hugging_face([str(number) for number in range(30)])
+    write(root / "0.parquet", with_labels([kind(number) for number in range(30)], metadata=metadata))
+    assert opened(root).labels["train"].tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("kind", [str, int])
 def test_a_column_that_names_rows_is_refused(root: Path, kind: Callable[[int], Any]) -> None:
-    """Over all files: each of these has few rows."""
+    """Over all files: each of these has few rows, and some names come twice."""
     for file in range(3):
-        write(root / f"{file}.parquet", with_labels([kind(10 * file + row) for row in range(10)], file=file))
+        labels = [kind(number % 16) for number in range(10 * file, 10 * file + 10)]
+        write(root / f"{file}.parquet", with_labels(labels, file=file))
     with pytest.raises(
         SourceError, match=r"column 'label' in data\.root = .*: has more than 15 different labels in 30 rows"
     ):
@@ -593,7 +601,8 @@ def test_settings_name_the_columns(root: Path) -> None:
 def test_a_dot_in_a_columns_name_leads_into_no_struct(root: Path) -> None:
     """Parquet writes both the column `image.bytes` and the field `bytes` of `image` as image.bytes."""
     table = table_of([1, 0]).append_column("image.bytes", [["x", "y"]]).append_column("label.x", [["b", "a"]])
-    write(root / "0.parquet", table.append_column("image.path", [[b"x", b"y"]]))
+    table = table.append_column("image.path", [[b"x", b"y"]])
+    write(root / "0.parquet", table.select(table.column_names[::-1]))
     np.testing.assert_array_equal(read(opened(root)).images, np.stack([pixels_of(0, 0), pixels_of(0, 1)]))
     assert read(opened(root, label_column="image.bytes")).labels.tolist() == [0, 1]
     assert read(opened(root, label_column="label.x")).labels.tolist() == [1, 0]
@@ -807,6 +816,15 @@ def test_the_fingerprint_changes_with_the_image_files(root: Path, kind: str, cha
     else:
         file.unlink()
         file.symlink_to("../.pool/other.png")
+    assert fingerprint(data) != before
+
+
+@pytest.mark.usefixtures("now")
+def test_the_fingerprint_of_paths_alone_heeds_all_of_them(root: Path) -> None:
+    write(root / "train.parquet", table_of_paths([f"{row}.png" for row in range(200)], "string"))
+    data = DataConfig(source="parquet", root=str(root))
+    before = fingerprint(data)
+    save(root / "199.png", 0, 0)
     assert fingerprint(data) != before
 
 

@@ -30,7 +30,7 @@ BYTES_PER_READ = 1 << 18
 def fetch(file: str, *, md5: str, mirrors: Sequence[str], folder: Path) -> Path:
     """Fetches a file from the first mirror that has it, unless it is there already.
 
-    What a broken connection left is kept as `<file>.part`, and the next call goes on behind it.
+    What a broken connection left is kept as `<file>.part`, and the next call resumes behind it.
 
     Raises:
         SourceError: no mirror has the file with this checksum; or the folder cannot be written.
@@ -78,9 +78,9 @@ def _fetch_from_any(file: str, md5: str, mirrors: Sequence[str], target: Path) -
         if found == md5:
             draft.replace(target)
             return
-        draft.unlink()  # it must not be gone on with
+        draft.unlink()  # not resumable
         faults.append(f"{url}: the file's MD5 is {found}, the official one {md5}")
-    kept = f"; {draft.stat().st_size / 1e6:.1f} MB are kept, the next try goes on there" if draft.exists() else ""
+    kept = f"; {draft.stat().st_size / 1e6:.1f} MB are kept, the next try resumes there" if draft.exists() else ""
     raise SourceError(
         f"could not be downloaded ({'; '.join(faults)}{kept})",
         where=file,
@@ -114,7 +114,7 @@ def _fetch_resuming(url: str, draft: Path) -> None:
         fruitless = 0 if after > before else fruitless + 1
         if fruitless >= NUM_ATTEMPTS:
             raise _DownloadFailed(fault)
-        say(f"  {draft.stem}: {fault}; going on at {after / 1e6:.1f} MB")
+        say(f"  {draft.stem}: {fault}; resuming at {after / 1e6:.1f} MB")
         time.sleep(SECONDS_BETWEEN_ATTEMPTS)
 
 

@@ -207,9 +207,7 @@ def _values(batch: pa.RecordBatch, image: ImageColumn, leaf: str) -> pa.Array:
     if not leaf:
         return pa.nulls(len(batch))
     column = batch.column(batch.schema.get_field_index(image.name))
-    values = column if leaf == image.name else column.field(leaf.removeprefix(f"{image.name}."))
-    # Unlike reading single values, the cast refuses a dictionary's damaged indices.
-    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+    return column if leaf == image.name else column.field(leaf.removeprefix(f"{image.name}."))
 
 
 class _Finder:
