@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -166,7 +166,7 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """Stochastic gradient descent: how long, how fast, on how many workers."""
+    """Stochastic gradient descent: how long, how fast, on which rows."""
 
     epochs: int = Field(10, ge=1, le=MAX_EPOCHS, description="Passes over the training rows.")
     batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="Images per step, all workers together.")
@@ -183,15 +183,38 @@ class TrainConfig(Section):
         3, ge=0, le=MAX_EPOCHS, description="Epochs without a better validation error before a cut."
     )
     one_cycle_warmup: float = Field(0.25, gt=0, lt=1, description="Share of all steps in which one_cycle rises.")
+    clip_norm: float = Field(1.0, ge=0, le=1e6, description="Largest norm of the gradient; 0: no clipping.")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of the averaged weights; 0: no averaging.")
+    num_rows: int = Field(0, ge=0, le=MAX_ROWS, description="Training rows to use; 0: all of them.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type of the arithmetic; weights are float32 always. bfloat16 is faster where the processor has "
+        "instructions for it; auto: bfloat16 on such a GPU, float32 elsewhere.",
+    )
+    deterministic: bool = Field(
+        False, description="Whether two runs on one machine give the same bits; torch refuses what cannot."
+    )
+
+
+class AugmentConfig(Section):
+    """Changes of training images that keep their label."""
+
     max_shift: int = Field(
-        0, ge=0, le=16, description="Augmentation: black pixels put around images before a window is cut; 0: none."
+        0, ge=0, le=16, description="Black pixels put around images before a window is cut; 0: none."
     )
-    flip: bool = Field(
-        False, description="Augmentation: mirror left to right, half of all images, drawn again each epoch."
+    flip: bool = Field(False, description="Mirror left to right, half of all images, drawn again each epoch.")
+    cutout: int = Field(0, ge=0, le=MAX_SIDE, description="Side of a square that is blackened, pixels; 0: none.")
+
+
+class ExecutionConfig(Section):
+    """How and where steps run. Nothing here names a result: a run resumes with other settings of this section."""
+
+    keep_checkpoints: int = Field(
+        2, ge=1, le=10_000, description="Best checkpoints to keep; the last one is always kept."
     )
-    cutout: int = Field(
-        0, ge=0, le=MAX_SIDE, description="Augmentation: side of a square that is blackened, pixels; 0: none."
-    )
+    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers; batch_size must divide by it.")
+    cpus_per_worker: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each worker.")
+    use_gpu: bool = Field(False, description="Whether each worker takes one GPU.")
     loader: Literal["auto", "resident", "streaming"] = Field(
         "auto",
         description="resident: all rows on the training device; streaming: read ahead from the shards; "
@@ -200,26 +223,9 @@ class TrainConfig(Section):
     resident_megabytes: int = Field(
         4096, ge=1, le=10_000_000, description="Largest training split that auto keeps on the device, MB."
     )
-    clip_norm: float = Field(1.0, ge=0, le=1e6, description="Largest norm of the gradient; 0: no clipping.")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of the averaged weights; 0: no averaging.")
-    num_rows: int = Field(0, ge=0, le=MAX_ROWS, description="Training rows to use; 0: all of them.")
-    keep_checkpoints: int = Field(
-        2, ge=1, le=10_000, description="Best checkpoints to keep; the last one is always kept."
-    )
-    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers; batch_size must divide by it.")
-    cpus_per_worker: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each worker.")
-    use_gpu: bool = Field(False, description="Whether each worker takes one GPU.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Type of the arithmetic; weights are float32 always. bfloat16 is faster where the processor has "
-        "instructions for it; auto: bfloat16 on such a GPU, float32 elsewhere.",
-    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Whether torch compiles the step, which takes a minute at the start; auto: in long runs on a GPU.",
-    )
-    deterministic: bool = Field(
-        False, description="Whether two runs on one machine give the same bits; torch refuses what cannot."
     )
     recompute: bool = Field(
         False,
@@ -238,15 +244,6 @@ class TrainConfig(Section):
     def _triton_has_a_gpu(self) -> Self:
         if self.triton and not self.use_gpu:
             raise ValueError("triton = true needs a GPU; set use_gpu to true, or triton to false")
-        return self
-
-    @model_validator(mode="after")
-    def _batch_divides_by_workers(self) -> Self:
-        if self.batch_size % self.num_workers:
-            raise ValueError(
-                f"batch_size = {self.batch_size} does not divide by num_workers = {self.num_workers}; "
-                f"set batch_size to {self.num_workers * max(1, self.batch_size // self.num_workers)}"
-            )
         return self
 
 
@@ -340,10 +337,19 @@ class PipelineConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    augment: AugmentConfig = AugmentConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    execution: ExecutionConfig = ExecutionConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    moved: ClassVar[Mapping[str, str]] = {
+        f"train.{name}": f"{section}.{name}"
+        for section, of in (("augment", AugmentConfig), ("execution", ExecutionConfig))
+        for name in of.model_fields
+    }
+    """Former names of settings: they are refused, with a pointer to the new one."""
 
     _storage_is_sound = field_validator("storage")(_sound_uri)
 
@@ -352,12 +358,23 @@ class PipelineConfig(Section):
         _require_no_credentials("storage", self.storage)
         return self
 
+    @model_validator(mode="after")
+    def _batch_divides_by_workers(self) -> Self:
+        batch_size, num_workers = self.train.batch_size, self.execution.num_workers
+        if batch_size % num_workers:
+            raise ValueError(
+                f"train.batch_size = {batch_size} does not divide by execution.num_workers = {num_workers}; "
+                f"set train.batch_size to {num_workers * max(1, batch_size // num_workers)}"
+            )
+        return self
+
     def hash(self, *sections: str) -> str:
         """The first 12 hex digits of the SHA-256 of the named parts of the tree, or of all of them.
 
-        Where things run and are kept (storage, ray, tracking) is no part of it: moving a run does not rename it.
+        How and where things run and are kept (execution, storage, ray, tracking) is not a part of it: moving a run does not
+        rename it.
         """
-        tree = self.model_dump(mode="json", exclude={"recipe", "storage", "ray", "tracking"})
+        tree = self.model_dump(mode="json", exclude={"recipe", "storage", "execution", "ray", "tracking"})
         chosen = {name: value for name, value in tree.items() if not sections or name in sections}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rcnn.config import DataConfig, ModelConfig, PipelineConfig, TrainConfig, TuneConfig
+from rcnn.config import AugmentConfig, DataConfig, ExecutionConfig, ModelConfig, PipelineConfig, TrainConfig, TuneConfig
 from rcnn.errors import ConfigError
 from rcnn.section import shown
 from rcnn.settings import build_config, read_config_file
@@ -35,9 +35,9 @@ def demo() -> PipelineConfig:
             schedule="one_cycle",
             one_cycle_warmup=0.1,
             clip_norm=2.0,
-            max_shift=2,
-            cpus_per_worker=2,
         ),
+        augment=AugmentConfig(max_shift=2),
+        execution=ExecutionConfig(cpus_per_worker=2),
         tune=TuneConfig(
             num_trials=5,
             k=(16, 32),
@@ -82,9 +82,9 @@ def mnist_rcnn32_quick() -> PipelineConfig:
             weight_decay=5e-4,
             schedule="one_cycle",
             clip_norm=2.0,
-            max_shift=2,
-            cpus_per_worker=2,
         ),
+        augment=AugmentConfig(max_shift=2),
+        execution=ExecutionConfig(cpus_per_worker=2),
         tune=TuneConfig(enabled=False),
     )
 
@@ -99,9 +99,8 @@ def mnist_rcnn64() -> PipelineConfig:
         recipe="mnist_rcnn64",
         data=DataConfig(source="mnist", val_fraction=1 / 6),
         model=ModelConfig(k=64, t=3, dropout=0.2),
-        train=TrainConfig(
-            epochs=60, batch_size=64, learning_rate=0.01, clip_norm=2.0, use_gpu=True, keep_checkpoints=3
-        ),
+        train=TrainConfig(epochs=60, batch_size=64, learning_rate=0.01, clip_norm=2.0),
+        execution=ExecutionConfig(use_gpu=True, keep_checkpoints=3),
         tune=TuneConfig(
             num_trials=12, k=(32, 64, 96), t=(1, 2, 3), epochs=8, learning_rate_min=3e-3, gpus_per_trial=0.5
         ),

@@ -175,6 +175,8 @@ def unknown_setting(
     if inside:
         remedy = f"Set what is in it, such as {spell(inside[0])}"
         return ConfigError(f"{name!r} is a section, and takes no value of its own", where=origin, remedy=remedy)
+    if new_name := getattr(tree, "moved", {}).get(name):
+        return ConfigError(f"{name!r} is now called {spell(new_name)}", where=origin, remedy="Use that name")
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f"Did you mean {spell(near[0])}? " if near else ""
     remedy = f"{hint}`rcnn config --explain` lists them all"

@@ -20,6 +20,7 @@ SHARED = [
     "progress",
     "tracking",
     "ray_session",
+    "ray_board",
 ]
 ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
 HOMES = {
@@ -27,6 +28,7 @@ HOMES = {
     "ray": [
         "rcnn/train/ray_trainer.py",
         "rcnn/ray_session.py",
+        "rcnn/ray_board.py",
         "rcnn/data/ray_data.py",
         "rcnn/tune/ray_tuner.py",
         "flows/jobs.py",

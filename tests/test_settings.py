@@ -74,28 +74,29 @@ def test_a_file_may_name_its_recipe_and_the_command_line_wins(read: Any, name: s
 
 
 def test_a_rule_over_two_settings_sees_all_layers() -> None:
-    config = build_config(demo(), environ={"RCNN_TRAIN__NUM_WORKERS": "3"}, overrides=["train.batch_size=96"])
-    assert (config.train.num_workers, config.train.batch_size) == (3, 96)
+    config = build_config(demo(), environ={"RCNN_EXECUTION__NUM_WORKERS": "3"}, overrides=["train.batch_size=96"])
+    assert (config.execution.num_workers, config.train.batch_size) == (3, 96)
 
 
 @pytest.mark.parametrize(
     ("text", "environ", "overrides", "origin", "told"),
     [
         # The last layer with one of the two; a third setting of the section does not count.
-        ("", {"RCNN_TRAIN__NUM_WORKERS": "3"}, ["train.epochs=9"], "RCNN_TRAIN__NUM_WORKERS: ",
-         "(train.batch_size from recipe demo, train.num_workers from RCNN_TRAIN__NUM_WORKERS)"),
-        ("[train]\nbatch_size = 7", {"RCNN_TRAIN__EPOCHS": "2"}, ["train.num_workers=2"], "--set: ",
-         "(train.batch_size from a.toml, train.num_workers from --set)"),
-        ("[train]\nbatch_size = 7\nnum_workers = 2", {"RCNN_TRAIN__FLIP": "true"}, ["train.epochs=2"], "a.toml: ", ""),
-        ("", {"RCNN_TRAIN__NUM_WORKERS": "3", "RCNN_TRAIN__BATCH_SIZE": "8"}, [],
-         "RCNN_TRAIN__BATCH_SIZE and RCNN_TRAIN__NUM_WORKERS: ", ""),
+        ("", {"RCNN_EXECUTION__NUM_WORKERS": "3"}, ["train.epochs=9"], "RCNN_EXECUTION__NUM_WORKERS: ",
+         "(train.batch_size from recipe demo, execution.num_workers from RCNN_EXECUTION__NUM_WORKERS)"),
+        ("[train]\nbatch_size = 7", {"RCNN_TRAIN__EPOCHS": "2"}, ["execution.num_workers=2"], "--set: ",
+         "(train.batch_size from a.toml, execution.num_workers from --set)"),
+        ("[train]\nbatch_size = 7\n[execution]\nnum_workers = 2", {"RCNN_AUGMENT__FLIP": "true"}, ["train.epochs=2"],
+         "a.toml: ", ""),
+        ("", {"RCNN_EXECUTION__NUM_WORKERS": "3", "RCNN_TRAIN__BATCH_SIZE": "8"}, [],
+         "RCNN_TRAIN__BATCH_SIZE and RCNN_EXECUTION__NUM_WORKERS: ", ""),
     ],
 )  # fmt: skip
 def test_a_rule_over_two_settings_blames_who_set_them(
     read: Any, text: str, environ: dict[str, str], overrides: list[str], origin: str, told: str
 ) -> None:
     message = fault_of(lambda: read("a.toml", text, environ=environ, overrides=overrides))
-    assert message.startswith(f"{origin}train batch_size = ")
+    assert message.startswith(f"{origin}train.batch_size = ")
     assert told in message
 
 
@@ -104,7 +105,7 @@ def test_a_rule_over_two_settings_blames_who_set_them(
     [
         ("tune.epochs=2", "tune.grace_epochs=3"),
         ("tune.learning_rate_max=0.02", "tune.learning_rate_min=0.03"),
-        ("train.use_gpu=false", "train.triton=true"),
+        ("execution.use_gpu=false", "execution.triton=true"),
         ("data.source=svhn", "data.on_error=skip"),
         ("data.root=", "data.source=folder"),
         ("data.source=svhn", "data.follow_links=true"),
@@ -147,7 +148,7 @@ def test_any_text_comes_back_from_a_file(tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_choice_may_look_like_a_boolean_in_yaml(read: Any) -> None:
-    assert read("a.yaml", "train: {compile: on}").train.compile == "on"
+    assert read("a.yaml", "execution: {compile: on}").execution.compile == "on"
 
 
 @pytest.mark.parametrize(
@@ -598,3 +599,14 @@ def test_what_config_prints_brings_texts_back(tmp_path: Path, capsys: pytest.Cap
             assert main(["config", "--set", f"data.name={text}", *options]) == 0
             (tmp_path / name).write_text(capsys.readouterr().out)
             assert resolve_config(file=tmp_path / name).data.name == text
+
+
+def test_former_names_are_refused_with_the_new_one(read: Any) -> None:
+    for name, new_name in PipelineConfig.moved.items():
+        with pytest.raises(ConfigError, match=rf"'{name}' is now called '{new_name}'"):
+            build_config(demo(), overrides=[f"{name}=1"])
+        assert new_name in setting_names()
+    with pytest.raises(ConfigError, match=r"RCNN_TRAIN__NUM_WORKERS: .* is now called RCNN_EXECUTION__NUM_WORKERS"):
+        build_config(demo(), environ={"RCNN_TRAIN__NUM_WORKERS": "2"})
+    with pytest.raises(ConfigError, match=r"a\.toml: 'train\.flip' is now called 'augment\.flip'"):
+        read("a.toml", "[train]\nflip = true")

@@ -20,7 +20,7 @@ from rcnn.errors import ConfigError, SourceError
 from rcnn.model import Classifier
 from rcnn.text import printable
 from rcnn.train.checkpoint import load_model
-from rcnn.train.loop import choose_device
+from rcnn.train.execution import choose_device
 
 BATCH_SIZE = 128
 NUM_DECODERS = min(8, os.cpu_count() or 1)

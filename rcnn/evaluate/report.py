@@ -20,7 +20,8 @@ from rcnn.storage import StageFolder
 from rcnn.text import file_stem, printable
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import load_model
-from rcnn.train.loop import Metrics, choose_device
+from rcnn.train.execution import choose_device
+from rcnn.train.loop import Metrics
 
 NUM_SAMPLES = 10
 BATCH_OF_SAMPLES = 1000
@@ -36,7 +37,7 @@ def run_evaluate(
     """
     storage = target.storage
     manifest = require_manifest(storage, data.folder)
-    rows = open_rows(storage, data.folder, manifest, "test", resident_megabytes=config.train.resident_megabytes)
+    rows = open_rows(storage, data.folder, manifest, "test", resident_megabytes=config.execution.resident_megabytes)
     tracker.log_data(manifest.summary(), storage.uri(data.folder), context="testing")
     scores, images_per_second = _score(config, rows, trained, target)
     assert scores.num_rows == data.rows["test"], f"{scores.num_rows} of {data.rows['test']} test rows were counted"

@@ -99,7 +99,7 @@ def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.devic
     """A model with fresh weights, drawn by the config's seed, and all that trains it for `num_steps` steps."""
     torch.manual_seed(config.seed)
     model = build_classifier(config, manifest).to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.train)
+    optimizer = build_optimizer(model, config.train, fused=config.execution.use_gpu)
     averaged = None
     if config.train.ema_decay:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay))
@@ -125,7 +125,7 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
         mean = [sum(mean[channel::channels]) / (height * width) for channel in range(channels)] * (height * width)
         std = list(manifest.channel_std)
     normalise = MeanRemoval(mean, std, manifest.image_shape)
-    how = {"recompute": config.train.recompute, "triton": config.train.triton}
+    how = {"recompute": config.execution.recompute, "triton": config.execution.triton}
     return _assembled(config.model.model_dump(), normalise, channels, len(manifest.classes), **how)
 
 

@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from rcnn.config import PipelineConfig
 from rcnn.data.augment import Augmentation
 from rcnn.data.loader import Loader, Order, Rows, RowSource, TrainingData, load_training_data
-from rcnn.errors import ClusterError, TrainingError
+from rcnn.errors import TrainingError
 from rcnn.progress import say
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
-from rcnn.train.step import Execution, choose_execution, prepare, score, train_step
+from rcnn.train.execution import Execution, choose_device, choose_execution, prepare
+from rcnn.train.step import score, train_step
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics, Callable[[Path], None]], None]
@@ -41,7 +42,7 @@ def fit(
     """Trains for `config.train.epochs` epochs, or for what is left of them.
 
     Args:
-        config: the whole config; `model`, `train` and `seed` matter here.
+        config: the whole config; `model`, `train`, `augment`, `execution` and `seed` matter here.
         data: both splits; each rank takes its own share of them.
         report: called after each epoch.
         resume_from: folder of a checkpoint to resume from.
@@ -51,13 +52,13 @@ def fit(
         TrainingError: the loss is no longer a number, or the checkpoint cannot be read.
         DataError: there are fewer rows than one batch.
     """
-    device = choose_device(config.train.use_gpu)
+    device = choose_device(config.execution.use_gpu)
     prepare(device, deterministic=config.train.deterministic)
     rank, num_ranks = process_group()
     order = Order(config.train.batch_size, config.seed, rank, num_ranks)
     loader = data.train.loader(order, augmentation_of(config), device)
     num_steps = config.train.epochs * loader.num_steps
-    execution = choose_execution(config.train, device, num_steps=num_steps)
+    execution = choose_execution(config, device, num_steps=num_steps)
     say(f"  {execution}")
     state = new_state(config, data.manifest, device=device, num_steps=num_steps)
     if resume_from is not None:
@@ -79,21 +80,6 @@ def fit(
     return state
 
 
-def choose_device(use_gpu: bool) -> torch.device:
-    """The device to train on.
-
-    Raises:
-        ClusterError: a GPU was asked for and there is none.
-    """
-    if not use_gpu:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ClusterError(
-            "this machine has no GPU that torch can use", where="train.use_gpu = true", remedy="Set it to false"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def training_data(config: PipelineConfig, storage: Storage, folder: str) -> TrainingData:
     """The data set in `folder`, opened as the settings ask for.
 
@@ -105,15 +91,15 @@ def training_data(config: PipelineConfig, storage: Storage, folder: str) -> Trai
         folder,
         num_rows=config.train.num_rows,
         seed=config.seed,
-        engine=config.train.loader,
-        resident_megabytes=config.train.resident_megabytes,
+        engine=config.execution.loader,
+        resident_megabytes=config.execution.resident_megabytes,
     )
 
 
 def augmentation_of(config: PipelineConfig) -> Augmentation:
     """What the settings ask for."""
-    train = config.train
-    return Augmentation(max_shift=train.max_shift, crop=config.model.crop, flip=train.flip, cutout=train.cutout)
+    augment = config.augment
+    return Augmentation(max_shift=augment.max_shift, crop=config.model.crop, flip=augment.flip, cutout=augment.cutout)
 
 
 def process_group() -> tuple[int, int]:

@@ -25,15 +25,15 @@ for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
     _method.__dict__.setdefault("__dynamo_disable", _method)
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.SGD:
-    """SGD over all parameters (paper section 4); on a GPU one kernel updates them all."""
+def build_optimizer(model: nn.Module, train: TrainConfig, *, fused: bool = False) -> torch.optim.SGD:
+    """SGD over all parameters (paper section 4); `fused`: one kernel updates them all, on a GPU."""
     return SGD(
         model.parameters(),
         lr=train.learning_rate,
         momentum=train.momentum,
         nesterov=train.nesterov and train.momentum > 0,
         weight_decay=train.weight_decay,
-        fused=train.use_gpu,
+        fused=fused,
     )
 
 

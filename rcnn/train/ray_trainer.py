@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rcnn.ray_session import ensure_ray, following, interruptible, new_board, require_room  # isort: skip  (sets what Ray reads)
+from rcnn.ray_session import ensure_ray, interruptible, require_room  # isort: skip  (sets what Ray reads)
 
 import ray
 import ray.train
@@ -26,6 +26,7 @@ from rcnn.data.manifest import require_manifest
 from rcnn.errors import RcnnError, TrainingError
 from rcnn.model import count_parameters
 from rcnn.progress import EpochProgress, hand_on, say
+from rcnn.ray_board import following, new_board
 from rcnn.results import IngestResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
@@ -37,7 +38,7 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     """Trains the model that `config` describes; resumes where an earlier run was stopped.
 
     Raises:
-        TrainingError: the loss is no longer a number, or workers failed more often than `train.max_failures`.
+        TrainingError: the loss is no longer a number, or workers failed more often than `execution.max_failures`.
         ClusterError: Ray or the storage is out of reach, or the cluster is too small.
         DataError: the data set is not what its manifest says.
     """
@@ -46,9 +47,9 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     ensure_ray(config, target.storage)
     require_room(
         config,
-        num_cpus=config.train.num_workers * config.train.cpus_per_worker,
-        num_gpus=config.train.num_workers * config.train.use_gpu,
-        settings="train.num_workers, train.cpus_per_worker, train.use_gpu",
+        num_cpus=config.execution.num_workers * config.execution.cpus_per_worker,
+        num_gpus=config.execution.num_workers * config.execution.use_gpu,
+        settings="execution.num_workers, execution.cpus_per_worker, execution.use_gpu",
     )
     started = time.perf_counter()
     trained = _fit_on_workers(config, data, target, tracker)
@@ -81,17 +82,18 @@ def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFol
             "board": board,
         },
         scaling_config=ScalingConfig(
-            num_workers=config.train.num_workers,
-            use_gpu=config.train.use_gpu,
-            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {}),
+            num_workers=config.execution.num_workers,
+            use_gpu=config.execution.use_gpu,
+            resources_per_worker={"CPU": config.execution.cpus_per_worker}
+            | ({"GPU": 1} if config.execution.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=os.path.basename(target.name),
             storage_path=storage.path(os.path.dirname(target.name)),
             storage_filesystem=None if storage.is_local else storage.filesystem,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            failure_config=FailureConfig(max_failures=config.execution.max_failures),
             checkpoint_config=CheckpointConfig(
-                num_to_keep=config.train.keep_checkpoints,
+                num_to_keep=config.execution.keep_checkpoints,
                 checkpoint_score_attribute="val/error",
                 checkpoint_score_order="min",
             ),
@@ -131,7 +133,7 @@ def _as_training_error(error: Exception) -> RcnnError:
     last_line = str(fault).strip().splitlines()[-1:] or [type(fault).__name__]
     return TrainingError(
         f"the workers failed more often than allowed; the last one with: {last_line[0]}",
-        where="train.max_failures",
+        where="execution.max_failures",
         remedy="Run the same command again to resume from the last checkpoint; --debug shows the worker's traceback",
         retryable=True,
     )
@@ -142,7 +144,7 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
     import torch
 
     config = PipelineConfig.model_validate(settings["config"])
-    torch.set_num_threads(config.train.cpus_per_worker)
+    torch.set_num_threads(config.execution.cpus_per_worker)
     board = settings["board"]
     is_first = ray.train.get_context().get_world_rank() == 0
 
@@ -178,7 +180,7 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
     except RcnnError as error:
         # Alone, a worker would meet the same again on a retry: it ends, and the driver raises its error. Of several, the
         # others must not wait for it.
-        ends_all = config.train.num_workers == 1 and not error.retryable
+        ends_all = config.execution.num_workers == 1 and not error.retryable
         ray.get(board.put.remote("fatal" if ends_all else "fault", error))
         if ends_all:
             return []

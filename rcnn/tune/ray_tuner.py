@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rcnn.ray_session import ensure_ray, following, new_board, require_room  # isort: skip  (sets what Ray reads)
+from rcnn.ray_session import ensure_ray, require_room  # isort: skip  (sets what Ray reads)
 
 import ray
 from ray import tune
@@ -19,6 +19,7 @@ from ray.tune.search import BasicVariantGenerator
 from rcnn.config import PipelineConfig
 from rcnn.errors import RcnnError, TrainingError
 from rcnn.progress import say
+from rcnn.ray_board import following, new_board
 from rcnn.results import Choice, IngestResult, Trial, TuneResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker, finish_failed

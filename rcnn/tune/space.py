@@ -16,7 +16,7 @@ def trial_config(config: PipelineConfig, choice: Choice) -> PipelineConfig:
     settings: dict[str, Any] = {
         "train.epochs": config.tune.epochs,
         "train.num_rows": config.tune.num_rows or config.train.num_rows,
-        "train.use_gpu": config.tune.gpus_per_trial > 0,
-        "train.triton": config.train.triton and config.tune.gpus_per_trial > 0,
+        "execution.use_gpu": config.tune.gpus_per_trial > 0,
+        "execution.triton": config.execution.triton and config.tune.gpus_per_trial > 0,
     }
     return choice.applied_to(config).with_settings(settings)

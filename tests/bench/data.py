@@ -64,7 +64,9 @@ def main() -> None:
 def measure(name: str, settings: dict[str, Any], *, flip: bool, rounds: int) -> dict[str, Any]:
     """All figures of one data set."""
     with tempfile.TemporaryDirectory() as root:
-        config = PipelineConfig().with_settings(settings | {"storage": root, "model.k": 32, "train.max_shift": PADDING})
+        config = PipelineConfig().with_settings(
+            settings | {"storage": root, "model.k": 32, "augment.max_shift": PADDING}
+        )
         started = time.perf_counter()
         ingested = run_ingest(config, StageFolder(Storage(root), "datasets/bench"), NoTracker())
         seconds = time.perf_counter() - started

@@ -10,7 +10,7 @@ machine's speed drifts. A step is forward, backward and update of SGD with momen
     plain-bfloat16  the same under bfloat16 autocast, channels last (on a GPU, or with --precision bfloat16)
     floor           ours with the normalisations left out: convolutions, ReLU, pools and the rest
     ours            the step that `fit` runs
-    ours-NAME       ours with the setting `train.NAME`, or without a C compiler (no-gcc), for each NAME of --also
+    ours-NAME       ours with the setting NAME, or without a C compiler (no-gcc), for each NAME of --also
 
 Utilisation is the share of the fastest matrix product, in the type of `--precision`, that the same run found up to then.
 """

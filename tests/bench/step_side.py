@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from rcnn.config import TrainConfig
+from rcnn.config import PipelineConfig
 from rcnn.model import RCNN, lrn_cpu
+from rcnn.train.execution import choose_execution, prepare
 from rcnn.train.optim import build_optimizer
-from rcnn.train.step import choose_execution, prepare, train_step
+from rcnn.train.step import train_step
 from tests.bench.plain import PlainRCNN
 
 IMAGE_SIDE, IN_CHANNELS, NUM_CLASSES = 32, 3, 10
 SECONDS_PER_ROUND = 0.5
 FEW_IMAGES, MORE_IMAGES = 32, 96
 VARIANTS: dict[str, dict[str, Any]] = {
-    "recompute": {"recompute": True},
-    "deterministic": {"deterministic": True},
-    "compiled": {"compile": "on"},
-    "triton": {"triton": True},
+    "recompute": {"execution.recompute": True},
+    "deterministic": {"train.deterministic": True},
+    "compiled": {"execution.compile": "on"},
+    "triton": {"execution.triton": True},
     "no-gcc": {},  # as where there is no C compiler
 }
 
@@ -87,19 +88,24 @@ class Side:
 
     def _ours(self, num_maps: int, num_steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         """As `fit` would build them; "floor" has no normalisations."""
-        settings = {"compile": "off", "use_gpu": self.device.type == "cuda"} | VARIANTS.get(self.variant, {})
-        train = TrainConfig(learning_rate=1e-3, momentum=0.9, **settings)
+        usual = {
+            "train.learning_rate": 1e-3,
+            "execution.compile": "off",
+            "execution.use_gpu": self.device.type == "cuda",
+        }
+        config = PipelineConfig().with_settings(usual | VARIANTS.get(self.variant, {}))
+        how = config.execution
         if not self.measures_memory:  # where freed memory is to be given back at once
-            prepare(self.device, deterministic=train.deterministic)
-        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, recompute=train.recompute, triton=train.triton).to(
+            prepare(self.device, deterministic=config.train.deterministic)
+        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, recompute=how.recompute, triton=how.triton).to(
             self.device, memory_format=self._memory_format
         )
         if self.variant == "no-gcc":
             lrn_cpu.kernel = lambda *network: None
         if self.name == "floor":
             leave_out_normalisations(model)
-        network = choose_execution(train, self.device, num_steps=0).compiled(model)
-        return network, build_optimizer(model, train)
+        network = choose_execution(config, self.device, num_steps=0).compiled(model)
+        return network, build_optimizer(model, config.train, fused=how.use_gpu)
 
     @property
     def _memory_format(self) -> torch.memory_format:

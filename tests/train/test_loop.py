@@ -61,7 +61,7 @@ def test_a_streamed_model_learns_as_well_and_resumes_to_the_same_weights(
 ) -> None:
     config = tiny_config.with_settings(
         {"model.k": 16, "train.epochs": 5, "train.batch_size": 16, "train.learning_rate": 0.03, "seed": 1,
-         "train.schedule": "one_cycle", "train.loader": "streaming", "train.num_rows": 1500, "train.max_shift": 1}
+         "train.schedule": "one_cycle", "execution.loader": "streaming", "train.num_rows": 1500, "augment.max_shift": 1}
     )  # fmt: skip
     data = training_data(config, Storage(config.storage), digits.folder)
     assert not isinstance(data.train, Rows)
@@ -78,7 +78,7 @@ def test_a_streamed_model_learns_as_well_and_resumes_to_the_same_weights(
 
 def test_the_network_may_see_a_window_of_each_image(tiny_config: PipelineConfig, data: TrainingData) -> None:
     config = tiny_config.with_settings(
-        {"model.crop": 20, "model.normalise": "channel", "train.flip": True, "train.cutout": 4}
+        {"model.crop": 20, "model.normalise": "channel", "augment.flip": True, "augment.cutout": 4}
     )
     state = fit(config, data, ignore)
     images = data.val.images[:4]  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_very_same_weights(
 ) -> None:
     config = tiny_config.with_settings(
         {"train.epochs": 4, "train.schedule": schedule, "train.plateau_patience": 0, "train.ema_decay": 0.9,
-         "train.max_shift": 2, "model.dropout": 0.3}
+         "augment.max_shift": 2, "model.dropout": 0.3}
     )  # fmt: skip
     whole = fit(config, data, ignore)
 
@@ -178,7 +178,7 @@ def test_wrong_batch_device_and_checkpoints_are_named(
         fit(tiny_config.with_settings({"train.batch_size": 999}), data, ignore)
     if not torch.cuda.is_available():
         with pytest.raises(ClusterError, match="no GPU"):
-            fit(tiny_config.with_settings({"train.use_gpu": True}), data, ignore)
+            fit(tiny_config.with_settings({"execution.use_gpu": True}), data, ignore)
     (tmp_path / "checkpoint.pt").write_bytes(b"broken")
     with pytest.raises(TrainingError, match="the checkpoint cannot be read"):
         fit(tiny_config, data, ignore, resume_from=tmp_path)

@@ -45,14 +45,14 @@ def test_one_worker_and_two_agree_and_checkpoints_are_kept(
     tiny_config: PipelineConfig, digits: IngestResult, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = tiny_config.with_settings(
-        {"model.dropout": 0, "train.epochs": 3, "train.keep_checkpoints": 1, "train.num_rows": 160,
+        {"model.dropout": 0, "train.epochs": 3, "execution.keep_checkpoints": 1, "train.num_rows": 160,
          "train.learning_rate": 0.002}
     )  # fmt: skip
     recorder = Recorder()
     with caplog.at_level(logging.INFO, logger="rcnn"):
         one = train(base, digits, "runs/one", recorder)
     assert "training on the CPU (threads: 1) in float32" in caplog.text  # said by the worker
-    two = train(base.with_settings({"train.num_workers": 2}), digits, "runs/two")
+    two = train(base.with_settings({"execution.num_workers": 2}), digits, "runs/two")
     assert recorder.steps == [1, 2, 3]
     storage = Storage(base.storage)
     histories = [storage.read_json(f"{result.folder}/history.json") for result in (one, two)]
@@ -68,7 +68,7 @@ def test_one_worker_and_two_agree_and_checkpoints_are_kept(
 
 def test_two_workers_stream_uneven_rows_to_the_end(tiny_config: PipelineConfig, digits: IngestResult) -> None:
     config = tiny_config.with_settings(
-        {"train.loader": "streaming", "train.num_rows": 333, "train.num_workers": 2, "train.batch_size": 10}
+        {"execution.loader": "streaming", "train.num_rows": 333, "execution.num_workers": 2, "train.batch_size": 10}
     )
     assert train(config, digits, "runs/streaming").epochs == 2
 
@@ -136,8 +136,8 @@ def _connections(process: psutil.Process) -> list[Any]:
 
 
 def test_more_cores_than_there_are_is_an_error(tiny_config: PipelineConfig, digits: IngestResult) -> None:
-    config = tiny_config.with_settings({"train.num_workers": 32})
+    config = tiny_config.with_settings({"execution.num_workers": 32})
     with pytest.raises(ClusterError, match=r"train\.num_workers.*: 32 CPU cores are wanted and Ray has 2"):
         train(config, digits, "runs/huge")
     with pytest.raises(ClusterError, match="1 GPUs are wanted and Ray has 0"):
-        train(tiny_config.with_settings({"train.use_gpu": True}), digits, "runs/gpu")
+        train(tiny_config.with_settings({"execution.use_gpu": True}), digits, "runs/gpu")

@@ -84,10 +84,10 @@ def test_a_finished_search_is_taken_up_without_new_trials(tiny_config: PipelineC
 
 
 def test_trials_without_a_gpu_do_without_its_kernel(tiny_config: PipelineConfig) -> None:
-    config = tiny_config.with_settings({"train.use_gpu": True, "train.triton": True})
+    config = tiny_config.with_settings({"execution.use_gpu": True, "execution.triton": True})
     choice = Choice(k=24, t=2, learning_rate=0.5)
-    assert not trial_config(config, choice).train.triton
-    assert trial_config(config.with_settings({"tune.gpus_per_trial": 0.5}), choice).train.triton
+    assert not trial_config(config, choice).execution.triton
+    assert trial_config(config.with_settings({"tune.gpus_per_trial": 0.5}), choice).execution.triton
 
 
 def test_a_choice_changes_three_settings_and_a_trial_its_length(tiny_config: PipelineConfig) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from rcnn.data.loader import TrainingData, load_training_data
 from rcnn.errors import ClusterError, ConfigError
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
-from rcnn.train import step
+from rcnn.train import execution
 from rcnn.train.checkpoint import TrainState
+from rcnn.train.execution import STEPS_WORTH_COMPILING, choose_execution, prepare
 from rcnn.train.loop import fit
-from rcnn.train.step import STEPS_WORTH_COMPILING, choose_execution, prepare
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -26,9 +27,16 @@ def data(tiny_config: PipelineConfig, digits: IngestResult) -> TrainingData:
     return load_training_data(Storage(tiny_config.storage), digits.folder, num_rows=320)
 
 
+def changed(config: PipelineConfig, settings: Mapping[str, object]) -> PipelineConfig:
+    """The config with settings of `train` or `execution`."""
+    own = type(config.execution).model_fields
+    return config.with_settings(
+        {f"{'execution' if name in own else 'train'}.{name}": value for name, value in settings.items()}
+    )
+
+
 def trained(config: PipelineConfig, data: TrainingData, **settings: object) -> TrainState:
-    named = {f"train.{name}": value for name, value in settings.items()}
-    return fit(config.with_settings(named), data, lambda metrics, save: None)
+    return fit(changed(config, settings), data, lambda metrics, save: None)
 
 
 @pytest.mark.parametrize(
@@ -36,24 +44,23 @@ def trained(config: PipelineConfig, data: TrainingData, **settings: object) -> T
     [
         ({}, CPU, False, 10**9, "float32", False, "auto: on a CPU it gains nothing"),
         ({"precision": "bfloat16"}, CPU, False, 10, "bfloat16", False, "on a CPU"),
-        ({"compile": "on"}, CPU, False, 10, "float32", True, "train.compile = on"),
+        ({"compile": "on"}, CPU, False, 10, "float32", True, "execution.compile = on"),
         ({}, GPU, True, 100, "bfloat16", False, "auto: 100 steps are too few to earn the time that it takes"),
         ({}, GPU, True, STEPS_WORTH_COMPILING, "bfloat16", True, "steps are enough"),
         ({}, GPU, False, 100, "float32", False, "too few"),
-        ({"precision": "float32", "compile": "off"}, GPU, True, 10**9, "float32", False, "train.compile = off"),
+        ({"precision": "float32", "compile": "off"}, GPU, True, 10**9, "float32", False, "execution.compile = off"),
     ],
 )
 def test_settings_and_device_decide_and_the_reason_is_told(
     tiny_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], device: torch.device,
     has_bfloat16: bool, num_steps: int, precision: str, is_compiled: bool, reason: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(step, "_has_bfloat16", lambda device: has_bfloat16)
-    train = tiny_config.with_settings({f"train.{name}": value for name, value in settings.items()}).train
-    execution = choose_execution(train, device, num_steps=num_steps)
-    assert execution.precision == getattr(torch, precision)
-    assert execution.is_compiled == is_compiled
-    assert reason in str(execution)
-    assert precision in str(execution)
+    monkeypatch.setattr(execution, "_has_bfloat16", lambda device: has_bfloat16)
+    chosen = choose_execution(changed(tiny_config, settings), device, num_steps=num_steps)
+    assert chosen.precision == getattr(torch, precision)
+    assert chosen.is_compiled == is_compiled
+    assert reason in str(chosen)
+    assert precision in str(chosen)
 
 
 def test_a_run_tells_how_it_trains(
@@ -84,7 +91,8 @@ def test_deterministic_runs_give_the_same_bits_in_every_process(precision: str) 
 import hashlib, torch
 from rcnn.model import RCNN
 from rcnn.train.optim import SGD
-from rcnn.train.step import prepare, train_step
+from rcnn.train.execution import prepare
+from rcnn.train.step import train_step
 torch.set_num_threads(2)
 prepare(torch.device("cpu"), deterministic=True)
 torch.manual_seed(0)
@@ -141,22 +149,22 @@ def test_without_a_compiler_on_is_an_error_and_auto_is_off(
     tiny_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    on, auto = (tiny_config.with_settings({"train.compile": value}).train for value in ("on", "auto"))
-    with pytest.raises(ClusterError, match=r"train\.compile = on: torch compiles with no-such-compiler"):
+    on, auto = (tiny_config.with_settings({"execution.compile": value}) for value in ("on", "auto"))
+    with pytest.raises(ClusterError, match=r"execution\.compile = on: torch compiles with no-such-compiler"):
         choose_execution(on, CPU, num_steps=10)
-    monkeypatch.setattr(step, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(execution, "_has_bfloat16", lambda device: True)
     assert "not compiled (auto: there is no C++ compiler)" in str(choose_execution(auto, GPU, num_steps=10**6))
 
 
 def test_the_triton_kernel_needs_a_gpu(tiny_config: PipelineConfig) -> None:
     with pytest.raises(ConfigError, match="triton = true needs a GPU"):
-        tiny_config.with_settings({"train.triton": True})
+        tiny_config.with_settings({"execution.triton": True})
 
 
 def test_a_triton_kernel_that_cannot_run_is_not_used(tiny_config: PipelineConfig) -> None:
-    train = tiny_config.with_settings({"train.triton": True, "train.use_gpu": True}).train
+    config = tiny_config.with_settings({"execution.triton": True, "execution.use_gpu": True})
     with pytest.raises(ClusterError, match="the Triton kernel cannot run"):
-        choose_execution(train, CPU, num_steps=10)  # as on a GPU that Triton does not know
+        choose_execution(config, CPU, num_steps=10)  # as on a GPU that Triton does not know
 
 
 @pytest.mark.parametrize("error", [0.02, float("nan")])
@@ -165,6 +173,6 @@ def test_a_triton_kernel_that_is_wrong_is_not_used(
 ) -> None:
     pytest.importorskip("triton", reason="there is no Triton for this system")
     monkeypatch.setattr("rcnn.model.lrn_triton.largest_error", lambda device, dtype: error)
-    train = tiny_config.with_settings({"train.triton": True, "train.use_gpu": True}).train
+    config = tiny_config.with_settings({"execution.triton": True, "execution.use_gpu": True})
     with pytest.raises(ClusterError, match="the Triton kernel has a relative error of"):
-        choose_execution(train, GPU, num_steps=10)
+        choose_execution(config, GPU, num_steps=10)

@@ -1,0 +1,152 @@
+"""How a step runs on this machine: device, precision, compiled or not, and the process set up for it.
+
+In: the settings and a device. Out: an `Execution`, which says what was chosen, and why.
+"""
+
+import ctypes
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError
+
+# glibc gives large blocks back to the system at once, and each new one is then cleared by it, page by page.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+BYTES_TO_KEEP, OLDER_GLIBCS_LIMIT = 2**31 - 1, 2**25
+
+STEPS_WORTH_COMPILING = 5_000
+LARGEST_KERNEL_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the steps of a run are carried out, and why."""
+
+    device: torch.device
+    precision: torch.dtype
+    """Of the arithmetic: float32, or bfloat16 under autocast. Weights, gradients of weights and LRN's sums are float32."""
+    is_compiled: bool
+    reason: str
+    """Why the step is compiled, or is not."""
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network, compiled if it is to be."""
+        return torch.compile(network) if self.is_compiled else network  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        on = (
+            f"the CPU (threads: {torch.get_num_threads()})" if self.device.type == "cpu" else f"the GPU ({self.device})"
+        )
+        is_compiled = "compiled at the first step" if self.is_compiled else "not compiled"
+        return f"training on {on} in {str(self.precision).removeprefix('torch.')}, {is_compiled} ({self.reason})"
+
+
+def choose_device(use_gpu: bool) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        ClusterError: a GPU was asked for and there is none.
+    """
+    if not use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            "this machine has no GPU that torch can use", where="execution.use_gpu = true", remedy="Set it to false"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_execution(config: PipelineConfig, device: torch.device, *, num_steps: int) -> Execution:
+    """What `train.precision` and `execution.compile` come to on a device, for a run of `num_steps` steps.
+
+    Raises:
+        ClusterError: there is no compiler, and compiling is on; or the Triton kernel is asked for, and does not agree with
+            the equation on this GPU.
+    """
+    how, wanted = config.execution, config.train.precision
+    is_narrow = wanted == "bfloat16" or (wanted == "auto" and _has_bfloat16(device))
+    precision = torch.bfloat16 if is_narrow else torch.float32
+    if how.triton:
+        _check_kernel(device, precision)
+    if how.compile == "on":
+        _require_compiler()
+        return Execution(device, precision, True, "execution.compile = on")
+    if how.compile == "off":
+        return Execution(device, precision, False, "execution.compile = off")
+    return Execution(device, precision, *_is_worth_compiling(device, num_steps))
+
+
+def _is_worth_compiling(device: torch.device, num_steps: int) -> tuple[bool, str]:
+    """The answer, and why."""
+    if device.type == "cpu":
+        return False, "auto: on a CPU it gains nothing"
+    if num_steps < STEPS_WORTH_COMPILING:
+        return False, f"auto: {num_steps:,} steps are too few to earn the time that it takes"
+    if not _compiler():
+        return False, "auto: there is no C++ compiler"
+    return True, f"auto: {num_steps:,} steps are enough to earn the time that it takes"
+
+
+def _compiler() -> str | None:
+    """What torch compiles with, where it is."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def _require_compiler() -> None:
+    if not _compiler():
+        raise ClusterError(
+            f"torch compiles with {os.environ.get('CXX') or 'g++'}, which is not on this machine",
+            where="execution.compile = on",
+            remedy="Install it, name another one in CXX, or set execution.compile to auto",
+        )
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _check_kernel(device: torch.device, precision: torch.dtype) -> None:
+    try:
+        from rcnn.model.lrn_triton import largest_error  # there is no Triton on every machine
+
+        error = largest_error(device, precision)
+    except Exception as fault:  # whatever its compiler or the driver raises
+        raise _kernel_error(f"cannot run ({fault})") from fault
+    if not error < LARGEST_KERNEL_ERROR[precision]:
+        raise _kernel_error(f"has a relative error of {error:.1e}")
+
+
+def _kernel_error(what: str) -> ClusterError:
+    return ClusterError(
+        f"the Triton kernel {what} on this GPU", where="execution.triton = true", remedy="Set execution.triton to false"
+    )
+
+
+def prepare(device: torch.device, *, deterministic: bool = False) -> None:
+    """Sets up the process for training on a device.
+
+    Args:
+        device: where the model is.
+        deterministic: two runs on one machine give the same bits; operations that cannot are refused by torch.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # guards against bugs, costs a pass over all memory
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses matrix products
+    if device.type == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Lets activations reuse memory instead of fetching it from the system: a fifth of a CPU step, where glibc is used."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, BYTES_TO_KEEP) or libc.mallopt(M_MMAP_THRESHOLD, OLDER_GLIBCS_LIMIT)
+        libc.mallopt(M_TRIM_THRESHOLD, BYTES_TO_KEEP)
