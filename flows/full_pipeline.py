@@ -14,7 +14,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect.runtime import deployment, flow_run
 
 from flows.jobs import FLOW_RUN_TAG, stop_jobs_of
-from flows.stages import TASKS
+from flows.stages import task_of
 from rcnn.config import PipelineConfig
 from rcnn.progress import say, show_on_screen
 from rcnn.recipes import demo
@@ -54,7 +54,7 @@ def _run_task(config: PipelineConfig, name: str, trees: dict[str, Any], fresh: b
     """Runs a stage's task; Prefect's cache is trusted only where what it points to is still there."""
     results = results_from_json(trees)
     done = None if fresh else finished(config, name, results)
-    state = TASKS[name].with_options(refresh_cache=done is None)(
+    state = task_of(name).with_options(refresh_cache=done is None)(
         config=config, name=name, trees=trees, fresh=fresh, parent=parent, return_state=True
     )
     if done is not None and state.name == "Cached":

@@ -21,7 +21,7 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, RcnnError
 from rcnn.progress import say
 from rcnn.results import StageResult
-from rcnn.stages import Parent, Results, finished, nothing_to_do, results_from_json, stage_folder
+from rcnn.stages import STAGES, Parent, Results, finished, nothing_to_do, results_from_json, stage_code, stage_folder
 from rcnn.storage import Storage
 
 FLOW_RUN_TAG = "rcnn.prefect_flow_run"
@@ -46,14 +46,15 @@ def run_as_job(
         say(nothing_to_do(name, target))
         return done
     job_id = f"rcnn-{os.path.basename(target.name)}"
-    if fresh and name != "ingest":  # ingest replaces the old data set when the new one is whole
+    replaces = fresh and STAGES[name].replaces_whole
+    if fresh and not replaces:
         target.storage.delete(target.name)  # before the cluster is asked: a retry must not find the old result
     with _reachable(config.ray.address):
         client = JobSubmissionClient(config.ray.address)
         if _status(client, job_id) in UNFINISHED:
             say(f"{name}: attaching to Ray job {job_id}, which is running")
         else:
-            _submit(client, job_id, config, name, results, parent, fresh=fresh and name == "ingest")
+            _submit(client, job_id, config, name, results, parent, fresh=replaces)
             say(f"{name}: submitted as Ray job {job_id}")
         target.storage.write_text(_mark_of(job_id, dict(parent.tags).get(FLOW_RUN_TAG, "")), "")
         status = asyncio.run(_follow(client, job_id))
@@ -108,6 +109,7 @@ def _submit(
     storage.delete(_result_folder(job_id))
     inputs = {
         "results": {key: result.model_dump(mode="json") for key, result in results.items()},
+        "code": stage_code(config, name),
         "parent": {"run_id": parent.run_id, "tags": dict(parent.tags) | {SUBMISSION_TAG: job_id}},
     }
     on_cluster = config.with_settings({"ray.address": "auto", "storage": storage.root})

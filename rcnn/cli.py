@@ -19,17 +19,11 @@ from typing import Any
 
 from rcnn import __version__
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
+from rcnn.stages import STAGES
 from rcnn.text import printable
 
 # What Prefect says, as a plain RuntimeError, of a server that does not answer or does not start.
 PREFECT_IS_AWAY = ("Failed to reach API at", "ephemeral Prefect API server")
-STAGE_HELP = {
-    "ingest": "read the source into Parquet, with a manifest",
-    "tune": "search K, T and the learning rate (after ingest)",
-    "train": "train a model (after ingest, and tune if it is on)",
-    "evaluate": "score a trained model on every test row (after train)",
-    "register": "register a measured model in MLflow (after evaluate)",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rcnn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(commands, "pipeline", _pipeline, "run all stages as one Prefect flow", config=True, fresh=True)
-    for name, text in STAGE_HELP.items():
-        stage = _add(commands, name, _stage, text, config=True, fresh=True)
+    for name, row in STAGES.items():
+        stage = _add(commands, name, _stage, row.help, config=True, fresh=True)
         stage.set_defaults(stage=name)
         stage.add_argument("--inputs", metavar="JSON", help="for Ray jobs: earlier results; --config is then JSON too")
         stage.add_argument("--result", metavar="NAME", help="for Ray jobs: file in the storage for the outcome")
@@ -205,10 +199,11 @@ def _stage(options: argparse.Namespace) -> None:
         results = stages.run_pipeline_until(_resolve(options), options.stage, fresh=options.fresh)
         print(json.dumps(results[options.stage].model_dump(mode="json"), indent=2))  # ASCII: safe on any terminal
         return
-    config, results, parent = _job_inputs(options)
+    config, results, parent, code = _job_inputs(options)
     from rcnn.storage import Storage
 
     try:
+        stages.require_same_code(config, options.stage, code)
         result = stages.run_stage(config, options.stage, results, fresh=options.fresh, parent=parent)
     except RcnnError as error:
         told = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
@@ -218,7 +213,7 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _job_inputs(options: argparse.Namespace) -> Any:
-    """The exact config, the results before this stage, and the MLflow run above it, as a Ray job gets them."""
+    """What a Ray job gets: the exact config, the results before this stage, the MLflow run above it, the driver's code."""
     from rcnn.settings import config_from_json
     from rcnn.stages import Parent, results_from_json
     from rcnn.text import parse_json
@@ -229,11 +224,11 @@ def _job_inputs(options: argparse.Namespace) -> Any:
     try:
         inputs = parse_json(options.inputs)
         parent = Parent(inputs["parent"]["run_id"], tuple(inputs["parent"]["tags"].items()))
-        results = results_from_json(inputs["results"])
+        results, code = results_from_json(inputs["results"]), dict(inputs["code"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fault = " ".join(str(error).split())
         raise ConfigError(f"cannot be read ({fault})", where="--inputs", remedy=remedy) from error
-    return config_from_json(options.config, origin="--config"), results, parent
+    return config_from_json(options.config, origin="--config"), results, parent, code
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -368,15 +368,26 @@ class PipelineConfig(Section):
             )
         return self
 
-    def hash(self, *sections: str) -> str:
-        """The first 12 hex digits of the SHA-256 of the named parts of the tree, or of all of them.
+    def hash(self) -> str:
+        """The first 12 hex digits of the SHA-256 of all settings that may shape a result.
 
-        How and where things run and are kept (execution, storage, ray, tracking) is not a part of it: moving a run does not
+        How and where things run and are kept (execution, storage, ray, tracking) does not count: moving a run does not
         rename it.
         """
         tree = self.model_dump(mode="json", exclude={"recipe", "storage", "execution", "ray", "tracking"})
-        chosen = {name: value for name, value in tree.items() if not sections or name in sections}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+    def values_of(self, *names: str) -> dict[str, Any]:
+        """The values of some settings by their dotted names: of sections, and of single ones; `-name` leaves one out."""
+        flat: dict[str, Any] = {}
+        for name, value in self.model_dump(mode="json").items():
+            flat |= {f"{name}.{field}": of for field, of in value.items()} if isinstance(value, dict) else {name: value}
+        wanted = {name for name in names if name[0] != "-"}
+        return {
+            name: value
+            for name, value in flat.items()
+            if (name in wanted or name.partition(".")[0] in wanted) and f"-{name}" not in names
+        }
 
     def with_settings(self, settings: Mapping[str, Any]) -> "PipelineConfig":
         """A copy with dotted settings changed, e.g. `{"model.k": 64}`, and all bounds checked again."""

@@ -1,16 +1,43 @@
 """What each stage hands to the next: small references that go through JSON, in the order of the pipeline. Never tensors."""
 
+from collections.abc import Callable
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from rcnn.config import PipelineConfig
+from rcnn.text import printable
+
+Locate = Callable[[str], str]
+"""Writes the name of a file in the storage as a person would."""
 
 
 class StageResult(BaseModel):
-    """What all of them carry."""
+    """What all of them carry, and what is shown of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mlflow_run_id: str = ""
+
+    def applied_to(self, config: PipelineConfig) -> PipelineConfig:
+        """The config for the stages behind this one."""
+        return config
+
+    def tags(self) -> dict[str, str]:
+        """Labels for the MLflow runs of the stages behind this one."""
+        return {}
+
+    def highlights(self, locate: Locate) -> dict[str, str]:
+        """What a person wants to see at the end of a pipeline, by label."""
+        return {}
+
+    def figures(self) -> dict[str, str]:
+        """What the Prefect UI shows of the stage, by label; more than the highlights."""
+        return self.highlights(lambda name: name)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows for the Prefect UI, where there are some; they take the place of the figures."""
+        return []
 
 
 class IngestResult(StageResult):
@@ -21,6 +48,15 @@ class IngestResult(StageResult):
     test_digest: str
     source: str
     rows: dict[str, int]
+
+    def tags(self) -> dict[str, str]:
+        """The data set that later stages read."""
+        return {"rcnn.data_digest": self.digest}
+
+    def figures(self) -> dict[str, str]:
+        """Folder, identity, and rows of each split."""
+        rows = {f"{split} rows": f"{count:,}" for split, count in self.rows.items()}
+        return {"data set": self.folder, "digest": f"`{self.digest[:16]}`", **rows}
 
 
 class Choice(BaseModel):
@@ -61,6 +97,25 @@ class TuneResult(StageResult):
     val_error: float
     trials: tuple[Trial, ...]
 
+    def applied_to(self, config: PipelineConfig) -> PipelineConfig:
+        """The config with the best trial's settings."""
+        return self.best.applied_to(config)
+
+    def highlights(self, locate: Locate) -> dict[str, str]:
+        """The best trial."""
+        stopped = sum(trial.outcome == "stopped early" for trial in self.trials)
+        return {
+            "best trial": f"{self.best_trial} of {len(self.trials)}: {self.best!s}, "
+            f"{100 * self.val_error:.2f} % validation error ({stopped} stopped early)"
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each trial."""
+        return [
+            {"trial": trial.name, **trial.choice.model_dump(), **trial.model_dump(exclude={"name", "choice"})}
+            for trial in self.trials
+        ]
+
 
 class TrainResult(StageResult):
     """A finished model, and the figures of its training."""
@@ -75,6 +130,20 @@ class TrainResult(StageResult):
     images_per_second: float
     seconds: float
 
+    def highlights(self, locate: Locate) -> dict[str, str]:
+        """The model's size, and the speed of its training."""
+        return {
+            "parameters": f"{self.num_parameters:,}",
+            "training": f"{self.images_per_second:,.0f} images/s, {self.seconds:.0f} s",
+            "model": locate(f"{self.folder}/model"),
+            "MLflow run": self.mlflow_run_id,
+        }
+
+    def figures(self) -> dict[str, str]:
+        """Also the validation error."""
+        best = f"{100 * self.val_error:.2f} % (epoch {self.best_epoch} of {self.epochs})"
+        return {"validation error": best} | super().figures()
+
 
 class EvaluateResult(StageResult):
     """The figures on the test rows, and the folder of the report."""
@@ -88,6 +157,21 @@ class EvaluateResult(StageResult):
     images_per_second: float
     test_digest: str
 
+    def highlights(self, locate: Locate) -> dict[str, str]:
+        """The error on all test rows, and where the report is."""
+        return {
+            "test error": f"{100 * self.test_error:.2f} % of {self.rows:,} rows",
+            "inference": f"{self.images_per_second:,.0f} images/s",
+            "report": locate(f"{self.folder}/report.md"),
+        }
+
+    def figures(self) -> dict[str, str]:
+        """Also the accuracy of each class."""
+        return super().figures() | {
+            f"accuracy of {printable(name)}": "no test rows" if share is None else f"{100 * share:.1f} %"
+            for name, share in self.accuracy_per_class.items()
+        }
+
 
 class RegisterResult(StageResult):
     """A version in the model registry, and why it is the champion or not."""
@@ -97,3 +181,7 @@ class RegisterResult(StageResult):
     alias: str
     reason: str
     model_uri: str
+
+    def highlights(self, locate: Locate) -> dict[str, str]:
+        """The version, and the gate's verdict."""
+        return {"registered": f"{self.model_name} version {self.version}, {self.alias}: {self.reason}"}

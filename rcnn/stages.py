@@ -1,32 +1,26 @@
-"""The pipeline as a table: which stages there are, what each depends on, and how one is run.
+"""THE TABLE of stages: a row says all of a stage. Below it, how any stage is named, run, and skipped when it is done.
 
-The one place that knows all stages, so that the command line, the Prefect flow and a Ray job run the same thing. A stage's
-folder is named by a key: the hash of its settings, of what it reads, and of the code that makes it. A stage whose folder
-holds a result is done, and a second run says so. Importing this file loads none of the stages.
+The command line, the Prefect flow, a Ray job and the summary read the rows, so a new stage is one file (a function and
+what it hands on) and one row. A stage's folder is named by its key (see `keys.py`); a stage whose folder holds a result is
+done, and a second run says so. Importing this file loads none of the stages, and not the config either.
 """
 
-import hashlib
-import json
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
-from rcnn.errors import ConfigError
+from rcnn.errors import ClusterError, ConfigError
+from rcnn.keys import Code, code_of, differing, key_of
 from rcnn.progress import say
-from rcnn.results import (
-    EvaluateResult,
-    IngestResult,
-    RegisterResult,
-    StageResult,
-    TrainResult,
-    TuneResult,
-)
 from rcnn.storage import RESULT, StageFolder, Storage
-from rcnn.tracking import NoTracker, Tracker, finish_failed, knows_version
+
+if TYPE_CHECKING:
+    from rcnn.config import PipelineConfig
+    from rcnn.results import StageResult
 
 Results = dict[str, Any]
 """The results so far, by stage."""
@@ -37,22 +31,136 @@ class Stage:
     """One row of the table.
 
     Attributes:
-        result: the type of what it hands on.
-        run: does the work; imports what it needs when it is called.
-        sections: the parts of the config that its result depends on.
-        code: the packages that make the result; imports only point left, so a stage needs what stands before it.
+        help: what the stage does, for `rcnn --help`.
+        run: `module:function`, called with the config, the results that `takes` names, the stage's folder and a tracker.
+        result: `module:class` of what it hands on, a `StageResult`.
+        takes: the earlier stages whose results it is given.
+        settings: sections and settings that its result depends on; those after a minus do not count.
+        identity: what its result depends on besides, as text: the digests of what it reads.
+        purpose: what it is about to do, in a line.
         folder: where its folders lie.
-        whole: a file that is there when the stage is done, besides its result.
-        is_heavy: whether it goes to the cluster as a Ray job, where there is one.
+        label: the beginning of its folder's name.
+        whole: a file that is there when the stage is done, besides its result; empty: none.
+        check: `module:function` that says whether a result still stands, given config, result and folder; empty: it does.
+        modules: where its code is found, besides `run`: modules that are imported by name at run time.
+        has_run: whether it has an MLflow run of its own.
+        on_cluster: whether it goes to the cluster as a Ray job, where there is one.
+        replaces_whole: whether `--fresh` keeps the old result until the new one is whole; otherwise it is deleted first.
+        is_planned: whether a pipeline with this config includes it.
     """
 
-    result: type[StageResult]
-    run: Callable[[PipelineConfig, Results, StageFolder, Tracker], StageResult]
-    sections: tuple[str, ...]
-    code: tuple[str, ...]
+    help: str
+    run: str
+    result: str
+    takes: tuple[str, ...]
+    settings: tuple[str, ...]
+    identity: Callable[[PipelineConfig, Results], list[str]]
+    purpose: Callable[[PipelineConfig], str]
     folder: str
-    whole: str
-    is_heavy: Callable[[PipelineConfig], bool] = lambda config: True
+    label: Callable[[PipelineConfig], str]
+    whole: str = ""
+    check: str = ""
+    modules: Callable[[PipelineConfig], list[str]] = lambda config: []
+    has_run: bool = True
+    on_cluster: Callable[[PipelineConfig], bool] = lambda config: True
+    replaces_whole: bool = False
+    is_planned: Callable[[PipelineConfig], bool] = lambda config: True
+
+
+def _decodes_images(config: PipelineConfig) -> bool:
+    from rcnn.config import IMAGE_FILE_SOURCES
+
+    return config.data.source in IMAGE_FILE_SOURCES
+
+
+def _fingerprint(config: PipelineConfig, results: Results) -> list[str]:
+    from rcnn.data.sources import fingerprint
+
+    return [fingerprint(config.data)]
+
+
+def _source_module(config: PipelineConfig) -> list[str]:
+    from rcnn.data.sources import SOURCES
+
+    return [f"rcnn.data.sources.{SOURCES[config.data.source].module}"]
+
+
+STAGES: dict[str, Stage] = {
+    "ingest": Stage(
+        help="read the source into Parquet, with a manifest",
+        run="rcnn.data.ingest:run_ingest",
+        result="rcnn.results:IngestResult",
+        takes=(),
+        settings=("data", "-data.mirror"),
+        identity=_fingerprint,
+        purpose=lambda config: f"reading {config.data.dataset} into Parquet",
+        folder="datasets",
+        label=lambda config: config.data.dataset,
+        whole="_manifest.json",
+        check="rcnn.data.manifest:is_as_ingested",
+        modules=_source_module,
+        on_cluster=_decodes_images,
+        replaces_whole=True,
+    ),
+    "tune": Stage(
+        help="search K, T and the learning rate (after ingest)",
+        run="rcnn.tune.ray_tuner:run_tune",
+        result="rcnn.results:TuneResult",
+        takes=("ingest",),
+        settings=(
+            "model", "train", "augment", "tune", "seed", "-train.epochs", "-tune.enabled",
+            "-tune.max_concurrent_trials", "-tune.cpus_per_trial", "-tune.gpus_per_trial",
+        ),
+        identity=lambda config, results: [results["ingest"].digest],
+        purpose=lambda config: f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
+        folder="runs",
+        label=lambda config: "tune",
+        is_planned=lambda config: config.tune.enabled,
+    ),
+    "train": Stage(
+        help="train a model (after ingest, and tune if it is on)",
+        run="rcnn.train.ray_trainer:run_train",
+        result="rcnn.results:TrainResult",
+        takes=("ingest",),
+        settings=("model", "train", "augment", "seed"),
+        identity=lambda config, results: [results["ingest"].digest],
+        purpose=lambda config: (
+            f"RCNN-{config.model.k}, T = {config.model.t}, {config.train.epochs} epochs "
+            f"on {config.execution.num_workers} worker(s)"
+        ),
+        folder="runs",
+        label=lambda config: "train",
+        whole="model/model.safetensors",
+    ),
+    "evaluate": Stage(
+        help="score a trained model on every test row (after train)",
+        run="rcnn.evaluate.report:run_evaluate",
+        result="rcnn.results:EvaluateResult",
+        takes=("ingest", "train"),
+        settings=("evaluate",),
+        identity=lambda config, results: [results["train"].weights_sha256, results["ingest"].test_digest],
+        purpose=lambda config: "scoring every test row",
+        folder="reports",
+        label=lambda config: "evaluate",
+        whole="report.md",
+    ),
+    "register": Stage(
+        help="register a measured model in MLflow (after evaluate)",
+        run="rcnn.registry.register:run_register",
+        result="rcnn.results:RegisterResult",
+        takes=("train", "evaluate"),
+        settings=(),
+        identity=lambda config, results: [
+            results["evaluate"].folder, config.tracking.uri, config.tracking.model_name
+        ],
+        purpose=lambda config: "logging the model to MLflow",
+        folder="runs",
+        label=lambda config: "register",
+        check="rcnn.tracking:has_version",
+        has_run=False,  # the model goes to its training run
+        on_cluster=lambda config: False,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,79 +171,51 @@ class Parent:
     tags: tuple[tuple[str, str], ...] = ()
 
 
-def _ingest(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
-    from rcnn.data.ingest import run_ingest
-
-    return run_ingest(config, target, tracker)
-
-
-def _tune(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
-    from rcnn.tune.ray_tuner import run_tune
-
-    return run_tune(config, results["ingest"], target, tracker)
-
-
-def _train(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
-    from rcnn.train.ray_trainer import run_train
-
-    return run_train(config, results["ingest"], target, tracker)
-
-
-def _evaluate(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
-    from rcnn.evaluate.report import run_evaluate
-
-    return run_evaluate(config, results["ingest"], results["train"], target, tracker)
-
-
-def _register(config: PipelineConfig, results: Results, target: StageFolder, tracker: Tracker) -> StageResult:
-    from rcnn.registry.register import run_register
-
-    return run_register(config, results["train"], results["evaluate"], target)
-
-
-def _decodes_images(config: PipelineConfig) -> bool:
-    return config.data.source in IMAGE_FILE_SOURCES
-
-
-_CORE = ("data", "model", "train")
-_SOURCES = (".py", ".c")
-STAGES: dict[str, Stage] = {
-    "ingest": Stage(IngestResult, _ingest, ("data",), ("data",), "datasets", "_manifest.json", _decodes_images),
-    "tune": Stage(TuneResult, _tune, ("model", "train", "tune"), (*_CORE, "tune"), "runs", ""),
-    "train": Stage(TrainResult, _train, ("model", "train"), _CORE, "runs", "model/model.safetensors"),
-    "evaluate": Stage(EvaluateResult, _evaluate, ("evaluate",), (*_CORE, "evaluate"), "reports", "report.md"),
-    "register": Stage(
-        RegisterResult, _register, (), (*_CORE, "evaluate", "registry"), "runs", "", lambda config: False
-    ),
-}
-
-
-def planned(config: PipelineConfig, last: str = "register") -> list[str]:
-    """The stages up to `last`, without the search where it is off."""
+def planned(config: PipelineConfig, last: str = "") -> list[str]:
+    """The stages of a pipeline, in order, up to `last` (which is always one of them), or all."""
     names = list(STAGES)
-    return [name for name in names[: names.index(last) + 1] if name != "tune" or config.tune.enabled or last == "tune"]
+    reach = names[: names.index(last) + 1] if last else names
+    return [name for name in reach if name == last or STAGES[name].is_planned(config)]
 
 
 def effective_config(config: PipelineConfig, name: str, results: Results) -> PipelineConfig:
     """The config of a stage: behind the search, the best trial's settings are in it."""
-    if "tune" in results and name not in ("ingest", "tune"):
-        return results["tune"].best.applied_to(config)  # type: ignore[no-any-return]
+    for earlier in STAGES:
+        if earlier == name:
+            break
+        if earlier in results:
+            config = results[earlier].applied_to(config)
     return config
 
 
 def stage_folder(config: PipelineConfig, name: str, results: Results) -> StageFolder:
-    """Where a stage keeps its result; the name holds its key, the first 12 hex digits of a SHA-256."""
+    """Where a stage keeps its result; the name holds its key."""
     stage = STAGES[name]
     config = effective_config(config, name, results)
-    seed = () if name == "ingest" else ("seed",)
-    depends_on = {
-        "config": config.hash(*stage.sections, *seed),
-        "reads": _identity_of_inputs(config, name, results),
-        "code": code_version(stage.code),
-    }
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
-    label = f"{config.data.dataset}-{key}" if name == "ingest" else f"{name}-{key}"
-    return StageFolder(Storage(config.storage), f"{stage.folder}/{label}")
+    key = key_of(config.values_of(*stage.settings), stage.identity(config, results), stage_code(config, name))
+    return StageFolder(Storage(config.storage), f"{stage.folder}/{stage.label(config)}-{key}")
+
+
+def stage_code(config: PipelineConfig, name: str) -> Code:
+    """The digest of each module that makes a stage's result."""
+    stage = STAGES[name]
+    return code_of([stage.run.partition(":")[0], *stage.modules(config)])
+
+
+def require_same_code(config: PipelineConfig, name: str, theirs: Code) -> None:
+    """Checks, in a Ray job, that the code is that of the driver, which looks for the result under its own key.
+
+    Raises:
+        ClusterError: it differs; the message names the modules.
+    """
+    modules = differing(stage_code(config, name), theirs)
+    if modules:
+        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        raise ClusterError(
+            f"the code of this node differs from the driver's in {', '.join(modules[:3])}{more}",
+            where=f"ray.address = {config.ray.address}",
+            remedy="Install the same version of rcnn on all nodes and where the flow runs",
+        )
 
 
 def finished(config: PipelineConfig, name: str, results: Results) -> StageResult | None:
@@ -147,16 +227,12 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
     stage, target = STAGES[name], stage_folder(config, name, results)
     try:
         tree = target.storage.read_json(target.path(RESULT))
-        result = None if tree is None else stage.result.model_validate(tree)
+        result: StageResult | None = None if tree is None else _imported(stage.result).model_validate(tree)
     except ValueError:
         return None  # a damaged result is no result: the stage writes a new one
     if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
         return None
-    if isinstance(result, IngestResult):
-        _require_data(target.storage, result)
-    if isinstance(result, RegisterResult) and not knows_version(config, result.model_name, result.version):
-        return None  # somebody deleted or exchanged the registry
-    return result
+    return result if not stage.check or _imported(stage.check)(config, result, target) else None
 
 
 def run_stage(
@@ -179,24 +255,17 @@ def run_stage(
     if done is not None:
         say(nothing_to_do(name, target))
         return done
-    if "ingest" in results:
-        _require_data(target.storage, results["ingest"])
-    target.storage.make_folder(STAGES[name].folder)  # a storage that cannot be written is told before any work
-    if fresh and name != "ingest":  # ingest replaces the old data set when the new one is whole
+    _check_inputs(config, name, results)
+    target.storage.make_folder(STAGES[name].folder)  # a storage that cannot be written is reported before any work
+    if fresh and not STAGES[name].replaces_whole:
         target.storage.delete(target.name)
-    say(f"{name}: {_purpose(config, name, results)}")
+    config = effective_config(config, name, results)
+    say(f"{name}: {STAGES[name].purpose(config)}")
     started = time.perf_counter()
-    result = _run_tracked(effective_config(config, name, results), name, results, target, fresh, parent or Parent())
+    result = _run_tracked(config, name, results, target, fresh, parent or Parent())
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     say(f"{name}: done in {time.perf_counter() - started:.0f} s")
     return result
-
-
-def _require_data(storage: Storage, data: IngestResult) -> None:
-    """Checks that the data set is the one that ingest wrote, before anything long starts."""
-    from rcnn.data.manifest import require_whole
-
-    require_whole(storage, data.folder, digest=data.digest)
 
 
 def nothing_to_do(name: str, target: StageFolder) -> str:
@@ -217,65 +286,49 @@ def results_from_json(trees: Mapping[str, Any]) -> Results:
     unknown = set(trees) - set(STAGES)
     if unknown:
         raise ConfigError(f"there is no stage {sorted(unknown)[0]!r}", where="--inputs", remedy=f"Use {list(STAGES)}")
-    return {name: STAGES[name].result.model_validate(tree) for name, tree in trees.items()}
+    return {name: _imported(STAGES[name].result).model_validate(tree) for name, tree in trees.items()}
 
 
 def pipeline_key(config: PipelineConfig) -> str:
     """Names the run above the stages: the hash of all settings and of all code."""
-    return f"pipeline-{config.hash()}-{code_version((*_CORE, 'tune', 'evaluate', 'registry'))}"
+    code: Code = {}
+    for name in planned(config):
+        code |= stage_code(config, name)
+    return f"pipeline-{key_of({}, [config.hash()], code)}"
 
 
-@cache
-def code_version(packages: tuple[str, ...]) -> str:
-    """A hash over the sources of these packages and of what all of them share."""
-    root = Path(__file__).parent
-    shared = [root / f"{name}.py" for name in ("config", "results", "storage", "text")]
-    rooms = [file for package in packages for file in sorted((root / package).rglob("*"))]
-    files = shared + [file for file in rooms if file.suffix in _SOURCES]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
+def _check_inputs(config: PipelineConfig, name: str, results: Results) -> None:
+    """Checks that what the stage reads still stands, before anything long starts; see `Stage.check`."""
+    for taken in STAGES[name].takes:
+        if STAGES[taken].check:
+            _imported(STAGES[taken].check)(config, results[taken], stage_folder(config, taken, results))
 
 
 def _run_tracked(
     config: PipelineConfig, name: str, results: Results, target: StageFolder, fresh: bool, parent: Parent
 ) -> StageResult:
     from rcnn.registry.mlflow_store import open_run
+    from rcnn.tracking import NoTracker, finish_failed
 
-    if name == "register":  # the model goes to its training run: it needs no run of its own
-        return STAGES[name].run(config, results, target, NoTracker())
+    stage = STAGES[name]
+    run = _imported(stage.run)
+    inputs = [results[taken] for taken in stage.takes]
+    if not stage.has_run:
+        return run(config, *inputs, target, NoTracker())  # type: ignore[no-any-return]
     tags = dict(parent.tags)
-    if "ingest" in results:
-        tags["rcnn.data_digest"] = results["ingest"].digest
+    for result in results.values():
+        tags |= result.tags()
     tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=tags, fresh=fresh)
     try:
-        result = STAGES[name].run(config, results, target, tracker)
+        result = run(config, *inputs, target, tracker)
     except BaseException:
         finish_failed(tracker)
         raise
     tracker.finish()
-    return result.model_copy(update={"mlflow_run_id": tracker.run_id})
+    return result.model_copy(update={"mlflow_run_id": tracker.run_id})  # type: ignore[no-any-return]
 
 
-def _identity_of_inputs(config: PipelineConfig, name: str, results: Results) -> list[str]:
-    if name == "ingest":
-        from rcnn.data.sources import fingerprint
-
-        return [fingerprint(config.data)]
-    if name in ("tune", "train"):
-        return [results["ingest"].digest]
-    if name == "evaluate":
-        return [results["train"].weights_sha256, results["ingest"].test_digest]
-    return [results["evaluate"].folder, config.tracking.uri, config.tracking.model_name]
-
-
-def _purpose(config: PipelineConfig, name: str, results: Results) -> str:
-    model = effective_config(config, name, results).model
-    return {
-        "ingest": f"reading {config.data.dataset} into Parquet",
-        "tune": f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
-        "train": f"RCNN-{model.k}, T = {model.t}, {config.train.epochs} epochs on {config.execution.num_workers} worker(s)",
-        "evaluate": "scoring every test row",
-        "register": "logging the model to MLflow",
-    }[name]
+def _imported(path: str) -> Any:
+    """What `module:name` names; its module is imported when it is needed."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

@@ -11,6 +11,7 @@ from typing import Any
 from rcnn.config import PipelineConfig
 from rcnn.stages import results_from_json
 from rcnn.storage import Storage
+from rcnn.text import printable
 from rcnn.tracking import tracking_uri
 
 
@@ -24,34 +25,13 @@ def print_summary(config: PipelineConfig, trees: Mapping[str, Any]) -> None:
     table = Table(show_header=False, title=f"rcnn: {config.recipe}", title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for label, value in _rows(results, storage).items():
-        table.add_row(label, value)
+    for result in results.values():
+        for label, value in result.highlights(lambda name: _short(storage.uri(name))).items():
+            table.add_row(label, printable(value))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print("\nNext:")
     for command in _next_commands(config, results, storage):
         print(f"  {command}")
-
-
-def _rows(results: dict[str, Any], storage: Storage) -> dict[str, str]:
-    tuned, trained, evaluated = results.get("tune"), results["train"], results["evaluate"]
-    registered = results["register"]
-    rows = {}
-    if tuned is not None:
-        stopped = sum(trial.outcome == "stopped early" for trial in tuned.trials)
-        rows["best trial"] = (
-            f"{tuned.best_trial} of {len(tuned.trials)}: {tuned.best!s}, "
-            f"{100 * tuned.val_error:.2f} % validation error ({stopped} stopped early)"
-        )
-    rows["test error"] = f"{100 * evaluated.test_error:.2f} % of {evaluated.rows:,} rows"
-    rows["parameters"] = f"{trained.num_parameters:,}"
-    rows["images/s"] = f"{trained.images_per_second:,.0f} in training, {evaluated.images_per_second:,.0f} in evaluation"
-    rows["MLflow run"] = trained.mlflow_run_id
-    rows["registered"] = (
-        f"{registered.model_name} version {registered.version}, {registered.alias}: {registered.reason}"
-    )
-    rows["model"] = _short(storage.uri(f"{trained.folder}/model"))
-    rows["report"] = _short(storage.uri(f"{evaluated.folder}/report.md"))
-    return rows
 
 
 def _next_commands(config: PipelineConfig, results: dict[str, Any], storage: Storage) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.progress import say
-from rcnn.storage import Storage
+from rcnn.results import RegisterResult
+from rcnn.storage import StageFolder, Storage
 
 STORE = "mlflow.db"
 """Our own store in the storage (SQLite), where no server is set."""
@@ -47,10 +48,15 @@ def model_name(config: PipelineConfig) -> str:
     return config.tracking.model_name or f"rcnn-{config.data.dataset}"
 
 
+def has_version(config: PipelineConfig, registered: RegisterResult, target: StageFolder) -> bool:
+    """Whether the registry still holds what the register stage put there: somebody may have deleted or exchanged it."""
+    return knows_version(config, registered.model_name, registered.version)
+
+
 def knows_version(config: PipelineConfig, name: str, version: int) -> bool:
     """Whether the registry holds a version of a model, asked without the seconds that importing MLflow takes.
 
-    True also where a server does not tell: it may want a login, and whoever writes to it will see.
+    Also True if the server cannot be asked: it may want a login, and the next write will report that.
     """
     if config.tracking.uri.startswith("http"):
         query = urllib.parse.urlencode({"name": name, "version": version})

@@ -20,7 +20,14 @@ def test_hash_follows_what_matters_and_nothing_else() -> None:
     config = demo()
     assert config.hash() == config.with_settings({"storage": "elsewhere", "ray.address": "auto"}).hash()
     assert config.hash() != config.with_settings({"train.momentum": 0.8}).hash()
-    assert config.hash("data") == config.with_settings({"train.momentum": 0.8, "seed": 5}).hash("data")
+    assert config.hash() == config.with_settings({"execution.num_workers": 2}).hash()
+
+
+def test_values_are_named_by_section_or_one_by_one_and_some_are_left_out() -> None:
+    config = demo()
+    assert config.values_of("seed", "model.k") == {"seed": 0, "model.k": 32}
+    assert config.values_of("augment") == {"augment.max_shift": 2, "augment.flip": False, "augment.cutout": 0}
+    assert "data.mirror" not in config.values_of("data", "-data.mirror")
 
 
 def test_the_environment_places_a_run_and_changes_nothing_else() -> None:

@@ -3,12 +3,21 @@ from pathlib import Path
 
 import pytest
 
-from rcnn import stages
-from rcnn.config import PipelineConfig
+from rcnn.config import ExecutionConfig, PipelineConfig
 from rcnn.errors import ClusterError, DataError
 from rcnn.recipes import debug_tiny
-from rcnn.results import Choice, IngestResult, TrainResult, TuneResult
-from rcnn.stages import STAGES, effective_config, finished, planned, results_from_json, run_stage, stage_folder
+from rcnn.results import Choice, EvaluateResult, IngestResult, TrainResult, TuneResult
+from rcnn.stages import (
+    STAGES,
+    effective_config,
+    finished,
+    planned,
+    require_same_code,
+    results_from_json,
+    run_stage,
+    stage_code,
+    stage_folder,
+)
 
 DATA = IngestResult(folder="datasets/x", digest="d", test_digest="t", source="mnist-sample", rows={"test": 1})
 TUNED = TuneResult(best=Choice(k=5, t=4, learning_rate=0.3), best_trial="trial-00", val_error=0.1, trials=())
@@ -16,6 +25,9 @@ MODEL = TrainResult(
     folder="runs/x", weights_sha256="w", val_error=0.1, best_epoch=1, epochs=1, num_parameters=1, images_per_second=1,
     seconds=1,
 )  # fmt: skip
+SCORED = EvaluateResult(
+    folder="reports/x", test_error=0.1, test_loss=1, accuracy_per_class={}, rows=1, images_per_second=1, test_digest="t"
+)
 
 
 def folder(name: str, results: dict[str, object], **settings: object) -> str:
@@ -34,26 +46,39 @@ def test_a_stage_is_named_by_what_it_depends_on() -> None:
     assert folder("ingest", {}, data__split_seed=4) != folder("ingest", {})
 
 
-def test_new_code_names_every_stage_behind_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    results: dict[str, object] = {"ingest": DATA, "train": MODEL}
-    before = {name: folder(name, results) for name in ("ingest", "tune", "train", "evaluate")}
-    monkeypatch.setattr("rcnn.stages.code_version", lambda packages: "new" if "model" in packages else "old")
-    changed = {name: folder(name, results) for name in before}
-    monkeypatch.setattr("rcnn.stages.code_version", lambda packages: "old")
-    old = {name: folder(name, results) for name in before}
-    assert old["ingest"] == changed["ingest"]
-    assert all(old[name] != changed[name] for name in ("tune", "train", "evaluate"))
+def test_how_and_where_a_stage_runs_is_in_no_key() -> None:
+    results: dict[str, object] = {"ingest": DATA, "train": MODEL, "evaluate": SCORED}
+    other = {
+        "execution.num_workers": 4, "execution.cpus_per_worker": 2, "execution.use_gpu": True, "execution.compile": "on",
+        "execution.recompute": True, "execution.triton": True, "execution.loader": "streaming",
+        "execution.resident_megabytes": 7, "execution.keep_checkpoints": 9, "execution.max_failures": 9,
+        "ray.address": "auto", "ray.num_cpus": 3, "tune.cpus_per_trial": 2, "tune.max_concurrent_trials": 3,
+        "tune.gpus_per_trial": 1,
+    }  # fmt: skip
+    assert {name.partition(".")[2] for name in other if name.startswith("execution")} == set(
+        ExecutionConfig.model_fields
+    )
+    moved = debug_tiny().with_settings(other)
+    for name in STAGES:
+        assert stage_folder(moved, name, results).name == stage_folder(debug_tiny(), name, results).name
 
 
-def test_a_change_of_any_source_is_new_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(Path(stages.__file__).parent, tmp_path / "rcnn", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(stages, "__file__", str(tmp_path / "rcnn" / "stages.py"))
-    versions = [stages.code_version.__wrapped__(("model",))]
-    for name in ("rcnn.py", "lrn_cpu.c"):
-        with Path(tmp_path, "rcnn", "model", name).open("a") as file:
-            file.write("\n")
-        versions.append(stages.code_version.__wrapped__(("model",)))
-    assert len(set(versions)) == 3
+def test_a_search_is_named_by_what_its_trials_read() -> None:
+    results: dict[str, object] = {"ingest": DATA}
+    tune = folder("tune", results)
+    assert folder("tune", results, train__epochs=7) == tune
+    assert folder("tune", results, tune__epochs=3) != tune
+    assert folder("tune", results, augment__flip=True) != tune
+
+
+def test_a_job_with_other_code_than_the_drivers_stops_and_names_it() -> None:
+    code = stage_code(debug_tiny(), "train")
+    require_same_code(debug_tiny(), "train", code)
+    theirs = code | {"rcnn.train.step": "other", "rcnn.model.lrn": "other"}
+    with pytest.raises(
+        ClusterError, match=r"differs from the driver's in rcnn\.model\.lrn, rcnn\.train\.step\. Install"
+    ):
+        require_same_code(debug_tiny(), "train", theirs)
 
 
 def test_new_weights_are_evaluated_anew() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rcnn.config import PipelineConfig
 from rcnn.data.schema import SCHEMA_VERSION
 from rcnn.errors import ClusterError, DataError
-from rcnn.storage import Storage
+from rcnn.results import IngestResult
+from rcnn.storage import StageFolder, Storage
 
 MANIFEST = "_manifest.json"
 """Its name begins with _, so that readers of a folder of Parquet files skip it."""
@@ -190,6 +192,16 @@ def require_whole(storage: Storage, folder: str, *, digest: str = "") -> Manifes
                 where = storage.uri(f"{folder}/{shard.file}")
                 raise DataError(f"the shard {fault}", where=where, remedy="Ingest again with --fresh")
     return manifest
+
+
+def is_as_ingested(config: PipelineConfig, data: IngestResult, target: StageFolder) -> bool:
+    """True; a data set that is not what ingest wrote is an error, since running ingest again would not change it.
+
+    Raises:
+        DataError: it is damaged, or another data set.
+    """
+    require_whole(target.storage, data.folder, digest=data.digest)
+    return True
 
 
 def _damaged(where: str, fault: str) -> DataError:

@@ -9,14 +9,18 @@ from rcnn.registry import mlflow_store
 from rcnn.registry.gate import Standing, judge
 from rcnn.results import EvaluateResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
-from rcnn.tracking import model_name
+from rcnn.tracking import NoTracker, Tracker, model_name
 from rcnn.train.checkpoint import load_model
 
 
 def run_register(
-    config: PipelineConfig, trained: TrainResult, evaluated: EvaluateResult, target: StageFolder
+    config: PipelineConfig,
+    trained: TrainResult,
+    evaluated: EvaluateResult,
+    target: StageFolder,
+    tracker: Tracker = NoTracker(),
 ) -> RegisterResult:
-    """Registers the model, and gives it an alias by `gate.judge`.
+    """Registers the model, and gives it an alias by `gate.judge`. It goes to its training run: `tracker` is not used.
 
     Raises:
         ClusterError: MLflow is out of reach.
@@ -46,7 +50,7 @@ def run_register(
 
 
 def _training_run(config: PipelineConfig, trained: TrainResult, target: StageFolder) -> str:
-    """The run that the model came from, written anew from the stored history where MLflow's store was exchanged."""
+    """The run that the model came from, written from the stored history where MLflow's store was exchanged."""
     if mlflow_store.has_run(config, trained.mlflow_run_id):
         return trained.mlflow_run_id
     tracker = mlflow_store.open_run(config, "train", key=trained.folder)

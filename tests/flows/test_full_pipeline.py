@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.errors import SourceError
+from rcnn.keys import clear_caches
 from rcnn.recipes import debug_tiny
 from rcnn.results import EvaluateResult, RegisterResult
-from rcnn.stages import STAGES, Parent, results_from_json
+from rcnn.stages import STAGES, Parent, Stage, finished, results_from_json
+from rcnn.summary import print_summary
 from rcnn.tracking import tracking_uri
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("prefect_server", "ray_session")]
@@ -146,6 +149,54 @@ def test_a_result_that_is_gone_is_made_again(config: PipelineConfig, trees: dict
     assert again["register"] == trees["register"]
 
 
+NEW_STAGE = """
+from rcnn.results import StageResult
+
+class CountResult(StageResult):
+    rows: int
+
+    def highlights(self, locate):
+        return {"counted": f"{self.rows} rows in " + locate("x")}
+
+def run_count(config, data, evaluated, target, tracker):
+    tracker.log_metrics({"rows/counted": evaluated.rows})
+    target.storage.write_text(target.path("rows.txt"), str(evaluated.rows))
+    return CountResult(rows=evaluated.rows + data.rows["train"])
+"""
+
+
+def test_a_new_stage_is_one_row(
+    config: PipelineConfig, trees: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from flows.full_pipeline import full_pipeline
+
+    (tmp_path / "counting.py").write_text(NEW_STAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    row = Stage(
+        help="count rows", run="counting:run_count", result="counting:CountResult", takes=("ingest", "evaluate"),
+        settings=("seed",), identity=lambda config, results: [results["evaluate"].test_digest],
+        purpose=lambda config: "counting", folder="runs", label=lambda config: "count", whole="rows.txt",
+        on_cluster=lambda config: False,
+    )  # fmt: skip
+    monkeypatch.setitem(STAGES, "count", row)
+    grown = full_pipeline(config)
+    assert grown["count"]["rows"] == 500 + trees["ingest"]["rows"]["train"]
+    assert runs_by_name(config)["count"].data.metrics["rows/counted"] == 500
+    assert full_pipeline(config) == grown
+    said = capfd.readouterr().err
+    assert "count: counting" in said
+    assert "count: nothing to do" in said
+    print_summary(config, grown)
+    assert f"{grown['count']['rows']} rows in" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["count", "--help"])
+    assert "Count rows." in capfd.readouterr().out
+    (tmp_path / "counting.py").write_text(NEW_STAGE.replace("evaluated.rows + data", "evaluated.rows - data"))
+    clear_caches()
+    assert finished(config, "count", results_from_json(grown)) is None
+
+
 @pytest.mark.parametrize(("retryable", "attempts"), [(False, 1), (True, 3)])
 def test_only_what_may_pass_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retryable: bool, attempts: int
@@ -160,8 +211,8 @@ def test_only_what_may_pass_is_tried_again(
         raise SourceError("the network is down", retryable=retryable)
 
     monkeypatch.setattr(flow_stages, "run_stage", fail)
-    for name, task in flow_stages.TASKS.items():
-        monkeypatch.setitem(flow_stages.TASKS, name, task.with_options(retry_delay_seconds=0))
+    impatient = flow_stages.task_of("ingest").with_options(retry_delay_seconds=0)
+    monkeypatch.setattr("flows.full_pipeline.task_of", lambda name: impatient)
     with pytest.raises(SourceError, match="the network is down"):
         full_pipeline(debug_tiny().with_settings({"storage": str(tmp_path)}))
     assert calls == ["ingest"] * attempts
@@ -179,11 +230,13 @@ def test_the_error_of_a_stage_comes_out_of_the_flow(tmp_path: Path) -> None:
 def test_prefects_own_cache_answers_a_rerun(config: PipelineConfig, trees: dict[str, Any]) -> None:
     from prefect import flow
 
-    from flows.stages import TASKS
+    from flows.stages import task_of
 
     @flow
     def ingest_again() -> str:
-        state = TASKS["ingest"](config=config, name="ingest", trees={}, fresh=False, parent=Parent(), return_state=True)
+        state = task_of("ingest")(
+            config=config, name="ingest", trees={}, fresh=False, parent=Parent(), return_state=True
+        )
         return str(state.name)
 
     assert ingest_again() == "Cached"
@@ -191,7 +244,6 @@ def test_prefects_own_cache_answers_a_rerun(config: PipelineConfig, trees: dict[
 
 def test_a_registry_that_is_gone_is_filled_again(config: PipelineConfig, trees: dict[str, Any]) -> None:
     from flows.full_pipeline import full_pipeline
-    from rcnn.stages import finished
 
     results = results_from_json({name: tree for name, tree in trees.items() if name != "register"})
     assert finished(config, "register", results) is not None
