@@ -139,7 +139,8 @@ class DataConfig(Section):
         if self.name or self.source not in IMAGE_FILE_SOURCES:
             return self.name or self.source
         path = self.root.partition("?")[0] if "://" in self.root else self.root
-        last = re.sub(r"(^|/)[^/]*[*?].*$", "", path).rstrip("/").rpartition("/")[2].removesuffix(".parquet")
+        last = re.sub(r"(^|/)[^/]*[*?].*$", "", path).rstrip("/").rpartition("/")[2]
+        last = re.sub(r"\.(parquet|pq)$", "", last, flags=re.IGNORECASE)
         return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or self.source
 
 

@@ -126,6 +126,7 @@ def test_messages_of_wrong_overrides(overrides: list[str], expected: str) -> Non
         ({"data.source": "folder", "data.root": "/photos/My cats & dogs/"}, "My-cats-dogs"),
         ({"data.source": "parquet", "data.root": "s3://bucket/flowers/train-*.parquet"}, "flowers"),
         ({"data.source": "parquet", "data.root": "/x/digits.parquet"}, "digits"),
+        ({"data.source": "parquet", "data.root": "/x/DIGITS.PARQUET"}, "DIGITS"),
         ({"data.source": "folder", "data.root": "/photos", "data.name": "mine"}, "mine"),
     ],
 )

@@ -46,11 +46,12 @@ class ParquetChunk:
         labels: list[int] = []
         row_ids: list[str] = []
         skipped: list[Skipped] = []
+        decode = partial(decode_image, rule=self.rule)
         for file, rows, file_labels in self.picks:
             stored = read_images(self.root, file, rows)
             for row, label, image in zip(rows.tolist(), file_labels.tolist(), stored, strict=True):
                 try:
-                    images[len(labels)] = image.apply(partial(decode_image, rule=self.rule))
+                    images[len(labels)] = image.apply(decode)
                 except BadImage as error:
                     skipped.append(BadRow(row_id=f"{file.name}#{row}", reason=str(error), remedy=error.remedy))
                     continue
