@@ -122,7 +122,12 @@ class DataConfig(Section):
             raise ValueError(
                 f"root = {self.root!r} means nothing to the source 'mnist-sample'; set data.source to folder, parquet, ..."
             )
-        only = {"follow_links": ("folder",), "image_column": ("parquet",), "label_column": ("parquet",)}
+        only = {
+            "follow_links": ("folder",),
+            "image_column": ("parquet",),
+            "label_column": ("parquet",),
+            "svhn_extra": ("svhn",),
+        }
         for name in ("image_size", "resize", "color", "max_megapixels", "on_error", *only):
             sources = only.get(name, IMAGE_FILE_SOURCES)
             default, value = type(self).model_fields[name].default, getattr(self, name)

@@ -109,6 +109,7 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
             "data label_column = 'y' is for the source parquet",
         ),
         (["storage=s3://key:secret@bucket/x"], "storage holds credentials"),
+        (["data.svhn_extra=true"], "data svhn_extra = True is for the source svhn, and source is 'mnist-sample'"),
         (["data.image_size=32"], "data image_size = 32 is for the sources folder and parquet"),
     ],
 )
