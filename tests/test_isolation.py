@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 
@@ -30,5 +31,9 @@ def test_the_users_storage_cannot_be_touched(touch: object) -> None:
 
 def test_home_and_environment_are_not_the_users() -> None:
     assert "rcnn-tests-" in str(Path.home())
-    theirs = ("RCNN_", "PREFECT_API", "PREFECT_PROFILE", "MLFLOW_TRACKING", "RAY_ADDRESS", "RAY_API")
+    theirs = ("RCNN_", "PREFECT_API", "PREFECT_PROFILE", "RAY_ADDRESS", "RAY_API")
     assert [name for name in os.environ if name.startswith(theirs)] == []
+    # MLflow sets this one itself, in a process that called `set_tracking_uri`.
+    assert Path(gettempdir()).as_posix() in os.environ.get("MLFLOW_TRACKING_URI", gettempdir()) or (
+        "127.0.0.1" in os.environ["MLFLOW_TRACKING_URI"]
+    )

@@ -581,9 +581,9 @@ def test_the_command_line_ends_in_one_line(tmp_path: Path, capsys: pytest.Captur
         ["config", "--recipe", ""],
         ["config", "--config", str(tmp_path / "deep.json")],
         ["config", "--set", "storage=s3:/x"],
-        ["train", "--config", "[" * DEEP, "--inputs", '{"parent": {"run_id": "", "tags": {}}, "results": {}}', "--result", "x"],
+        ["train", "--config", "[" * DEEP, "--inputs", '{"code": {}, "parent": {"run_id": "", "tags": {}}, "results": {}}', "--result", "x"],
         ["train", "--config", "{}", "--inputs", "[" * DEEP, "--result", "x"],
-        ["train", "--config", '{"train": {"epochs": 0}}', "--inputs", '{"parent": {"run_id": "", "tags": {}}, "results": {}}',
+        ["train", "--config", '{"train": {"epochs": 0}}', "--inputs", '{"code": {}, "parent": {"run_id": "", "tags": {}}, "results": {}}',
          "--result", "x"],
     ):  # fmt: skip
         assert main(command) == 2

@@ -6,6 +6,8 @@ import random
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.process import BaseProcess
@@ -76,11 +78,23 @@ def test_a_full_disk_is_reported_and_leaves_nothing(config: PipelineConfig) -> N
     check_usable(config)
 
 
-def test_creators_at_once_all_succeed(config: PipelineConfig) -> None:
-    processes = [started(config) for _ in range(3)]
+def test_first_commands_at_once_all_succeed(config: PipelineConfig) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rcnn.cli",
+        "ingest",
+        "--recipe",
+        "debug_tiny",
+        "--set",
+        f"storage={config.storage}",
+    ]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+        _, said = process.communicate()
+        assert process.returncode == 0, said
     check_usable(config)
 
 

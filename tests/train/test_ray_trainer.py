@@ -137,7 +137,7 @@ def _connections(process: psutil.Process) -> list[Any]:
 
 def test_more_cores_than_there_are_is_an_error(tiny_config: PipelineConfig, digits: IngestResult) -> None:
     config = tiny_config.with_settings({"execution.num_workers": 32})
-    with pytest.raises(ClusterError, match=r"train\.num_workers.*: 32 CPU cores are wanted and Ray has 2"):
+    with pytest.raises(ClusterError, match=r"execution\.num_workers.*: 32 CPU cores are wanted and Ray has 2"):
         train(config, digits, "runs/huge")
     with pytest.raises(ClusterError, match="1 GPUs are wanted and Ray has 0"):
         train(tiny_config.with_settings({"execution.use_gpu": True}), digits, "runs/gpu")
