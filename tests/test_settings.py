@@ -19,6 +19,7 @@ from rcnn.section import fields_of, limits_of
 from rcnn.settings import build_config, explain_settings, read_config_file, setting_names
 
 LOOKS_LIKE_MORE = ["1.10", "1e5", "1_000", "2024-01-01", "true", "on", "0x10", "12"]
+INPUTS = '{"code": {}, "parent": {"run_id": "", "tags": {}}, "results": {}}'  # of a Ray job
 DEEP = 200_000
 
 
@@ -581,9 +582,9 @@ def test_the_command_line_ends_in_one_line(tmp_path: Path, capsys: pytest.Captur
         ["config", "--recipe", ""],
         ["config", "--config", str(tmp_path / "deep.json")],
         ["config", "--set", "storage=s3:/x"],
-        ["train", "--config", "[" * DEEP, "--inputs", '{"code": {}, "parent": {"run_id": "", "tags": {}}, "results": {}}', "--result", "x"],
+        ["train", "--config", "[" * DEEP, "--inputs", INPUTS, "--result", "x"],
         ["train", "--config", "{}", "--inputs", "[" * DEEP, "--result", "x"],
-        ["train", "--config", '{"train": {"epochs": 0}}', "--inputs", '{"code": {}, "parent": {"run_id": "", "tags": {}}, "results": {}}',
+        ["train", "--config", '{"train": {"epochs": 0}}', "--inputs", INPUTS,
          "--result", "x"],
     ):  # fmt: skip
         assert main(command) == 2
