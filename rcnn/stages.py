@@ -275,7 +275,7 @@ def _purpose(config: PipelineConfig, name: str, results: Results) -> str:
     return {
         "ingest": f"reading {config.data.dataset} into Parquet",
         "tune": f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
-        "train": f"RCNN-{model.k}, T = {model.t}, {config.train.epochs} epochs on {config.train.num_workers} worker(s)",
+        "train": f"{model.title}, {config.train.epochs} epochs on {config.train.num_workers} worker(s)",
         "evaluate": "scoring every test row",
         "register": "logging the model to MLflow",
     }[name]

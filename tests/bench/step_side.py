@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from rcnn.config import TrainConfig
 from rcnn.model import RCNN, lrn_cpu
+from rcnn.model.norms import local_response_norms
 from rcnn.train.optim import build_optimizer
 from rcnn.train.step import choose_execution, prepare, train_step
 from tests.bench.plain import PlainRCNN
@@ -91,9 +93,9 @@ class Side:
         train = TrainConfig(learning_rate=1e-3, momentum=0.9, **settings)
         if not self.measures_memory:  # where freed memory is to be given back at once
             prepare(self.device, deterministic=train.deterministic)
-        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, recompute=train.recompute, triton=train.triton).to(
-            self.device, memory_format=self._memory_format
-        )
+        norms = partial(local_response_norms, triton=train.triton)
+        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, norms=norms, recompute=train.recompute)
+        model.to(self.device, memory_format=self._memory_format)
         if self.variant == "no-gcc":
             lrn_cpu.kernel = lambda *network: None
         if self.name == "floor":
@@ -134,7 +136,7 @@ def leave_out_normalisations(model: Any) -> None:
     """What remains is the floor."""
     model.first_norm = NoNormalisation()
     for layer in model.recurrent_layers:
-        layer.norm = NoNormalisation()
+        layer.norms = nn.ModuleList(NoNormalisation() for _ in layer.norms)
 
 
 def forget_most_memory(device: torch.device) -> None:
