@@ -95,6 +95,15 @@ def test_no_module_of_the_model_imports_itself_by_way_of_others() -> None:
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def test_the_package_imports_the_models_names_from_their_own_modules() -> None:
+    """`rcnn.model` imports lazily, which whoever reads import statements, as the keys of stages do, cannot follow."""
+    modules = {file.stem for file in (ROOT / "rcnn" / "model").glob("*.py")}
+    for file in sources():
+        for module in imports(file):
+            parts = module.split(".")
+            assert parts[:2] != ["rcnn", "model"] or parts[2] in modules, f"{file} imports {module}"
+
+
 def test_importing_leaves_torchs_optimizers_as_they_are() -> None:
     code = """
 import torch

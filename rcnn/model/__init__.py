@@ -1,6 +1,8 @@
 """The networks, in torch alone: nothing here knows of configs, files or clusters.
 
-The names are imported when they are first used: `rcnn.model.networks`, the table, must stay importable without torch.
+The names are imported when they are first used: `rcnn.model.networks`, the table, must stay importable without torch. They
+are for users and tests. Files of this package import from the module itself: what a result depends on is found by reading
+import statements.
 """
 
 from importlib import import_module

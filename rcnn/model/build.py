@@ -37,9 +37,8 @@ def build_network(
     if name not in NETWORKS:
         raise ValueError(f"there is no network {name!r}; there are {', '.join(NETWORKS)}")
     row = NETWORKS[name]
-    module, _, function = row.build.partition(":")
     chosen = {key: value for key, value in (settings or {}).items() if key in row.reads}
-    network = getattr(import_module(module), function)(image_shape, num_classes, **chosen)
+    network = getattr(import_module(row.module), row.build.partition(":")[2])(image_shape, num_classes, **chosen)
     assert isinstance(network, nn.Module), f"{row.build} returned {type(network).__name__}, not a module"
     return network
 

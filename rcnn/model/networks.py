@@ -32,6 +32,11 @@ class Network:
     title: str
     reads: tuple[str, ...] = ()
 
+    @property
+    def module(self) -> str:
+        """Where the code is, of this network and of no other one."""
+        return self.build.partition(":")[0]
+
 
 _LRN = ("lrn_alpha", "lrn_beta", "triton")
 NETWORKS: dict[str, Network] = {

@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import Manifest
 from rcnn.errors import ConfigError, DataError, TrainingError
-from rcnn.model import Classifier, MeanRemoval, build_network
+from rcnn.model.build import build_network
+from rcnn.model.classifier import Classifier, MeanRemoval
 from rcnn.model.networks import unread_settings
 from rcnn.text import parse_json
 from rcnn.train.optim import Schedule, build_optimizer

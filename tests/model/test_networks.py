@@ -1,5 +1,6 @@
 """The table of networks: published sizes and costs, and each forward pass against plain `torch.nn.functional`."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -373,12 +374,10 @@ def test_maxout_takes_images_of_every_side_or_refuses_them(channels: int) -> Non
     taken = []
     for side in range(1, 34):
         shape = (side, 34, channels)
-        try:
+        with torch.device("meta"), contextlib.suppress(ValueError):
             model = built("maxout", shape)
-        except ValueError:
-            continue
-        assert model(images_of(shape, 1)).shape == (1, 10)
-        taken.append(side)
+            assert model(images_of(shape, 1)).shape == (1, 10)
+            taken.append(side)
     assert taken == list(range(taken[0], 34))
     assert taken[0] < 20
 
