@@ -15,8 +15,9 @@ parameters at 32x32x3, of which 12 M are in the dense layer (published: above 5 
 Different here:
 - The bound on the norm of each kernel (0.9 to 1.94), which is part of the published update step, is not applied: expect a
   larger error than the published one; weight decay is what is left against large kernels.
-- Weights start normal with deviation 1/sqrt(inputs), which keeps the scale of what passes. The published uniform +-0.005 goes
-  with whitened images of a larger scale and with the published rates.
+- Weights start normal with deviation 0.3/sqrt(inputs). The published uniform +-0.005 goes with whitened images of a larger
+  scale and with the published rates. At 1/sqrt(inputs), each maximum over pieces and pool multiplies the scale: the loss began
+  at 9, and 1,500 digits were at chance after 6 epochs; at 0.3 they are at 20 % error after 4 (one seed, rate 0.03).
 - Biases are one per map. The MNIST configuration leaves pylearn2's default, one per map and position.
 - Dropout scales what is kept by 1/(1 - rate); the published one leaves the image's pixels unscaled.
 """
@@ -24,6 +25,7 @@ Different here:
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -50,6 +52,7 @@ CIFAR = (
 )
 MNIST = (MaxoutConvolution(48, 2, 8, 0, 4), MaxoutConvolution(48, 2, 8, 3, 4), MaxoutConvolution(24, 4, 5, 3, 2))
 DENSE_UNITS, DENSE_PIECES = 500, 5
+WEIGHT_SCALE = 0.3
 
 
 class LargestPiece(nn.Module):
@@ -90,7 +93,7 @@ class Maxout(nn.Module):
         for number, layer in enumerate(convolutions):
             layers += [
                 nn.Dropout(0.5 if number else 0.2),
-                _kept_in_scale(nn.Conv2d(in_maps, layer.maps * layer.pieces, layer.kernel, padding=layer.padding)),
+                _initialised(nn.Conv2d(in_maps, layer.maps * layer.pieces, layer.kernel, padding=layer.padding)),
                 LargestPiece(layer.pieces),
                 nn.MaxPool2d(layer.pool, stride=2, ceil_mode=True),
             ]
@@ -102,18 +105,20 @@ class Maxout(nn.Module):
         layers.append(nn.Flatten())
         width = height * width * in_maps
         if dense_units:
-            dense = _kept_in_scale(nn.Linear(width, dense_units * DENSE_PIECES))
+            dense = _initialised(nn.Linear(width, dense_units * DENSE_PIECES))
             layers += [nn.Dropout(0.5), dense, LargestPiece(DENSE_PIECES)]
             width = dense_units
-        self.layers = nn.Sequential(*layers, nn.Dropout(0.5), _kept_in_scale(nn.Linear(width, num_classes)))
+        self.layers = nn.Sequential(*layers, nn.Dropout(0.5), _initialised(nn.Linear(width, num_classes)))
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> logits (N, num_classes)."""
         return self.layers(images_NCHW)
 
 
-def _kept_in_scale(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+def _initialised(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    with torch.no_grad():
+        layer.weight.mul_(WEIGHT_SCALE)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
 

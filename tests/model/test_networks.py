@@ -133,7 +133,7 @@ def test_every_network_gives_logits_and_finite_gradients(
 def test_a_fresh_network_has_logits_and_gradients_of_a_scale_to_learn_from(name: str) -> None:
     model = built(name, k=32).eval()
     logits = model(images_of(CIFAR, 16))
-    assert 0.01 < logits.std() < 10
+    assert 0.001 < logits.std() < 10
     functional.cross_entropy(logits, torch.arange(16) % 10).backward()
     norms = [parameter.grad.norm() for name, parameter in model.named_parameters() if name.endswith("weight")]
     assert min(norms) > 1e-4
