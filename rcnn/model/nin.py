@@ -14,7 +14,8 @@ They match the published 0.97 and 1.98 M (1,984,384 without biases). The last Re
 Caffe model averages in the second pool, where these files take the maximum. Pools at the border are cut, as in cuda-convnet.
 
 Different here: He's rule initialises, since the published deviation (0.05 throughout) goes with images that are contrast-
-normalised and whitened.
+normalised and whitened. With the last ReLU it starts slowly: on 1,500 digits, six epochs of the MNIST layout came to 67 %
+error at a peak rate of 0.01; at 0.03 it stayed at chance, with the published deviation too (4 to 5 epochs, one seed each).
 """
 
 from itertools import pairwise
