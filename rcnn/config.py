@@ -10,10 +10,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rcnn.model.networks import NETWORKS, title_of, unread_settings
 from rcnn.section import Given, Section, environment_layer, lay, variable_of
 
 # Bounds of what has no bound of its own: far above any use, and low enough that a slip of the keyboard is refused.
@@ -149,9 +150,16 @@ class DataConfig(Section):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or self.source
 
 
-class ModelConfig(Section):
-    """The network of Liang and Hu (2015), in the paper's own letters."""
+if TYPE_CHECKING:
+    NetworkName = str
+else:  # the table's names, so that errors, `--explain` and the form of the Prefect UI list them
+    NetworkName = Literal[tuple(NETWORKS)]
 
+
+class ModelConfig(Section):
+    """The network, and its settings in the paper's own letters."""
+
+    network: NetworkName = Field("rcnn", description="Network; rcnn: Liang and Hu (2015), with LRN, as published.")
     k: int = Field(32, ge=1, le=2048, description="K: feature maps of every hidden layer.")
     t: int = Field(3, ge=0, le=32, description="T: recurrent steps of every recurrent convolutional layer.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate after each RCL but the last (unverified value).")
@@ -169,6 +177,25 @@ class ModelConfig(Section):
         description="Side of the window that the network sees, pixels: cut at random in training (published: 24), "
         "from the centre elsewhere; 0: the whole image.",
     )
+
+    @model_validator(mode="after")
+    def _settings_are_the_networks(self) -> Self:
+        default = type(self).model_construct()
+        for name, value in unread_settings(self.network, self.model_dump()).items():
+            usual = getattr(default, name)
+            if value != usual:
+                raise ValueError(f"{name} = {value!r} is not read by network = {self.network!r}; leave it at {usual!r}")
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The settings that the network reads."""
+        return NETWORKS[self.network].reads
+
+    @property
+    def title(self) -> str:
+        """What reports, plots and tags call the network, e.g. `RCNN-96, T = 3`."""
+        return title_of(self.network, self.model_dump())
 
 
 class TrainConfig(Section):

@@ -22,7 +22,8 @@ KEY_LENGTH = 12
 UNCOUNTED = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
-        "config", "errors", "keys", "progress", "ray_board", "ray_session", "recipes", "results", "section", "settings",
+        "config", "errors", "keys", "model.networks", "progress", "ray_board", "ray_session", "recipes",
+        "results", "section", "settings",
         "stages", "storage", "text", "tracking",
     )
 )  # fmt: skip

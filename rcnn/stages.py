@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcnn.errors import ClusterError, ConfigError
 from rcnn.keys import Code, code_of, differing, key_of
+from rcnn.model.networks import NETWORKS
 from rcnn.progress import say
 from rcnn.storage import RESULT, StageFolder, Storage
 
@@ -85,6 +86,10 @@ def _source_module(config: PipelineConfig) -> list[str]:
     return [f"rcnn.data.sources.{SOURCES[config.data.source].module}"]
 
 
+def _network_module(config: PipelineConfig) -> list[str]:
+    return [NETWORKS[config.model.network].module]
+
+
 STAGES: dict[str, Stage] = {
     "ingest": Stage(
         help="read the source into Parquet, with a manifest",
@@ -115,6 +120,7 @@ STAGES: dict[str, Stage] = {
         purpose=lambda config: f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
         folder="runs",
         label=lambda config: "tune",
+        modules=_network_module,
         is_planned=lambda config: config.tune.enabled,
     ),
     "train": Stage(
@@ -125,11 +131,11 @@ STAGES: dict[str, Stage] = {
         settings=("model", "train", "augment", "seed"),
         identity=lambda config, results: [results["ingest"].digest],
         purpose=lambda config: (
-            f"RCNN-{config.model.k}, T = {config.model.t}, {config.train.epochs} epochs "
-            f"on {config.execution.num_workers} worker(s)"
+            f"{config.model.title}, {config.train.epochs} epochs on {config.execution.num_workers} worker(s)"
         ),
         folder="runs",
         label=lambda config: "train",
+        modules=_network_module,
         whole="model/model.safetensors",
     ),
     "evaluate": Stage(
@@ -142,6 +148,7 @@ STAGES: dict[str, Stage] = {
         purpose=lambda config: "scoring every test row",
         folder="reports",
         label=lambda config: "evaluate",
+        modules=_network_module,
         whole="report.md",
     ),
     "register": Stage(
@@ -156,6 +163,7 @@ STAGES: dict[str, Stage] = {
         purpose=lambda config: "logging the model to MLflow",
         folder="runs",
         label=lambda config: "register",
+        modules=_network_module,
         check="rcnn.tracking:has_version",
         has_run=False,  # the model goes to its training run
         on_cluster=lambda config: False,

@@ -47,7 +47,8 @@ SMALLEST_WRONG = {
     "data.shard_megabytes": 0, "data.name": "a/b", "data.svhn_extra": "perhaps", "data.image_size": -1,
     "data.resize": "squeeze", "data.color": "blue", "data.max_megapixels": 0, "data.on_error": "ignore",
     "data.follow_links": "perhaps",
-    "model.normalise": "whiten", "model.crop": -1, "augment.flip": "perhaps", "augment.cutout": -1, "execution.loader": "lazy",
+    "model.network": "resnet", "model.normalise": "whiten", "model.crop": -1,
+    "augment.flip": "perhaps", "augment.cutout": -1, "execution.loader": "lazy",
     "execution.resident_megabytes": 0, "model.k": 0, "model.t": -1, "model.dropout": 1.0, "model.lrn_alpha": -0.1,
     "model.lrn_beta": -1, "train.epochs": 0, "train.batch_size": 0, "train.learning_rate": 0, "train.momentum": 1,
     "train.weight_decay": -1, "train.schedule": "cosine", "train.plateau_factor": 1, "train.plateau_patience": -1,
@@ -111,6 +112,9 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         (["storage=s3://key:secret@bucket/x"], "storage holds credentials"),
         (["data.svhn_extra=true"], "data svhn_extra = True is for the source svhn, and source is 'mnist-sample'"),
         (["data.image_size=32"], "data image_size = 32 is for the sources folder and parquet"),
+        (["model.network=resnet"], "model.network is 'resnet': should be one of rcnn, recursive, wide, rcnn_bn, nin"),
+        (["model.network=nin", "model.t=2"], "model t = 2 is not read by network = 'nin'; leave it at 3"),
+        (["model.network=wide", "model.dropout=0.2", "model.t=0"], "model t = 0 is not read by network = 'wide'"),
     ],
 )
 def test_messages_of_wrong_overrides(overrides: list[str], expected: str) -> None:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ SHARED = [
     "ray_board",
 ]
 ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
+TABLES = ["rcnn.model.networks"]
+"""Text alone, which needs nothing: read by the config, which stands left of what the rows name."""
 HOMES = {
     "prefect": ["flows/"],
     "ray": [
@@ -72,9 +75,51 @@ def test_imports_point_left(file: Path) -> None:
     if own == "__init__":
         return
     for module in imports(file):
+        if any(module == table or module.startswith(f"{table}.") for table in TABLES):
+            continue
         parts = module.split(".")
         if parts[0] == "rcnn" and parts[1] in ORDER:
             assert ORDER.index(parts[1]) <= ORDER.index(own), f"{own} imports {module}, which stands right of it"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_that_anyone_may_import_imports_the_standard_library_alone(table: str) -> None:
+    for module in imports(ROOT / f"{table.replace('.', '/')}.py"):
+        assert module.split(".")[0] in sys.stdlib_module_names, f"{table} imports {module}"
+
+
+def test_no_module_of_the_model_imports_itself_by_way_of_others() -> None:
+    names = {f"rcnn.model.{file.stem}": file for file in (ROOT / "rcnn" / "model").glob("*.py") if file.stem[0] != "_"}
+    graph = {
+        name: {known for known in names for module in imports(file) if f"{module}.".startswith(f"{known}.")}
+        for name, file in names.items()
+    }
+    assert graph["rcnn.model.lrn"] >= {"rcnn.model.lrn_triton", "rcnn.model.lrn_equation"}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_package_imports_the_models_names_from_their_own_modules() -> None:
+    """`rcnn.model` imports lazily, which whoever reads import statements, as the keys of stages do, cannot follow."""
+    modules = {file.stem for file in (ROOT / "rcnn" / "model").glob("*.py")}
+    for file in sources():
+        for module in imports(file):
+            parts = module.split(".")
+            assert parts[:2] != ["rcnn", "model"] or parts[2] in modules, f"{file} imports {module}"
+
+
+def test_importing_leaves_torchs_optimizers_as_they_are() -> None:
+    code = """
+import torch
+def attributes():
+    classes = (torch.optim.Optimizer, torch.optim.SGD)
+    return [(name, id(value), dict(getattr(inspect.unwrap(value) if callable(value) else value, "__dict__", {})))
+            for each in classes for name, value in vars(each).items() if not name.startswith("__")]
+import inspect
+before = attributes()
+import rcnn.train.loop, rcnn.train.optim
+assert attributes() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_model_needs_torch_and_the_standard_library_alone() -> None:
@@ -92,6 +137,7 @@ def test_the_model_needs_torch_and_the_standard_library_alone() -> None:
     [
         ("rcnn", ["torch", "ray", "mlflow", "prefect", "pydantic"]),
         ("rcnn.cli", ["torch", "ray", "mlflow", "prefect", "pydantic"]),
+        ("rcnn.config", ["torch", "ray", "mlflow", "prefect", "pyarrow"]),
         ("rcnn.stages", ["torch", "ray", "mlflow", "prefect", "pyarrow"]),
         ("rcnn.train.loop", ["ray", "mlflow", "prefect", "torchvision", "PIL"]),
     ],

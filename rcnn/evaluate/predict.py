@@ -17,7 +17,7 @@ import torch
 
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, unwarned
 from rcnn.errors import ConfigError, SourceError
-from rcnn.model import Classifier
+from rcnn.model.classifier import Classifier
 from rcnn.text import printable
 from rcnn.train.checkpoint import load_model
 from rcnn.train.execution import choose_device

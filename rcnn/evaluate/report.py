@@ -90,7 +90,7 @@ def _write_report(
     history: list[Metrics],
     folder: Path,
 ) -> None:
-    name = f"RCNN-{config.model.k}, T = {config.model.t}, {manifest.name}"
+    name = f"{config.model.title}, {manifest.name}"
     plot_confusion(
         scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
     )

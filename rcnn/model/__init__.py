@@ -1,8 +1,48 @@
-"""The network, in torch alone: nothing here knows of configs, files or clusters."""
+"""The networks, in torch alone: nothing here knows of configs, files or clusters.
 
-from rcnn.model.classifier import Classifier, MeanRemoval
-from rcnn.model.layers import RecurrentConvLayer
-from rcnn.model.lrn import LocalResponseNorm
-from rcnn.model.rcnn import RCNN, count_parameters
+The names are imported when they are first used: `rcnn.model.networks`, the table, must stay importable without torch. They
+are for users and tests. Files of this package import from the module itself: what a result depends on is found by reading
+import statements.
+"""
 
-__all__ = ["RCNN", "Classifier", "LocalResponseNorm", "MeanRemoval", "RecurrentConvLayer", "count_parameters"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rcnn.model.build import Cost, build_network, cost_of, count_multiply_adds, count_parameters
+    from rcnn.model.classifier import Classifier, MeanRemoval
+    from rcnn.model.layers import RecurrentConvLayer
+    from rcnn.model.lrn import LocalResponseNorm
+    from rcnn.model.rcnn import RCNN
+
+_HOMES = {
+    "RCNN": "rcnn",
+    "Classifier": "classifier",
+    "Cost": "build",
+    "LocalResponseNorm": "lrn",
+    "MeanRemoval": "classifier",
+    "RecurrentConvLayer": "layers",
+    "build_network": "build",
+    "cost_of": "build",
+    "count_multiply_adds": "build",
+    "count_parameters": "build",
+}
+
+__all__ = [
+    "RCNN",
+    "Classifier",
+    "Cost",
+    "LocalResponseNorm",
+    "MeanRemoval",
+    "RecurrentConvLayer",
+    "build_network",
+    "cost_of",
+    "count_multiply_adds",
+    "count_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

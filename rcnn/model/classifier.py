@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rcnn.model.rcnn import RCNN
-
 
 class MeanRemoval(nn.Module):
     """Subtracts the mean of each pixel (paper section 4) and divides by a standard deviation, one for each channel.
@@ -36,15 +34,15 @@ class MeanRemoval(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An RCNN behind its own normalisation: uint8 images (N, C, H, W) in, logits (N, classes) out.
+    """A network behind its own normalisation: uint8 images (N, C, H, W) in, logits (N, classes) out.
 
     Args:
         normalise: what comes before the network.
-        network: the RCNN.
+        network: one of the table's, or any module from images (N, C, H, W) to logits.
         crop: the network sees a window of this side, pixels: of larger images the centre; 0: all of them.
     """
 
-    def __init__(self, normalise: MeanRemoval, network: RCNN, *, crop: int = 0):
+    def __init__(self, normalise: MeanRemoval, network: nn.Module, *, crop: int = 0):
         super().__init__()
         self.normalise = normalise
         self.network = network
@@ -54,7 +52,7 @@ class Classifier(nn.Module):
         """uint8 (N, C, H, W) -> logits (N, classes)."""
         if self.crop:
             images_NCHW = centre(images_NCHW, self.crop, self.crop)
-        return self.network(self.normalise(images_NCHW))
+        return self.network(self.normalise(images_NCHW))  # type: ignore[no-any-return]
 
 
 def centre(images_CHW: Tensor, height: int, width: int) -> Tensor:

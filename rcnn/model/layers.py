@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rcnn.model.lrn import LocalResponseNorm
-
-
-def lrn_window(num_maps: int) -> int:
-    """N, the feature maps in a normalisation sum: K / 8 + 1 (paper section 4.1)."""
-    return num_maps // 8 + 1
+from rcnn.model.norms import Norms, local_response_norms
 
 
 class RecurrentConvLayer(nn.Module):
@@ -23,13 +18,16 @@ class RecurrentConvLayer(nn.Module):
     Args:
         in_maps: C, maps of the input.
         num_maps: K, maps of the state.
-        num_steps: T, recurrent steps after the feed-forward one; 0 makes it a convolution + ReLU + LRN, without a
+        num_steps: T, recurrent steps after the feed-forward one; 0 makes it a convolution + ReLU + g, without a
             recurrent kernel.
-        lrn_alpha, lrn_beta: constants of the local response normalisation.
+        norms: g, the normalisation of each of the T + 1 time steps; see `norms.py`.
         recompute: trades time for memory: the backward pass computes each step's activations once more, from the state
-            before it, instead of keeping them.
-        triton: whether a kernel of our own normalises on GPUs.
+            before it, instead of keeping them. Not for batch normalisation, which would count each batch twice.
     """
+
+    RECURRENT_GAIN = 0.25
+    """Deviation of the recurrent kernel's first weights, as a share of He's. Each step adds to what is fed in at every step:
+    at a half, training with a rate above 0.01 collapsed."""
 
     def __init__(
         self,
@@ -37,42 +35,43 @@ class RecurrentConvLayer(nn.Module):
         num_maps: int,
         num_steps: int,
         *,
-        lrn_alpha: float = 0.001,
-        lrn_beta: float = 0.75,
+        norms: Norms = local_response_norms,
         recompute: bool = False,
-        triton: bool = False,
     ):
         super().__init__()
         self.num_steps, self.recompute = num_steps, recompute
         self.feed_forward = nn.Conv2d(in_maps, num_maps, kernel_size=3, padding=1)
         # An unused kernel would count as a parameter and make DDP wait for a gradient that never comes.
         self.recurrent = nn.Conv2d(num_maps, num_maps, kernel_size=3, padding=1, bias=False) if num_steps else None
-        self.norm = LocalResponseNorm(
-            num_maps, window=lrn_window(num_maps), alpha=lrn_alpha, beta=lrn_beta, triton=triton
-        )
+        self.norms = nn.ModuleList(norms(num_maps, num_steps + 1))
         self._initialise()
 
     def _initialise(self) -> None:
-        # The paper does not say how. He's rule for the feed-forward kernel; a quarter of its deviation for the recurrent
-        # one, whose contributions add up over the steps: at a half, training with a rate above 0.01 collapsed.
+        # The paper does not say how.
         nn.init.kaiming_normal_(self.feed_forward.weight, nonlinearity="relu")
         nn.init.zeros_(self.feed_forward.bias)  # type: ignore[arg-type]
         if self.recurrent is not None:
             nn.init.kaiming_normal_(self.recurrent.weight, nonlinearity="relu")
             with torch.no_grad():
-                self.recurrent.weight.mul_(0.25)
+                self.recurrent.weight.mul_(self.RECURRENT_GAIN)
 
     def forward(self, u_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H, W)."""
-        z0_NKHW = self.feed_forward(u_NCHW)  # w_f * u + b is the same at every step: computed once
-        x_NKHW = self.norm.rectified(z0_NKHW)
-        for _ in range(self.num_steps):
+        first, *later = self.norms
+        z0_NKHW = self.feed_forward(u_NCHW)
+        x_NKHW = first.rectified(z0_NKHW)
+        plus_NKHW = self._static_input(z0_NKHW)
+        for norm in later:
             if self.recompute and torch.is_grad_enabled():
-                x_NKHW = checkpoint(self._step, x_NKHW, z0_NKHW, use_reentrant=False, preserve_rng_state=False)
+                x_NKHW = checkpoint(self._step, norm, x_NKHW, plus_NKHW, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_NKHW = self._step(x_NKHW, z0_NKHW)
+                x_NKHW = self._step(norm, x_NKHW, plus_NKHW)
         return x_NKHW
 
-    def _step(self, x_NKHW: Tensor, z0_NKHW: Tensor) -> Tensor:
+    def _static_input(self, z0_NKHW: Tensor) -> Tensor:
+        """What each recurrent step adds to w_r * x(t-1): w_f * u + b, the same at every step and so computed once."""
+        return z0_NKHW
+
+    def _step(self, norm: nn.Module, x_NKHW: Tensor, plus_NKHW: Tensor) -> Tensor:
         assert self.recurrent is not None, "a layer without recurrent steps takes none"
-        return self.norm.rectified(self.recurrent(x_NKHW), z0_NKHW)
+        return norm.rectified(self.recurrent(x_NKHW), plus_NKHW)

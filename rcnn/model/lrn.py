@@ -2,7 +2,7 @@
 
     g(x)_k = x_k / (1 + (alpha / N) * sum of x_j^2 over the N maps j around k) ^ beta
 
-In and out: (N, K, H, W). `reference_lrn` is the formula as it stands; `LocalResponseNorm` agrees with it and has a backward
+In and out: (N, K, H, W). `LocalResponseNorm` agrees with the formula as it stands in `lrn_equation.py` and has a backward
 written by hand, because autograd through the formula costs several times the convolutions beside it:
 
     d = 1 + (alpha / N) band(x^2)        y = x d^-beta        dx = g d^-beta - (2 alpha beta / N) x band'(g y / d)
@@ -15,22 +15,14 @@ Shapes in names: N images, K feature maps, H, W.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rcnn.model import lrn_cpu
-
-LARGEST_TRITON_K = 128
-"""The banded matrix of more maps does not fit the memory that a program of the kernel has."""
-
-
-def reference_lrn(x_NKHW: Tensor, *, window: int, alpha: float = 0.001, beta: float = 0.75) -> Tensor:
-    """The equation as written, through autograd; slow, and the truth that the fast forms are tested against."""
-    squares_NKHW = functional.pad(x_NKHW.square(), (0, 0, 0, 0, window // 2, (window - 1) // 2))
-    sums_NKHW = squares_NKHW.unfold(1, window, 1).sum(-1)
-    return x_NKHW * (1 + alpha / window * sums_NKHW).pow(-beta)
+from rcnn.model.lrn_equation import LARGEST_TRITON_K, band_matrix
 
 
 class LocalResponseNorm(nn.Module):
@@ -115,15 +107,9 @@ class _LocalResponseNorm(torch.autograd.Function):
         return dx_NKHW.to(x_NKHW.dtype), None, None
 
 
-def band_matrix(num_maps: int, window: int) -> Tensor:
-    """(K, K): one where map j lies in the window of map k, clipped at the first and the last map."""
-    offset_KK = torch.arange(num_maps)[None, :] - torch.arange(num_maps)[:, None]
-    inside_KK = (offset_KK >= -(window // 2)) & (offset_KK <= (window - 1) // 2)
-    return inside_KK.to(torch.float32)
-
-
 def _band_sum(values_NKHW: Tensor, band_KK11: Tensor) -> Tensor:
-    with torch.autocast(values_NKHW.device.type, enabled=False):
+    # The meta device, where costs are counted, has no autocast.
+    with nullcontext() if values_NKHW.is_meta else torch.autocast(values_NKHW.device.type, enabled=False):
         if values_NKHW.is_cuda:  # where a convolution would round to TF32, and a product does not
             return functional.linear(values_NKHW.permute(0, 2, 3, 1), band_KK11[:, :, 0, 0]).permute(0, 3, 1, 2)
         return functional.conv2d(values_NKHW, band_KK11)

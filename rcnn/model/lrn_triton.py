@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rcnn.model.lrn import LARGEST_TRITON_K, LocalResponseNorm, reference_lrn
+from rcnn.model.lrn_equation import LARGEST_TRITON_K, band_matrix, reference_lrn
 
 POSITIONS_PER_PROGRAM = 32
 SMALLEST_BLOCK = 16  # of a product on tensor cores
@@ -114,14 +114,15 @@ def largest_error(device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative error of value and gradients against float64, over a few shapes."""
     errors = [0.0]
     for num_maps, beta in ((5, 0.75), (32, 0.5), (96, 0.75), (LARGEST_TRITON_K, 0.75)):
-        norm = LocalResponseNorm(num_maps, window=num_maps // 8 + 1, alpha=0.1, beta=beta, triton=True).to(device)
+        window = num_maps // 8 + 1
+        band = (band_matrix(num_maps, window) * (0.1 / window)).to(device)
         generator = torch.Generator().manual_seed(num_maps)
         z, plus, weight = (torch.randn(3, num_maps, 5, 7, generator=generator).to(device, dtype) for _ in range(3))
         z.requires_grad_()
         plus.requires_grad_()
-        found = norm.rectified(z, plus)
+        found = TritonLrn.apply(z, plus, band, beta, True)
         exact = [value.detach().double().requires_grad_() for value in (z, plus)]
-        truth = reference_lrn((exact[0] + exact[1]).relu(), window=norm.window, alpha=0.1, beta=beta)
+        truth = reference_lrn((exact[0] + exact[1]).relu(), window=window, alpha=0.1, beta=beta)
         pairs = [(found, truth)]
         pairs += zip(torch.autograd.grad((found * weight).sum(), (z, plus)),
                      torch.autograd.grad((truth * weight).sum(), exact), strict=True)  # fmt: skip

@@ -3,10 +3,12 @@
 5x5 convolution -> 3/2 max pool -> RCL -> RCL -> 3/2 max pool -> RCL -> RCL -> global max pool -> linear.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from rcnn.model.layers import RecurrentConvLayer, lrn_window
-from rcnn.model.lrn import LocalResponseNorm
+from rcnn.model.layers import RecurrentConvLayer
+from rcnn.model.norms import Norms, local_response_norms
 
 
 class RCNN(nn.Module):
@@ -18,8 +20,9 @@ class RCNN(nn.Module):
         in_channels: C, channels of an image.
         num_classes: logits per image.
         dropout: rate after each RCL but the last. The paper does not state it; re-implementations use 0.2 to 0.5.
-        lrn_alpha, lrn_beta: constants of the local response normalisation (0.001 and 0.75 in the paper).
-        recompute, triton: see `RecurrentConvLayer`.
+        norms: the normalisation, by default the paper's LRN with its constants; see `norms.py`.
+        layer: the class of the four recurrent layers.
+        recompute: see `RecurrentConvLayer`.
 
     Input (N, C, H, W) with H, W >= 1; output (N, num_classes), before the softmax.
     """
@@ -32,32 +35,19 @@ class RCNN(nn.Module):
         num_classes: int,
         *,
         dropout: float = 0.2,
-        lrn_alpha: float = 0.001,
-        lrn_beta: float = 0.75,
+        norms: Norms = local_response_norms,
+        layer: type[RecurrentConvLayer] = RecurrentConvLayer,
         recompute: bool = False,
-        triton: bool = False,
     ):
         super().__init__()
-
-        def recurrent_layer() -> RecurrentConvLayer:
-            return RecurrentConvLayer(
-                num_maps,
-                num_maps,
-                num_steps,
-                lrn_alpha=lrn_alpha,
-                lrn_beta=lrn_beta,
-                recompute=recompute,
-                triton=triton,
-            )
-
         self.first = nn.Conv2d(in_channels, num_maps, kernel_size=5, padding=2)
         # One source has a normalisation after the first layer too; none contradicts it.
-        self.first_norm = LocalResponseNorm(
-            num_maps, window=lrn_window(num_maps), alpha=lrn_alpha, beta=lrn_beta, triton=triton
-        )
+        [self.first_norm] = norms(num_maps, 1)
         # Padding 1 gives 32 -> 16 -> 8; the paper does not state it, re-implementations do.
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.recurrent_layers = nn.ModuleList([recurrent_layer() for _ in range(4)])
+        self.recurrent_layers = nn.ModuleList(
+            [layer(num_maps, num_maps, num_steps, norms=norms, recompute=recompute) for _ in range(4)]
+        )
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(num_maps, num_classes)
         nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
@@ -72,6 +62,20 @@ class RCNN(nn.Module):
         return self.classifier(x_NKHW.amax(dim=(2, 3)))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in the model."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def build(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    k: int,
+    t: int,
+    dropout: float,
+    lrn_alpha: float,
+    lrn_beta: float,
+    triton: bool = False,
+    recompute: bool = False,
+    layer: type[RecurrentConvLayer] = RecurrentConvLayer,
+) -> nn.Module:
+    """RCNN-K with T recurrent steps and LRN, as published; RCNN-96 has 0.67 M parameters on CIFAR-10."""
+    norms = partial(local_response_norms, alpha=lrn_alpha, beta=lrn_beta, triton=triton)
+    channels = image_shape[2]
+    return RCNN(k, t, channels, num_classes, dropout=dropout, norms=norms, layer=layer, recompute=recompute)

@@ -196,8 +196,8 @@ def register_model(
                 "weights_sha256": weights_sha256,
                 "data_digest": str(description["data_digest"]),
                 "config_hash": config.hash(),
-                "k": str(config.model.k),
-                "t": str(config.model.t),
+                "network": config.model.title,
+                **{name: str(getattr(config.model, name)) for name in config.model.reads if name in ("k", "t")},
             },
         )
         return Standing(int(version.version), figures.test_error, figures.test_digest)

@@ -15,7 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import Manifest
 from rcnn.errors import ConfigError, DataError, TrainingError
-from rcnn.model import RCNN, Classifier, MeanRemoval
+from rcnn.model.build import build_network
+from rcnn.model.classifier import Classifier, MeanRemoval
+from rcnn.model.networks import unread_settings
 from rcnn.text import parse_json
 from rcnn.train.optim import Schedule, build_optimizer
 
@@ -111,7 +113,8 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
     """The network that the config and the data set's shape ask for.
 
     Raises:
-        ConfigError: the window that it is to see is larger than the images.
+        ConfigError: the window that it is to see is larger than the images; the images are too small for the network; or
+            the network does not read a setting.
     """
     height, width, channels = manifest.image_shape
     if config.model.crop > min(height, width):
@@ -126,23 +129,35 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
         std = list(manifest.channel_std)
     normalise = MeanRemoval(mean, std, manifest.image_shape)
     how = {"recompute": config.execution.recompute, "triton": config.execution.triton}
-    return _assembled(config.model.model_dump(), normalise, channels, len(manifest.classes), **how)
+    _require_read(config.model.network, how)
+    try:
+        return _assembled(config.model.model_dump() | how, normalise, manifest.image_shape, len(manifest.classes))
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot take the images of {manifest.name}, {width}x{height}: {error}",
+            where=f"model.network = {config.model.network}",
+            remedy="Choose another network, larger images, or a larger model.crop",
+        ) from error
+
+
+def _require_read(network: str, how: dict[str, bool]) -> None:
+    for name in [name for name, value in unread_settings(network, how).items() if value]:
+        raise ConfigError(
+            f"is not read by model.network = {network!r}", where=f"execution.{name} = true", remedy="Set it to false"
+        )
 
 
 def _assembled(
-    network: dict[str, Any], normalise: MeanRemoval, channels: int, num_classes: int, **how: bool
+    settings: dict[str, Any], normalise: MeanRemoval, image_shape: tuple[int, int, int], num_classes: int
 ) -> Classifier:
-    rcnn = RCNN(
-        network["k"],
-        network["t"],
-        in_channels=channels,
-        num_classes=num_classes,
-        dropout=network["dropout"],
-        lrn_alpha=network["lrn_alpha"],
-        lrn_beta=network["lrn_beta"],
-        **how,
-    )
-    return Classifier(normalise, rcnn, crop=network["crop"])
+    """The classifier for the settings of `model`; those of before there was a choice of networks are the RCNN's.
+
+    Raises:
+        ValueError: there is no such network, or the images are too small for it.
+    """
+    crop, name = settings["crop"], settings.get("network", "rcnn")
+    seen = (crop, crop, image_shape[2]) if crop else image_shape
+    return Classifier(normalise, build_network(name, seen, num_classes, settings), crop=crop)
 
 
 def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
@@ -191,4 +206,4 @@ def _rebuilt(description: dict[str, Any]) -> Classifier:
     """A classifier of the described shape, its weights still to be loaded."""
     height, width, channels = description["image_shape"]
     normalise = MeanRemoval([0.0] * (height * width * channels), [1.0] * channels, (height, width, channels))
-    return _assembled(description["network"], normalise, channels, len(description["classes"]))
+    return _assembled(description["network"], normalise, (height, width, channels), len(description["classes"]))

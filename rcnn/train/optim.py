@@ -13,16 +13,16 @@ from rcnn.config import TrainConfig
 class SGD(torch.optim.SGD):
     """`torch.optim.SGD`, without the 7 s that each process pays to import torch's compiler at the first step.
 
-    Torch imports it only to mark `step` and four more methods as not to be compiled. `step` is therefore taken without
-    that wrapper, under `no_grad`, which is all that the wrapper does beyond; the others are marked as uncompiled already.
+    Torch imports it only to mark `step` and four more methods as not to be compiled. This class has the same methods
+    without that mark: `step` under `no_grad`, which is all that its wrapper does beyond. Torch's own classes stay as they
+    are.
     """
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
-
-
-for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-    _method = inspect.unwrap(getattr(torch.optim.Optimizer, _name))
-    _method.__dict__.setdefault("__dynamo_disable", _method)
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, *, fused: bool = False) -> torch.optim.SGD:

@@ -24,7 +24,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import RcnnError, TrainingError
-from rcnn.model import count_parameters
+from rcnn.model.build import count_parameters
 from rcnn.progress import EpochProgress, hand_on, say
 from rcnn.ray_board import following, new_board
 from rcnn.results import IngestResult, TrainResult

@@ -24,7 +24,7 @@ from rcnn.results import Choice, IngestResult, Trial, TuneResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker, finish_failed
 from rcnn.train.loop import Metrics, fit, training_data
-from rcnn.tune.space import own_choice, trial_config
+from rcnn.tune.space import own_choice, require_searchable, trial_config
 
 WORST_ERROR = 1.0
 
@@ -33,10 +33,12 @@ def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tr
     """Searches for the K, T and learning rate with the lowest validation error.
 
     Raises:
+        ConfigError: the network does not read what is searched.
         TrainingError: every trial failed.
         ClusterError: Ray or the storage is out of reach, or the cluster is too small for one trial.
         DataError: the data set is not what its manifest says.
     """
+    require_searchable(config)
     ensure_ray(config, target.storage)
     require_room(
         config,

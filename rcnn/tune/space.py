@@ -3,7 +3,22 @@
 from typing import Any
 
 from rcnn.config import PipelineConfig
+from rcnn.errors import ConfigError
 from rcnn.results import Choice
+
+
+def require_searchable(config: PipelineConfig) -> None:
+    """Checks that the network reads what is searched, before Ray starts.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not {"k", "t"} <= set(config.model.reads):
+        raise ConfigError(
+            f"searches over K and T, and model.network = {config.model.network!r} does not read both",
+            where="tune.enabled = true",
+            remedy="Set tune.enabled to false",
+        )
 
 
 def own_choice(config: PipelineConfig) -> Choice:

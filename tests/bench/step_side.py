@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from rcnn.config import PipelineConfig
 from rcnn.model import RCNN, lrn_cpu
+from rcnn.model.norms import local_response_norms
 from rcnn.train.execution import choose_execution, prepare
 from rcnn.train.optim import build_optimizer
 from rcnn.train.step import train_step
@@ -97,9 +99,9 @@ class Side:
         how = config.execution
         if not self.measures_memory:  # where freed memory is to be given back at once
             prepare(self.device, deterministic=config.train.deterministic)
-        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, recompute=how.recompute, triton=how.triton).to(
-            self.device, memory_format=self._memory_format
-        )
+        norms = partial(local_response_norms, triton=how.triton)
+        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, norms=norms, recompute=how.recompute)
+        model.to(self.device, memory_format=self._memory_format)
         if self.variant == "no-gcc":
             lrn_cpu.kernel = lambda *network: None
         if self.name == "floor":
@@ -140,7 +142,7 @@ def leave_out_normalisations(model: Any) -> None:
     """What remains is the floor."""
     model.first_norm = NoNormalisation()
     for layer in model.recurrent_layers:
-        layer.norm = NoNormalisation()
+        layer.norms = nn.ModuleList(NoNormalisation() for _ in layer.norms)
 
 
 def forget_most_memory(device: torch.device) -> None:

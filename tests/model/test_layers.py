@@ -1,11 +1,14 @@
 """The recurrent layer against an independent truth: loops over units, from the paper's equations, in float64 numpy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from rcnn.model import RecurrentConvLayer
+from rcnn.model.norms import local_response_norms
 
 ALPHA, BETA = 0.4, 0.75  # a larger alpha than the paper's, so that a fault in the normalisation shows
 
@@ -48,7 +51,7 @@ def unrolled(u: np.ndarray, feed: list[np.ndarray], rec: list[np.ndarray], bias:
 @pytest.fixture
 def layer() -> RecurrentConvLayer:
     torch.manual_seed(3)
-    layer = RecurrentConvLayer(2, 9, 3, lrn_alpha=ALPHA, lrn_beta=BETA).double()
+    layer = RecurrentConvLayer(2, 9, 3, norms=partial(local_response_norms, alpha=ALPHA, beta=BETA)).double()
     torch.nn.init.normal_(layer.feed_forward.bias, std=0.3)
     layer.recurrent.weight.data.mul_(3)
     return layer

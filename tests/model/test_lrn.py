@@ -4,7 +4,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rcnn.model import RecurrentConvLayer, lrn_cpu
-from rcnn.model.lrn import LocalResponseNorm, reference_lrn
+from rcnn.model.lrn import LocalResponseNorm
+from rcnn.model.lrn_equation import reference_lrn
 
 SHAPES = [(8, 2), (16, 3), (32, 5), (96, 13), (5, 1), (5, 9), (7, 4), (3, 2), (1, 1)]
 NARROW = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}

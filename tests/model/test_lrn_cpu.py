@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rcnn.model import lrn_cpu
-from rcnn.model.lrn import LocalResponseNorm, reference_lrn
+from rcnn.model.lrn import LocalResponseNorm
+from rcnn.model.lrn_equation import reference_lrn
 
 NETWORK = (16, 3, torch.float32, True)
 

@@ -114,6 +114,18 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("config", ["sqlite"], indirect=True)
+def test_a_version_names_its_network_and_the_settings_that_it_reads(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    wide = config.with_settings({"model.network": "wide", "model.t": 3})
+    model = trained(wide, digits_storage, digits, 0)
+    target = StageFolder(Storage(wide.storage), "runs/register-0")
+    run_register(wide, model, evaluated(0.5), target)
+    tags = MlflowClient(tracking_uri(wide)).get_model_version(wide.tracking.model_name, "1").tags
+    assert (tags["network"], tags["k"], "t" in tags) == (f"WCNN-{wide.model.k}", str(wide.model.k), False)
+
+
 def test_registering_twice_gives_one_version_that_stays_champion(
     config: PipelineConfig, digits_storage: Path, digits: IngestResult
 ) -> None:

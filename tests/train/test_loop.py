@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcnn.config import PipelineConfig
+from rcnn.config import ModelConfig, PipelineConfig
 from rcnn.data.loader import Rows, TrainingData, load_training_data
 from rcnn.errors import ClusterError, ConfigError, DataError, TrainingError
+from rcnn.model.networks import NETWORKS, unread_settings
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import load_model
@@ -163,6 +164,50 @@ def test_the_saved_model_gives_the_same_logits(tiny_config: PipelineConfig, data
     assert torch.equal(model(images), state.model.eval()(images))
     assert description["classes"] == [str(digit) for digit in range(10)]
     assert PipelineConfig.model_validate(description["config"]) == tiny_config
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_trains_and_its_stored_model_gives_the_same_logits(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, name: str
+) -> None:
+    unset = {f"model.{key}": value for key, value in unread_settings(name, ModelConfig().model_dump()).items()}
+    config = tiny_config.with_settings(unset | {"model.network": name, "train.epochs": 1, "train.ema_decay": 0.5})
+    state = fit(config, data, lambda metrics, save: save(tmp_path))
+    model, description = load_model(tmp_path)
+    images = data.val.images[:7]
+    assert torch.equal(model(images), state.best_model.eval()(images))
+    assert description["network"]["network"] == name
+    resumed = fit(config, data, ignore, resume_from=tmp_path)
+    assert all(torch.equal(value, weights(resumed)[key]) for key, value in weights(state).items())
+
+
+def test_a_model_from_before_there_was_a_choice_of_networks_is_an_rcnn(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path
+) -> None:
+    state = fit(tiny_config.with_settings({"train.epochs": 1}), data, lambda metrics, save: save(tmp_path))
+    file = tmp_path / "model.json"
+    description = json.loads(file.read_text())
+    assert description["network"].pop("network") == "rcnn"
+    assert description["config"]["model"].pop("network") == "rcnn"
+    file.write_text(json.dumps(description))
+    model, old = load_model(tmp_path)
+    assert torch.equal(model(data.val.images[:7]), state.model.eval()(data.val.images[:7]))
+    assert PipelineConfig.model_validate(old["config"]).model.network == "rcnn"
+    description["network"]["network"] = "resnet"
+    file.write_text(json.dumps(description))
+    with pytest.raises(DataError, match="there is no network 'resnet'; there are rcnn, recursive"):
+        load_model(tmp_path)
+
+
+def test_what_a_network_cannot_take_is_refused(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    nin = tiny_config.with_settings({"model.network": "nin", "model.k": 32, "model.t": 3, "model.dropout": 0.2})
+    with pytest.raises(ConfigError, match=r"execution\.recompute = true: is not read by model\.network = 'nin'"):
+        fit(nin.with_settings({"execution.recompute": True}), data, ignore)
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.network = nin: cannot take the images of mnist-sample, 28x28: images of 3x3 are too small",
+    ):
+        fit(nin.with_settings({"model.crop": 3}), data, ignore)
 
 
 def test_a_loss_that_is_no_number_is_an_error_with_a_remedy(tiny_config: PipelineConfig, data: TrainingData) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from rcnn.config import PipelineConfig
-from rcnn.errors import TrainingError
+from rcnn.errors import ConfigError, TrainingError
 from rcnn.results import Choice, IngestResult, TuneResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
-from rcnn.tune.space import own_choice, trial_config
+from rcnn.tune.space import own_choice, require_searchable, trial_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -95,3 +95,9 @@ def test_a_choice_changes_three_settings_and_a_trial_its_length(tiny_config: Pip
     assert (config.model.k, config.model.t, config.train.learning_rate) == (24, 2, 0.5)
     assert (config.train.epochs, config.train.num_rows) == (2, 160)
     assert config.data == tiny_config.data
+
+
+def test_a_network_that_does_not_read_what_is_searched_is_refused(tiny_config: PipelineConfig) -> None:
+    unset = {"model.network": "nin", "model.k": 32, "model.t": 3, "model.dropout": 0.2}
+    with pytest.raises(ConfigError, match=r"tune\.enabled = true: searches over K and T, and model\.network = 'nin'"):
+        require_searchable(tiny_config.with_settings(unset))

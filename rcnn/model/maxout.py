@@ -1,0 +1,134 @@
+"""Maxout networks (Goodfellow et al., ICML 2013): a unit is the largest of several linear ones, its pieces.
+
+The layouts are those of the authors' configurations, `scripts/papers/maxout/{cifar10,mnist}.yaml` in pylearn2:
+
+    | layer | CIFAR                                    | MNIST                                   |
+    | 1     | 96 x 2 pieces, 8x8 pad 4, pool 4 stride 2  | 48 x 2 pieces, 8x8, pool 4 stride 2       |
+    | 2     | 192 x 2 pieces, 8x8 pad 3, pool 4 stride 2 | 48 x 2 pieces, 8x8 pad 3, pool 4 stride 2 |
+    | 3     | 192 x 2 pieces, 5x5 pad 3, pool 2 stride 2 | 24 x 4 pieces, 5x5 pad 3, pool 2 stride 2 |
+    | 4     | 500 x 5 pieces, dense                    | none                                    |
+    | 5     | linear                                   | linear                                  |
+
+Dropout 0.2 on the image, 0.5 on the input of every other layer, the linear one included. At ten classes: 16,247,830
+parameters at 32x32x3, of which 12 M are in the dense layer (published: above 5 M); 418,714 at 28x28x1.
+
+Different here:
+- The bound on the norm of each kernel (0.9 to 1.94), which is part of the published update step, is not applied: expect a
+  larger error than the published one; weight decay is what is left against large kernels.
+- Weights start normal with deviation 0.3/sqrt(inputs). The published uniform +-0.005 goes with whitened images of a larger
+  scale and with the published rates. At 1/sqrt(inputs), each maximum over pieces and pool multiplies the scale: the loss began
+  at 9, and 1,500 digits were at chance after 6 epochs; at 0.3 they are at 20 % error after 4 (one seed, rate 0.03).
+- Biases are one per map. The MNIST configuration leaves pylearn2's default, one per map and position.
+- Dropout scales what is kept by 1/(1 - rate); the published one leaves the image's pixels unscaled.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MaxoutConvolution:
+    """A convolution of `maps` x `pieces` maps, the largest of the pieces, then a max pool of `pool`, stride 2."""
+
+    maps: int
+    pieces: int
+    kernel: int
+    padding: int
+    pool: int
+
+    def side_after(self, side: int) -> int:
+        """The side of an image after it, 0 or less if nothing is left. Windows that reach over the border count."""
+        convolved = side + 2 * self.padding - self.kernel + 1
+        return math.ceil((convolved - self.pool) / 2) + 1 if convolved > 0 else 0
+
+
+CIFAR = (
+    MaxoutConvolution(96, 2, 8, 4, 4),
+    MaxoutConvolution(192, 2, 8, 3, 4),
+    MaxoutConvolution(192, 2, 5, 3, 2),
+)
+MNIST = (MaxoutConvolution(48, 2, 8, 0, 4), MaxoutConvolution(48, 2, 8, 3, 4), MaxoutConvolution(24, 4, 5, 3, 2))
+DENSE_UNITS, DENSE_PIECES = 500, 5
+WEIGHT_SCALE = 0.3
+
+
+class LargestPiece(nn.Module):
+    """(N, units * pieces, ...) -> (N, units, ...): the largest of each unit's consecutive pieces."""
+
+    def __init__(self, pieces: int):
+        super().__init__()
+        self.pieces = pieces
+
+    def forward(self, z: Tensor) -> Tensor:
+        """max over the pieces."""
+        return z.unflatten(1, (-1, self.pieces)).amax(2)
+
+
+class Maxout(nn.Module):
+    """Maxout convolutions, optionally a dense maxout layer, and a linear one.
+
+    Args:
+        convolutions: the layout, e.g. `CIFAR`.
+        dense_units: units of the dense maxout layer; 0: there is none.
+        image_shape: (H, W, C); the linear layers are as wide as what is left of the image.
+        num_classes: logits per image.
+
+    Raises:
+        ValueError: the images are too small.
+    """
+
+    def __init__(
+        self,
+        convolutions: tuple[MaxoutConvolution, ...],
+        dense_units: int,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+    ):
+        super().__init__()
+        height, width, in_maps = image_shape
+        layers: list[nn.Module] = []
+        for number, layer in enumerate(convolutions):
+            layers += [
+                nn.Dropout(0.5 if number else 0.2),
+                _initialised(nn.Conv2d(in_maps, layer.maps * layer.pieces, layer.kernel, padding=layer.padding)),
+                LargestPiece(layer.pieces),
+                nn.MaxPool2d(layer.pool, stride=2, ceil_mode=True),
+            ]
+            height, width, in_maps = layer.side_after(height), layer.side_after(width), layer.maps
+            if min(height, width) < 1:
+                raise ValueError(
+                    f"images of {image_shape[1]}x{image_shape[0]} are too small; layer {number + 1} leaves nothing"
+                )
+        layers.append(nn.Flatten())
+        width = height * width * in_maps
+        if dense_units:
+            dense = _initialised(nn.Linear(width, dense_units * DENSE_PIECES))
+            layers += [nn.Dropout(0.5), dense, LargestPiece(DENSE_PIECES)]
+            width = dense_units
+        self.layers = nn.Sequential(*layers, nn.Dropout(0.5), _initialised(nn.Linear(width, num_classes)))
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """(N, C, H, W) -> logits (N, num_classes)."""
+        return self.layers(images_NCHW)
+
+
+def _initialised(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    with torch.no_grad():
+        layer.weight.mul_(WEIGHT_SCALE)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def build(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The CIFAR layout for colour images, the MNIST layout for grey ones.
+
+    Raises:
+        ValueError: the images are too small for it.
+    """
+    if image_shape[2] == 1:
+        return Maxout(MNIST, 0, image_shape, num_classes)
+    return Maxout(CIFAR, DENSE_UNITS, image_shape, num_classes)

@@ -1,0 +1,61 @@
+"""The table of networks: a name, the function that builds the network, its title, and the settings that it reads.
+
+To add a network, write one file in this folder with a function
+
+    build(image_shape, num_classes, *, SETTING, ...) -> nn.Module        image_shape: (H, W, C) of what the network sees
+
+that raises a ValueError for images that are too small, and add one row here. The command line, the config, reports and tags
+read the row. The function is also called under `torch.device("meta")`, where a network's cost is counted without its memory
+and time.
+
+The rows are text, so the config can validate `model.network` without importing torch; for the same reason this file imports
+the standard library alone, and `tests/test_layering.py` lets any file import it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Network:
+    """One row of the table.
+
+    Attributes:
+        build: `module:function`, imported when a network is built.
+        title: what reports call it, with settings of `model` in braces.
+        reads: the keyword arguments of `build`: settings of `model`, and those that only change how it is computed
+            (`recompute`, `triton`).
+    """
+
+    build: str
+    title: str
+    reads: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Where the code is, of this network and of no other one."""
+        return self.build.partition(":")[0]
+
+
+_LRN = ("lrn_alpha", "lrn_beta", "triton")
+NETWORKS: dict[str, Network] = {
+    "rcnn": Network("rcnn.model.rcnn:build", "RCNN-{k}, T = {t}", ("k", "t", "dropout", *_LRN, "recompute")),
+    "recursive": Network("rcnn.model.recursive:build", "rCNN-{k}, T = {t}", ("k", "t", "dropout", *_LRN, "recompute")),
+    "wide": Network("rcnn.model.wide:build", "WCNN-{k}", ("k", "dropout", *_LRN)),
+    "rcnn_bn": Network("rcnn.model.rcnn_bn:build", "RCNN-{k} with batch norm, T = {t}", ("k", "t", "dropout")),
+    "nin": Network("rcnn.model.nin:build", "NIN"),
+    "nin_svhn": Network("rcnn.model.nin:build_svhn", "NIN (SVHN layout)"),
+    "maxout": Network("rcnn.model.maxout:build", "Maxout"),
+}
+
+
+def title_of(name: str, settings: Mapping[str, Any]) -> str:
+    """What reports, plots and tags call the network, e.g. `RCNN-96, T = 3`."""
+    return NETWORKS[name].title.format(**settings)
+
+
+def unread_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that belong to other networks only: `name` would ignore them."""
+    anybodys = {setting for network in NETWORKS.values() for setting in network.reads}
+    return {key: settings[key] for key in settings if key in anybodys and key not in NETWORKS[name].reads}
