@@ -1,4 +1,4 @@
-"""What users write, in each layer, as it is read; and what they are told when it cannot be."""
+"""What users write, in each layer, as it is read, and the errors when it cannot be."""
 
 import json
 import re
@@ -355,7 +355,7 @@ def test_a_wrong_recipe_in_a_file_is_blamed_on_the_file(read: Any, name: str, te
         ("storage=s3//bucket", "should be s3://bucket"),
         ("storage=S3:/x", "should be S3://x"),
         ("storage=gs:/x", "should be gs://x"),
-        ("storage=file:/tmp/x", "should be file:///tmp/x"),
+        ("storage=file:/mnt/x", "should be file:///mnt/x"),
         ("storage=other:/x", "should be other://x"),
         ("storage=s3://", "should name more than the scheme"),
         ("storage=s3:///x?region=y", "should name more than the scheme"),

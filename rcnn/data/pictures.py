@@ -57,7 +57,7 @@ def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: 
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The longest beginning that fits into so many pixels."""
+    """The longest beginning that is at most `width` pixels wide."""
     if font.getlength(text) <= width:
         return text
     fitting = (f"{text[:length].rstrip()}…" for length in range(len(text) - 1, 0, -1))

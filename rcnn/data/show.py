@@ -19,7 +19,7 @@ IMAGES_PER_ROW = 10
 ROWS_PER_READ = 1000
 OVERVIEW = "all.png"
 MAX_CLASSES = 100
-"""Classes that are drawn unless some are chosen: of 10,000, nobody looks at all."""
+"""Classes that are drawn unless some are chosen: 10,000 sheets are too many to look at."""
 
 
 def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Contact sheets and plots of classes whose names nobody tuned for."""
+"""Contact sheets and plots of classes with unusual names."""
 
 import warnings
 from collections.abc import Iterator

@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> PipelineConfig:
 
 
 def started(config: PipelineConfig, *, max_file_bytes: int = 0) -> BaseProcess:
-    """A process that creates the store; with a limit, no file of it may grow beyond so many bytes."""
+    """A process that creates the store; with a limit, none of its files may grow beyond it."""
 
     def work() -> None:
         if max_file_bytes:
