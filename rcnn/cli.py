@@ -7,6 +7,7 @@ them, so that `rcnn --help` answers at once.
 import argparse
 import io
 import json
+import math
 import os
 import re
 import select
@@ -234,7 +235,10 @@ def _job_inputs(options: argparse.Namespace) -> Any:
 def _predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
     from rcnn.evaluate.predict import Predictor, Unreadable, find_images
+    from rcnn.storage import Storage
 
+    if Storage(config.storage).is_local and not config.tracking.uri:
+        Storage(config.storage).require_readable()
     files = find_images(options.images)
     with _model_folder(config, options.model) as (name, folder):
         predictor = Predictor(folder)
@@ -275,8 +279,11 @@ def _with_bar(items: Iterator[Any], total: int, unit: str) -> Iterator[Any]:
 
 def _registry(options: argparse.Namespace) -> None:
     config = _resolve(options)
+    from rcnn.storage import Storage
     from rcnn.tracking import has_store
 
+    if not config.tracking.uri:
+        Storage(config.storage).require_readable()
     wanted = options.model or config.tracking.model_name
     versions: dict[str, list[dict[str, str]]] = {}
     if has_store(config):
@@ -288,6 +295,14 @@ def _registry(options: argparse.Namespace) -> None:
         what = f"there is no registered model {wanted!r}" if wanted else "there is no registered model"
         raise ConfigError(what, remedy="Run `rcnn pipeline` first")
     _show_versions(config, options, versions)
+
+
+def _percent(tag: str) -> str:
+    """A test error from a tag; a version that was registered by hand may have another text there."""
+    from rcnn.registry.mlflow_store import as_share
+
+    share = as_share(tag)
+    return tag if math.isnan(share) else f"{100 * share:.2f} %"
 
 
 def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str, list[dict[str, str]]]) -> None:
@@ -315,17 +330,14 @@ def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str,
     print(f"{name} version {options.promote} is now the champion")
 
 
-def _percent(share: str) -> str:
-    """An error from a tag, which a version that was registered by hand lacks."""
-    return f"{100 * float(share):.2f} %" if share else ""
-
-
 def _data_list(options: argparse.Namespace) -> None:
     config = _resolve(options)
     from rcnn.data.catalog import list_data_sets
     from rcnn.storage import Storage
 
-    rows = list_data_sets(Storage(config.storage))
+    storage = Storage(config.storage)
+    storage.require_readable()
+    rows = list_data_sets(storage)
     if not rows:
         print(f"there are no data sets in {config.storage}; `rcnn ingest` makes one")
         return
@@ -340,6 +352,7 @@ def _data_set(options: argparse.Namespace) -> Any:
     from rcnn.storage import Storage
 
     storage = Storage(config.storage)
+    storage.require_readable()
     if options.name is not None:
         return storage, find_data_set(storage, options.name)
     return storage, stage_folder(config, "ingest", {}).name
@@ -368,7 +381,8 @@ def _data_verify(options: argparse.Namespace) -> None:
     for fault in faults[1:]:
         print(f"rcnn: {fault}", file=sys.stderr)
     if faults:
-        raise DataError(f"{faults[0]} ({len(faults)} fault(s) in all)", remedy="Ingest again with --fresh")
+        in_all = f" ({len(faults)} faults in all)" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0]}{in_all}", remedy="Ingest again with --fresh")
     print(f"{storage.uri(folder)} is whole: every row is what the manifest says")
 
 

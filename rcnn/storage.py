@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,10 @@ class Storage:
 
     def __init__(self, root: str):
         self.is_local = "://" not in root
-        self.root = str(Path(root).expanduser().absolute()) if self.is_local else root.rstrip("/")
+        try:
+            self.root = str(Path(root).expanduser().absolute()) if self.is_local else root.rstrip("/")
+        except RuntimeError as error:  # there is no such user
+            raise ConfigError(f"storage = {root!r}: {error}", remedy="Give another folder") from error
 
     @cached_property
     def _filesystem_and_base(self) -> tuple[Any, str]:
@@ -167,7 +170,8 @@ class Storage:
         from pyarrow import fs
 
         base = self.path(name)
-        infos = self.filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
+        with self.reading(name):
+            infos = self.filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == fs.FileType.File}
 
     def require_size(self, name: str, num_bytes: int) -> None:
@@ -184,6 +188,34 @@ class Storage:
                 remedy="Something else removed or changed it: run the same command again",
                 retryable=True,
             )
+
+    def require_readable(self) -> None:
+        """Checks that a local root, where there is one, is a folder that can be listed.
+
+        Raises:
+            ClusterError: it is not.
+        """
+        if self.is_local:
+            with self.reading(""), suppress(FileNotFoundError):
+                os.scandir(self.root).close()
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Reports a missing permission or an impossible path in the body as what it is.
+
+        Raises:
+            ClusterError: `name` cannot be read.
+        """
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ClusterError(
+                f"cannot be read ({os.strerror(error.errno) if error.errno else error})",
+                where=self.uri(name).rstrip("/"),
+                remedy="Check its permissions, or set storage elsewhere",
+            ) from error
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:

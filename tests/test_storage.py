@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from rcnn.cli import main
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 from rcnn.storage import Storage
 
@@ -43,6 +44,22 @@ def test_an_unknown_uri_and_an_unwritable_folder_are_named(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterError, match="cannot be written"):
         Storage(str(tmp_path / "file")).write_text("x", "y")
+
+
+@pytest.mark.parametrize("root", ["/dev/null", "/etc/passwd/x", "~no-such-user/x", "n" * 300])
+@pytest.mark.parametrize("command", [["data", "list"], ["data", "verify", "x"], ["registry"], ["predict", "x.png"]])
+def test_an_impossible_storage_is_one_line(root: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.png").touch()
+    assert main([*command, "--set", f"storage={root}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert root.split("/")[0][:20] in error
+
+
+def test_a_storage_that_is_not_there_yet_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "list", "--set", f"storage={tmp_path / 'new'}"]) == 0
+    assert "there are no data sets" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
 
 
 def test_errors_keep_their_parts_between_processes() -> None:

@@ -62,7 +62,7 @@ def find_faults(storage: Storage, folder: str) -> Iterator[str]:
                     content, counts = content + more, counts + of_shard
                 except DataError as error:
                     is_whole = False
-                    yield str(error)
+                    yield f"{error.where}: {error.what}"
                 bar.update()
             if is_whole and (f"{content % 2**256:064x}" != split.digest or tuple(counts) != split.rows_per_class):
                 yield f"{storage.uri(folder)}: the rows of {name} are not those of the manifest"
@@ -98,7 +98,8 @@ def _check_shard(storage: Storage, folder: str, manifest: Manifest, shard: Shard
 
 def _names(storage: Storage) -> list[str]:
     selector = fs.FileSelector(storage.path(FOLDER), allow_not_found=True)
-    infos = storage.filesystem.get_file_info(selector)
+    with storage.reading(FOLDER):
+        infos = storage.filesystem.get_file_info(selector)
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 

@@ -52,6 +52,8 @@ class Unreadable:
 def find_images(arguments: Sequence[str]) -> list[Path]:
     """The files that arguments name: files as they are, folders with all below them, globs. Hidden files stay out.
 
+    A folder that cannot be searched is among them, so that it is reported like a file that cannot be read.
+
     Raises:
         ConfigError: a folder or a glob holds no file.
     """
@@ -59,23 +61,39 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         files = _files_of(argument)
         if not files:
-            raise ConfigError("there is no file", where=argument, remedy="Give image files, folders or globs")
+            raise ConfigError(
+                "no image files found", where=argument or "''", remedy="Give image files, folders or globs"
+            )
         found += files
     return found
 
 
 def _files_of(argument: str) -> list[Path]:
+    if not argument:
+        return []
     if os.path.isdir(argument):
         return sorted(_files_below(argument))
     if glob.has_magic(argument) and not os.path.lexists(argument):
-        return sorted(Path(name) for name in glob.iglob(argument, recursive=True) if not os.path.isdir(name))
+        return [file for name in sorted(glob.iglob(argument, recursive=True)) for file in _matched(argument, name)]
     return [Path(argument)]
 
 
+def _matched(pattern: str, name: str) -> list[Path]:
+    """The files that a match of a glob stands for; `**` finds those of its folders by itself."""
+    if os.path.isdir(name):
+        return [] if "**" in pattern else sorted(_files_below(name))
+    return [Path(name)]
+
+
 def _files_below(folder: str) -> Iterator[Path]:
-    for below, folders, files in os.walk(folder):
+    unsearched: list[str] = []
+    for below, folders, files in os.walk(folder, onerror=lambda error: unsearched.append(error.filename)):
         folders[:] = [name for name in folders if name[0] != "."]
         yield from (Path(below, name) for name in files if name[0] != ".")
+        yield from (
+            Path(below, name) for name in folders if os.path.islink(Path(below, name))
+        )  # it may lead in circles
+    yield from map(Path, unsearched)
 
 
 class Predictor:
@@ -98,12 +116,12 @@ class Predictor:
         """The name of the data set that the model was trained on."""
         return str(self.description["source"])
 
-    @unwarned()
     def predict(self, files: Sequence[Path]) -> Iterator[Prediction | Unreadable]:
         """The class of each file, in order; images are made grey or colour and resized as ingest did (`data.resize`)."""
         rule = _rule_of(self.description)
-        for batch in _decoded_ahead(files, rule):
-            yield from _classified(self.model, batch, self.description["classes"], self._device)
+        with unwarned():
+            for batch in _decoded_ahead(files, rule):
+                yield from _classified(self.model, batch, self.description["classes"], self._device)
 
 
 def _rule_of(description: dict[str, Any]) -> ImageRule:
@@ -127,8 +145,12 @@ def _decoded_ahead(files: Sequence[Path], rule: ImageRule) -> Iterator[list[Deco
 
     def decode(file: Path) -> Decoded:
         try:
+            if file.is_dir():
+                return file, "is a folder that was not searched: a link, or not readable"
+            if file.exists() and not file.is_file():
+                return file, "is not a regular file"  # a pipe would be waited for forever
             return file, decode_image(file, rule)
-        except (BadImage, SourceError) as error:
+        except (BadImage, SourceError, OSError) as error:
             return file, str(error)
 
     with ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode") as pool:

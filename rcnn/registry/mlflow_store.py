@@ -6,6 +6,7 @@ The driver alone comes here. Without a server, the store is `mlflow.db` (SQLite)
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -23,6 +24,9 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(
+    logging.CRITICAL
+)  # our own line reports what it would log at length
 
 import mlflow
 import numpy as np
@@ -33,7 +37,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from rcnn.config import PipelineConfig
-from rcnn.errors import ClusterError, ConfigError
+from rcnn.errors import ClusterError, ConfigError, DataError
 from rcnn.registry.gate import CHAMPION, Standing
 from rcnn.storage import Storage
 from rcnn.tracking import STORE, experiment_name, has_store, model_name, tracking_uri
@@ -203,6 +207,14 @@ def register_model(
         return Standing(int(version.version), figures.test_error, figures.test_digest)
 
 
+def as_share(tag: str) -> float:
+    """The number in a tag, or NaN: a version that was registered by hand may have none, or text."""
+    try:
+        return float(tag)
+    except ValueError:
+        return math.nan
+
+
 def champion_of(config: PipelineConfig) -> Standing | None:
     """The figures of the version with the alias `champion`, if there is one.
 
@@ -215,7 +227,7 @@ def champion_of(config: PipelineConfig) -> Standing | None:
     if version is None:
         return None
     # A version that was registered by hand has no such tags: nothing can be compared with it.
-    error = float(version.tags.get("test_error", "nan"))
+    error = as_share(version.tags.get("test_error", ""))
     return Standing(int(version.version), error, version.tags.get("test_digest", "unknown"))
 
 
@@ -245,8 +257,8 @@ def find_version(config: PipelineConfig, wanted: str = "") -> ModelVersion:
     wanted = wanted or config.tracking.model_name or _only_model(config)
     name, alias_mark, alias = wanted.partition("@")
     name, version_mark, version = name.partition("/") if not alias_mark else (name, "", "")
-    client = _connect(config)
     with _reachable(config):
+        client = _connect(config)
         if version_mark:
             found = _or_none(lambda: client.get_model_version(name, version))
         else:
@@ -284,24 +296,41 @@ def _no_model(config: PipelineConfig) -> ConfigError:
 
 
 def list_models(config: PipelineConfig) -> list[str]:
-    """The names of the registered models that this project made; a server may hold others."""
+    """The names of the registered models: all of our own store's, and of a server's those that this project made."""
     found: list[str] = []
     with _reachable(config):
         token: str | None = ""
         client = _connect(config)
         while token is not None:
             page = client.search_registered_models(page_token=token or None)
-            found += [model.name for model in page if model.tags.get(DATA_SET_TAG) or model.name.startswith("rcnn-")]
+            found += [model.name for model in page if not config.tracking.uri or _is_ours(model)]
             token = page.token or None
     return sorted(found)
 
 
+def _is_ours(model: Any) -> bool:
+    return DATA_SET_TAG in model.tags or str(model.name).startswith("rcnn-")
+
+
 def download_model(config: PipelineConfig, version: ModelVersion, folder: Path) -> Path:
-    """Fetches the model folder of a version to this machine."""
+    """Fetches the model folder of a version to this machine.
+
+    Raises:
+        DataError: the registry knows the version, and its files are gone or were not logged by this project.
+    """
     mlflow.set_tracking_uri(tracking_uri(config))
     uri = f"models:/{version.name}/{version.version}"
     with _reachable(config):
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)), "artifacts", MODEL_FOLDER)
+        place = _connect(config).get_model_version_download_uri(version.name, str(version.version))
+        try:
+            fetched = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)), "artifacts", MODEL_FOLDER)
+        except OSError:
+            fetched = folder / MODEL_FOLDER
+    if not fetched.is_dir():
+        raise DataError(
+            f"its files are not in {place}", where=str(version), remedy="Restore them, or train and register again"
+        )
+    return fetched
 
 
 def set_alias(config: PipelineConfig, alias: str, version: int, *, name: str = "") -> None:
@@ -471,9 +500,15 @@ def _reachable(config: PipelineConfig) -> Iterator[None]:
         raise _store_error(config, error) from error
 
 
+def _database_fault(error: Exception) -> str:
+    """What SQLite said, which SQLAlchemy and MLflow put somewhere into a longer text."""
+    found = re.search(r"\(sqlite3\.\w+\) ([^\n\[]+)", str(error))
+    return found[1].strip() if found else ""
+
+
 def _store_error(config: PipelineConfig, error: Exception) -> ClusterError:
     uri = tracking_uri(config)
-    fault = next(iter(str(error).splitlines()), type(error).__name__)
+    fault = _database_fault(error) or next(iter(str(error).splitlines()), type(error).__name__)
     is_busy = "database is locked" in fault
     if uri.startswith("http"):
         remedy = "Check that the server runs and the address is right"
@@ -484,9 +519,12 @@ def _store_error(config: PipelineConfig, error: Exception) -> ClusterError:
         remedy = "Free some space, and run the same command again"
     elif is_busy:
         remedy = "Another process writes to it: run the same command again"
+    elif "readonly" in fault:
+        remedy = "Check its permissions"
     elif not config.tracking.uri:
         remedy = (
-            f"Check its permissions; if it is damaged, move {STORE} away: data sets and models stay, a new one is made"
+            f"If it is damaged, restore a copy, or move {STORE} away: data sets and trained models stay, and runs and "
+            "registered versions are lost"
         )
     else:
         remedy = "Check the address, and that the database is sound"

@@ -52,6 +52,7 @@ def test_a_damaged_data_set_is_found_by_its_name(
         assert main(["data", action, "mnist-sample", "--set", f"storage={copy.root}"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
+        assert error.count("--fresh") == 1
         assert damaged.name in error
     [row] = list_data_sets(copy)
     assert "damaged" in row["state"]

@@ -1,4 +1,5 @@
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +95,37 @@ def test_folders_and_globs_are_searched_and_hidden_files_stay_out(tmp_path: Path
     assert list(map(str, find_images(["**/*.jpg"]))) == ["a/deep/2.jpg"]
     assert list(map(str, find_images(["x[1].png", "absent.png"]))) == ["x[1].png", "absent.png"]
     (tmp_path / "empty").mkdir()
-    for argument in ("empty", "*.gif"):
-        with pytest.raises(ConfigError, match="there is no file"):
+    for argument in ("empty", "*.gif", ""):
+        with pytest.raises(ConfigError, match="no image files found"):
             find_images([argument])
+
+
+def test_pipes_and_folders_that_are_not_searched_are_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    write_images(tmp_path / "in" / "deep", 1)
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    assert main(["predict", "--model", str(model), str(tmp_path / "in")]) == 1
+    printed = capsys.readouterr()
+    assert "000.png: " in printed.out
+    pipe, link, summary = sorted(printed.err.splitlines(), key=lambda line: "pipe.png" not in line)
+    assert "pipe.png: is not a regular file" in pipe
+    assert "link: is a folder that was not searched" in link
+    assert summary == "rcnn: 2 of 3 files could not be read"
+    assert main(["predict", "--model", str(model), str(tmp_path / "in" / "d*")]) == 0
+
+
+def test_large_images_are_predicted_without_a_warning(model: Path, tmp_path: Path) -> None:
+    Image.new("L", (9500, 9500)).save(tmp_path / "large.png")  # Pillow warns above 89 million pixels
+    predictor = Predictor(model)
+    predictor.description["config"]["data"]["max_megapixels"] = 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [answer] = predictor.predict([tmp_path / "large.png"])
+    assert isinstance(answer, Prediction)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import ClusterError, ConfigError
@@ -168,6 +169,31 @@ def test_a_model_is_named_by_itself_an_alias_or_a_version(
     for wanted, fault in ((f"{name}/3", "has no version '3'"), (f"{name}@x", "has no x"), ("other", "has no champion")):
         with pytest.raises(ConfigError, match=rf"{fault}.*Registered models: .*{name}"):
             mlflow_store.find_version(config, wanted)
+
+
+def test_versions_by_hand_are_listed_and_models_whose_files_are_gone_are_named(
+    digits_storage: Path, digits: IngestResult, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = debug_tiny().with_settings({"storage": str(tmp_path)})
+    target = StageFolder(Storage(config.storage), "runs/register")
+    run_register(config, trained(config, digits_storage, digits, 1), evaluated(0.5), target)
+    client = MlflowClient(tracking_uri(config))
+    client.create_registered_model("clothes")
+    client.create_model_version("clothes", str(tmp_path / "gone"), tags={"test_error": "high"})
+    client.set_registered_model_alias("clothes", "champion", "1")
+    place = ["--set", f"storage={config.storage}"]
+    assert main(["registry", *place]) == 0
+    printed = capsys.readouterr().out
+    assert "clothes" in printed
+    assert "high" in printed
+    assert "50.00 %" in printed
+    (tmp_path / "x.png").touch()
+    assert main(["predict", "x.png", *place]) == 2
+    assert "2 registered models: clothes, " in capsys.readouterr().err
+    assert main(["predict", "x.png", "--model", "clothes", *place]) == 2
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rcnn: ")]
+    assert "clothes version 1 (champion): its files are not in " in error
 
 
 def test_of_several_models_one_must_be_named(

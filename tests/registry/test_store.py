@@ -145,11 +145,46 @@ def test_a_store_that_cannot_be_used_is_one_line_with_the_remedy(
 ) -> None:
     Path(config.storage).mkdir()
     damage(Path(config.storage, "mlflow.db"))  # type: ignore[operator]
-    for command in (["ingest", "--recipe", "debug_tiny"], ["registry"]):
+    Path("x.png").touch()
+    for command in (["ingest", "--recipe", "debug_tiny"], ["registry"], ["predict", "--model", "x", "x.png"]):
         assert main([*command, "--set", f"storage={config.storage}"]) == 2
-        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rcnn: ")]
+        [line] = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("ingest:", "  "))]
         for word in ("ClusterError", "mlflow.db", *words):
             assert word in line
+
+
+def write_until_full(config: PipelineConfig) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    size = Path(config.storage, "mlflow.db").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    run = open_run(config, "train", key="k")
+    for number in range(1000):
+        run.log_params({f"{number}-{key}": "x" * 200 for key in range(100)})
+
+
+def test_a_disk_that_fills_later_is_reported_as_that(config: PipelineConfig) -> None:
+    create_store(config)
+    fault = FORK.SimpleQueue()
+
+    def work() -> None:
+        try:
+            write_until_full(config)
+        except ClusterError as error:
+            fault.put(str(error))
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join()
+    message = fault.get()
+    assert "MLflow failed (" in message
+    assert "Free some space" in message
+    assert "move mlflow.db away" not in message
+
+
+def test_an_address_of_no_kind_is_one_line_for_predict_too(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.png").touch()
+    assert main(["predict", "--model", "x", "x.png", "--set", "tracking.uri=nonsense://x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_credentials_of_a_database_are_not_shown(config: PipelineConfig) -> None:
