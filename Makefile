@@ -42,7 +42,7 @@ check: $(READY)  ## lint, format, types, and who imports whom
 format: $(READY)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-lock: $(READY)  ## resolve the dependencies anew, for Linux and macOS, Python 3.11 to 3.13
+lock: $(READY)  ## resolve the dependencies again, for Linux and macOS, Python 3.11 to 3.13
 	@$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --all-extras --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate --output-file requirements.lock
 

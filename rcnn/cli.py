@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rcnn: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rcnn: stopped; the same command, without --fresh, resumes", file=sys.stderr)
+        resumes = "; the same command, without --fresh, resumes" if "fresh" in options else ""
+        print(f"rcnn: stopped{resumes}", file=sys.stderr)
         return 130
     return exit_code
 
@@ -260,7 +261,8 @@ def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
     """A name for people, and the folder, of a model: one that training wrote, or one from the registry."""
     is_path = os.path.isdir(wanted) or re.fullmatch(r"[^/]*(/\d+)?", wanted) is None
     if is_path:
-        yield wanted, Path(wanted)
+        of_stage = Path(wanted, "model")  # the folder that `rcnn train` prints holds it
+        yield wanted, of_stage if of_stage.is_dir() else Path(wanted)
         return
     from rcnn.registry.mlflow_store import download_model, find_version
 
@@ -339,9 +341,9 @@ def _data_list(options: argparse.Namespace) -> None:
     storage.require_readable()
     rows = list_data_sets(storage)
     if not rows:
-        print(f"there are no data sets in {config.storage}; `rcnn ingest` makes one")
+        print(printable(f"there are no data sets in {config.storage}; `rcnn ingest` makes one"))
         return
-    _print_table(rows, title=f"data sets in {config.storage}")
+    _print_table(rows, title=printable(f"data sets in {config.storage}"))
 
 
 def _data_set(options: argparse.Namespace) -> Any:
@@ -370,7 +372,8 @@ def _data_show(options: argparse.Namespace) -> None:
     some = (
         "" if num_drawn == len(rows) else f" of {num_drawn} of {len(rows):,} classes (choose others with --class NAME)"
     )
-    print(f"contact sheets{some} in {storage.uri(f'reports/data-{name}')}; {OVERVIEW} has a row of each class")
+    place = storage.uri(f"reports/data-{name}")
+    print(printable(f"contact sheets{some} in {place}; {OVERVIEW} has a row of each class drawn"))
 
 
 def _data_verify(options: argparse.Namespace) -> None:
@@ -379,11 +382,11 @@ def _data_verify(options: argparse.Namespace) -> None:
 
     faults = list(find_faults(storage, folder))
     for fault in faults[1:]:
-        print(f"rcnn: {fault}", file=sys.stderr)
+        print(printable(f"rcnn: {fault}"), file=sys.stderr)
     if faults:
         in_all = f" ({len(faults)} faults in all)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{in_all}", remedy="Ingest again with --fresh")
-    print(f"{storage.uri(folder)} is whole: every row is what the manifest says")
+    print(printable(f"{storage.uri(folder)} is whole: every row is what the manifest says"))
 
 
 def _data_export(options: argparse.Namespace) -> None:
@@ -391,7 +394,7 @@ def _data_export(options: argparse.Namespace) -> None:
     from rcnn.data.export import export_huggingface
 
     for file in export_huggingface(storage, folder, options.to):
-        print(file)
+        print(printable(file))
 
 
 def _config(options: argparse.Namespace) -> None:

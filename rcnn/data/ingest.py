@@ -74,7 +74,7 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
 
 @contextmanager
 def _alone(target: StageFolder) -> Iterator[None]:
-    """Lets one process at a time write a data set; where there are no locks (S3), twins write the same bytes."""
+    """Lets one process at a time write a data set; without locks (S3), concurrent runs write identical bytes."""
     if not target.storage.is_local:
         yield
         return
@@ -374,12 +374,13 @@ class _Draft:
         return bool(self.storage.list_sizes(self.records))
 
     def delete(self) -> None:
-        """Removes it. On an object store its shards stay, since a twin may have written them; the next run takes them up."""
+        """Removes it. On an object store its shards stay, since a concurrent run may have written them; the next run
+        resumes with them."""
         self.storage.delete(self.folder)
 
 
 def _delete_old_drafts(storage: Storage, *, keep: str) -> None:
-    """Removes what killed runs left long ago, nobody took up and nobody is at."""
+    """Deletes stale drafts that no process holds."""
     if not storage.is_local:
         return
     for folder in storage.local_path("datasets").glob(f"{DRAFT_PREFIX}*"):

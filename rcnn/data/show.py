@@ -1,6 +1,7 @@
 """A data set for the eye: rows of each class, and contact sheets of its training images."""
 
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def write_sheets(storage: Storage, folder: str, target: str, *, classes: Sequenc
 
 
 def _labels_of(manifest: Manifest, classes: Sequence[str]) -> list[int]:
+    classes = [unicodedata.normalize("NFC", name) for name in classes]  # as the manifest has them
     for name in classes:
         if name not in manifest.classes:
             raise ConfigError(

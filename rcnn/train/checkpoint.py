@@ -27,7 +27,7 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 @dataclass
 class TrainState:
-    """Everything that the next step depends on. Dropout and shuffling are seeded anew each epoch, by (seed, epoch,
+    """Everything that the next step depends on. Dropout and shuffling are seeded again each epoch, by (seed, epoch,
     rank), so the position is all that randomness needs."""
 
     config: PipelineConfig
@@ -64,7 +64,7 @@ class TrainState:
         save_model(self.best_model, self.config, self.manifest, folder)
 
     def load(self, folder: Path) -> None:
-        """Takes up where `save` was called.
+        """Continues where `save` was called.
 
         Raises:
             TrainingError: the checkpoint is damaged, or belongs to another data set.

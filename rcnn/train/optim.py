@@ -86,5 +86,5 @@ class Schedule:
         return (self._plateau or self._one_cycle).state_dict()  # type: ignore[union-attr,no-any-return]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where `state_dict` was taken."""
+        """Continues where `state_dict` was taken."""
         (self._plateau or self._one_cycle).load_state_dict(state)  # type: ignore[union-attr,no-any-return]

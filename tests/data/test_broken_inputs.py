@@ -1749,7 +1749,9 @@ def with_command(scene: Scene) -> bytes:
 
 @official("{root}/train-images-idx3-ubyte", "MD5", "6bbc9ace898e44ae57da46a324031adb")
 def mnist_with_another_checksum(scene: Scene) -> Settings:
-    return idx_files(scene) | {"data.source": "mnist"}
+    settings = idx_files(scene) | {"data.source": "mnist"}
+    (scene.root / "train-images-idx3-ubyte").write_bytes(idx(np.ones((100, 28, 28))))  # neither data set's
+    return settings
 
 
 @official("{root}", "mnist")
@@ -2339,7 +2341,7 @@ def test_a_shard_that_was_altered_is_named_by_the_check(data_set: Path, name: st
     assert len(fault.splitlines()) == 1
     assert str(data_set / f"{split}/{split}-00000.parquet") in fault
     assert word in fault
-    assert fault.endswith("--fresh")
+    assert "--fresh" not in fault  # the command names the remedy once, behind all faults
 
 
 def test_all_shards_that_were_altered_are_named(data_set: Path) -> None:

@@ -194,6 +194,13 @@ def test_an_altered_plain_file_is_named(official: Miniature, tmp_path: Path) -> 
         official.open(tmp_path / "root")
 
 
+def test_files_of_the_other_data_set_are_recognised(official: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"mnist": "fashion-mnist", "fashion-mnist": "mnist"}[official.source]
+    mistaken = Miniature(other, official.folder, monkeypatch)
+    with pytest.raises(SourceError, match=f"it is a file of {official.source}, and data.source is {other}.*data.root"):
+        mistaken.open(official.folder)
+
+
 def test_files_that_were_packed_again_are_the_official_ones(official: Miniature) -> None:
     for file in official.folder.iterdir():
         file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()), compresslevel=1, mtime=1_000_000))

@@ -1,4 +1,5 @@
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -126,6 +127,12 @@ def test_large_images_are_predicted_without_a_warning(model: Path, tmp_path: Pat
         warnings.simplefilter("error")
         [answer] = predictor.predict([tmp_path / "large.png"])
     assert isinstance(answer, Prediction)
+
+
+def test_the_folder_of_a_training_will_do(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "train-x" / "model")
+    [image] = write_images(tmp_path, 1)
+    assert main(["predict", "--model", str(tmp_path / "train-x"), str(image)]) == 0
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

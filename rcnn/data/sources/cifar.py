@@ -158,7 +158,7 @@ def _read_archive(files: CifarFiles, archive: Path) -> Iterator[tuple[str, bytes
         raise SourceError(
             f"the MD5 of its content is {found}, the official file's is {files.archive_md5}",
             where=str(archive),
-            remedy="Delete the file and fetch it again",
+            remedy="Point data.root to the official files, or leave it empty to download them",
         )
     try:
         with tarfile.open(archive, "r:gz") as tar:

@@ -165,10 +165,13 @@ def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, P
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"cannot be read ({error})", where=str(file), remedy="Fetch the file again") from error
     if (found := _md5(content)) != expected:
+        owner = next((other.name for other in (MNIST, FASHION_MNIST) if other.md5[name][1] == found), "")
         raise SourceError(
-            f"the MD5 of its content is {found}, the official file's is {expected}",
+            f"it is a file of {owner}, and data.source is {files.name}"
+            if owner
+            else f"the MD5 of its content is {found}, the official file's is {expected}",
             where=str(file),
-            remedy="Delete the file and fetch it again",
+            remedy="Point data.root to the official files, or leave it empty to download them",
         )
     return content, file
 

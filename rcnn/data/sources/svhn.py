@@ -47,7 +47,7 @@ def _locate(name: str, data: DataConfig, downloads: Path) -> Path:
         raise SourceError(
             f"the MD5 of its content is {found}, the official file's is {MD5[name]}",
             where=str(file),
-            remedy="Delete the file and fetch it again",
+            remedy="Point data.root to the official files, or leave it empty to download them",
         )
     return file
 
