@@ -259,8 +259,7 @@ def _predict(options: argparse.Namespace) -> int:
 @contextmanager
 def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
     """A name for people, and the folder, of a model: one that training wrote, or one from the registry."""
-    is_path = os.path.isdir(wanted) or re.fullmatch(r"[^/]*(/\d+)?", wanted) is None
-    if is_path:
+    if os.path.lexists(wanted) or re.match(r"[./~]|[^/]*/[^/]*/", wanted):  # else `name`, `name@alias` or `name/3`
         of_stage = Path(wanted, "model")  # the folder that `rcnn train` prints holds it
         yield wanted, of_stage if of_stage.is_dir() else Path(wanted)
         return

@@ -21,6 +21,7 @@ from rcnn.section import Given, Section, environment_layer, lay, variable_of
 MAX_SEED = 2**31 - 1
 MAX_PATH = 4096  # characters of a path or URI, as Linux bounds it
 MAX_SIDE = 4096  # pixels
+MAX_MEGAPIXELS = 175  # Pillow refuses images of about 179
 MAX_EPOCHS = 100_000
 MAX_BATCH = 1_000_000  # images
 MAX_ROWS = 1_000_000_000
@@ -91,7 +92,9 @@ class DataConfig(Section):
     color: Literal["auto", "grey", "rgb"] = Field(
         "auto", description="folder, parquet: what images are converted to; auto: grey if the first one is grey."
     )
-    max_megapixels: int = Field(64, ge=1, le=175, description="folder, parquet: larger images are refused, undecoded.")
+    max_megapixels: int = Field(
+        64, ge=1, le=MAX_MEGAPIXELS, description="folder, parquet: larger images are refused, undecoded."
+    )
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="folder, parquet: what a bad image does; skip: it is left out and listed in the manifest."
     )

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from rcnn.errors import ConfigError
+from rcnn.text import counted
 
 ENV_PREFIX = "RCNN_"
 EXPLAIN = "`rcnn config --explain` lists each setting with its bounds"
@@ -251,14 +252,15 @@ def _error_of(error: ValidationError, tree: type[BaseModel], layers: Sequence[La
     message = first["msg"].removeprefix("Value error, ")
     field = dict(fields_of(tree)).get(at)
     involved = [at] if field else _settings_in(message, tree, at)
-    what = _fault(first, at, field) if field else f"{at} {message}".strip()
+    mark = "." if f"{at}.{message.split(' ')[0]}" in involved else " "  # a section's rule may begin with its setting
+    what = _fault(first, at, field) if field else f"{at}{mark}{message}".strip(" .")
     origins = {name: _origin_of(name, layers, base_origin) for name in involved}
     if len(set(filter(None, origins.values()))) > 1:
         told = ", ".join(f"{name} from {origin}" for name, origin in origins.items() if origin)
         what = f"{what} ({told})"
     num_wrong = len({tuple(filter(_is_name, each["loc"])) for each in error.errors()})
     if num_wrong > 1:
-        what += f" ({num_wrong - 1} more settings are wrong)"
+        what += f" ({counted(num_wrong - 1, 'more wrong setting')})"
     return ConfigError(what, where=_blamed(involved, layers, base_origin), remedy=EXPLAIN)
 
 

@@ -18,6 +18,7 @@ from rcnn.keys import Code, code_of, differing, key_of
 from rcnn.model.networks import NETWORKS
 from rcnn.progress import say
 from rcnn.storage import RESULT, StageFolder, Storage
+from rcnn.text import counted
 
 if TYPE_CHECKING:
     from rcnn.config import PipelineConfig
@@ -90,6 +91,11 @@ def _network_module(config: PipelineConfig) -> list[str]:
     return [NETWORKS[config.model.network].module]
 
 
+def _training_in_words(config: PipelineConfig) -> str:
+    epochs, workers = counted(config.train.epochs, "epoch"), counted(config.execution.num_workers, "worker")
+    return f"{config.model.title}, {epochs} on {workers}"
+
+
 STAGES: dict[str, Stage] = {
     "ingest": Stage(
         help="read the source into Parquet, with a manifest",
@@ -130,9 +136,7 @@ STAGES: dict[str, Stage] = {
         takes=("ingest",),
         settings=("model", "train", "augment", "seed"),
         identity=lambda config, results: [results["ingest"].digest],
-        purpose=lambda config: (
-            f"{config.model.title}, {config.train.epochs} epochs on {config.execution.num_workers} worker(s)"
-        ),
+        purpose=_training_in_words,
         folder="runs",
         label=lambda config: "train",
         modules=_network_module,

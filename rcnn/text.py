@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def file_stem(label: int, name: str) -> str:
     """A file name without its ending for a class: `007-Ankle boot`. The label keeps it unique."""
     readable = re.sub(r"[^\w.+ -]+", "-", printable(name)).strip()

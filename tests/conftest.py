@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -35,6 +36,9 @@ def _refuse_the_users_storage(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_refuse_the_users_storage)
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is not a fault
+hypothesis.settings.load_profile("suite")
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import SourceRecord

@@ -440,7 +440,7 @@ def test_messages_of_odd_assignments(override: str, expected: str) -> None:
 def test_other_wrong_settings_are_counted_once_each() -> None:
     message = fault_of(lambda: resolve_config(overrides=["tune.k=[0]"]))
     assert "more" not in message
-    assert "(1 more settings are wrong)" in fault_of(lambda: resolve_config(overrides=["tune.k=[0, 0]", "seed=x"]))
+    assert "(1 more wrong setting)" in fault_of(lambda: resolve_config(overrides=["tune.k=[0, 0]", "seed=x"]))
 
 
 # ----------------------------------------------------------------------------------------------------------- files

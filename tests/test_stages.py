@@ -141,7 +141,7 @@ def exchange(shard: Path) -> None:
         (truncate, "test-00000.parquet: the shard has .* bytes, the manifest says"),
         (Path.unlink, "test-00000.parquet: the shard is missing"),
         (edit_by_hand, "_manifest.json: the manifest is damaged: its content does not match its digest"),
-        (exchange, "the data set was exchanged"),
+        (exchange, "the data set was replaced"),
     ],
 )
 def test_damage_is_found_before_any_stage_starts(

@@ -14,6 +14,7 @@ from rcnn.data.schema import content_sum, read_block, table_schema
 from rcnn.data.shards import read_shard
 from rcnn.errors import ConfigError, DataError
 from rcnn.storage import OLD_RESULT, RESULT, Storage
+from rcnn.text import counted
 
 FOLDER = "datasets"
 MIN_DIGEST_PREFIX = 4
@@ -50,7 +51,7 @@ def _is_meant(storage: Storage, name: str, wanted: str) -> bool:
 
 
 def find_faults(storage: Storage, folder: str) -> Iterator[str]:
-    """Reads all of a data set, and tells whatever is not as the manifest says: file, and fault."""
+    """Reads all of a data set, and reports whatever differs from the manifest: file, and fault."""
     manifest = require_manifest(storage, folder)
     num_shards = sum(len(split.shards) for split in manifest.splits.values())
     with tqdm(total=num_shards, unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -88,7 +89,9 @@ def _check_shard(storage: Storage, folder: str, manifest: Manifest, shard: Shard
     expected = table_schema(manifest.image_shape, has_coarse=bool(manifest.coarse_classes))
     if not table.schema.equals(expected) or len(table) != shard.rows:
         raise DataError(
-            f"holds {len(table)} rows of {table.schema.names}", where=where, remedy="Ingest again with --fresh"
+            f"holds {counted(len(table), 'row')} of {table.schema.names}",
+            where=where,
+            remedy="Ingest again with --fresh",
         )
     block = read_block(table)
     if block.labels.min(initial=0) < 0 or block.labels.max(initial=0) >= len(manifest.classes):
@@ -111,7 +114,9 @@ def _row(storage: Storage, name: str) -> dict[str, str]:
     except DataError as error:
         return {"folder": name, "data set": "", **row, "state": error.what}
     if manifest is None:
-        return {"folder": name, "data set": "", **row, "state": "unfinished: the next ingest resumes it"}
+        is_draft = name.startswith(DRAFT_PREFIX) or not storage.is_local  # an object store has no drafts' folders
+        state = "unfinished: the next ingest resumes it" if is_draft else f"damaged: {MANIFEST} is missing"
+        return {"folder": name, "data set": "", **row, "state": state}
     state = f"whole; {len(manifest.skipped):,} rows left out" if manifest.skipped else "whole"
     try:
         require_whole(storage, folder)

@@ -1,10 +1,12 @@
 """Fonts that can write a class name: DejaVu, which matplotlib ships, and for what it lacks (CJK, say) an installed one."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from matplotlib import font_manager
+from matplotlib import font_manager, rc_context
 from matplotlib.ft2font import FT2Font
 
 OWN_FAMILY = "DejaVu Sans"
@@ -23,8 +25,20 @@ def font_of(text: str) -> str:
     return own if _has_all(own, text) else next((file for file in _installed() if _has_all(file, text)), "")
 
 
-def families_for(texts: Iterable[str]) -> list[str]:
-    """Font families for matplotlib, which looks for each character in one after the other."""
+@contextmanager
+def fonts_for(texts: Iterable[str]) -> Iterator[None]:
+    """Lets matplotlib write these texts: it looks for each character in one font family after the other."""
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns where a family has no regular or bold weight, as many for CJK do not
+    try:
+        with rc_context({"font.family": _families_for(texts)}):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _families_for(texts: Iterable[str]) -> list[str]:
     families = [OWN_FAMILY]
     for file in sorted({font_of(text) for text in texts} - {"", font_of("")}):
         font_manager.fontManager.addfont(file)  # its own list may be older than the font

@@ -178,7 +178,7 @@ def _empty(split: str, data: DataConfig, origin: Origin) -> DataError:
     return DataError(
         f"the {split} split of {data.dataset} would have no rows (of {len(origin.labels['train'])})",
         where=f"data.root = {data.root}",
-        remedy="Mend the rows that were left out, or add images",
+        remedy="Fix the rows that were left out, or add images",
     )
 
 

@@ -162,7 +162,9 @@ def require_manifest(storage: Storage, folder: str) -> Manifest:
     """
     manifest = read_manifest(storage, folder)
     if manifest is None:
-        raise DataError("there is no whole data set", where=storage.uri(folder), remedy="Run `rcnn ingest` first")
+        raise DataError(
+            "the data set is missing or incomplete", where=storage.uri(folder), remedy="Run `rcnn ingest` first"
+        )
     return manifest
 
 
@@ -180,7 +182,7 @@ def require_whole(storage: Storage, folder: str, *, digest: str = "") -> Manifes
     manifest = require_manifest(storage, folder)
     if digest and manifest.digest != digest:
         raise DataError(
-            f"the data set was exchanged: its digest is {manifest.digest[:12]}, and ingest wrote {digest[:12]}",
+            f"the data set was replaced: its digest is {manifest.digest[:12]}, and ingest wrote {digest[:12]}",
             where=storage.uri(folder),
             remedy="Ingest again with --fresh",
         )

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from rcnn.data.fonts import families_for, readable
+from rcnn.data.fonts import fonts_for, readable
 from rcnn.text import printable
 
 LARGEST_INCHES, MOST_NAMES, MAX_NAME_LENGTH = 20.0, 100, 24
@@ -20,7 +20,7 @@ BLUE, ORANGE = "#2a6f97", "#d1495b"
 def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, file: Path) -> None:
     """Draws a confusion matrix (classes, classes); counts off the diagonal stand out, since they are what one looks for."""
     names = [_short(readable(printable(name), label)) for label, name in enumerate(classes)]
-    with plt.rc_context({"font.family": families_for(names)}):
+    with fonts_for(names):
         _draw_confusion(confusion, names, title, file)
 
 

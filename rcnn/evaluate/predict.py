@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rcnn.config import MAX_MEGAPIXELS
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, unwarned
 from rcnn.errors import ConfigError, SourceError
 from rcnn.model.classifier import Classifier
@@ -132,7 +133,7 @@ def _rule_of(description: dict[str, Any]) -> ImageRule:
         image_shape=(height, width, channels),
         resize=data["resize"],
         is_grey_required=False,
-        max_pixels=data["max_megapixels"] * 1_000_000,
+        max_pixels=MAX_MEGAPIXELS * 1_000_000,
     )
 
 

@@ -264,14 +264,20 @@ def find_version(config: PipelineConfig, wanted: str = "") -> ModelVersion:
         else:
             found = _or_none(lambda: client.get_model_version_by_alias(name, alias or CHAMPION))
     if found is None:
-        what = f"version {version!r}" if version_mark else f"{alias or CHAMPION}"
-        there = ", ".join(list_models(config)) or "none"
-        raise ConfigError(
-            f"the model {name!r} has no {what}",
-            where=f"tracking.uri = {tracking_uri(config)}",
-            remedy=f"Registered models: {there}; `rcnn registry` lists their versions",
-        )
+        raise _no_version(config, name, f"version {version!r}" if version_mark else f"alias {alias or CHAMPION!r}")
     return ModelVersion(name, int(found.version), tuple(found.aliases))
+
+
+def _no_version(config: PipelineConfig, name: str, what: str) -> ConfigError:
+    where, models = f"tracking.uri = {tracking_uri(config)}", list_models(config)
+    if name in models:
+        remedy = f"`rcnn registry --model {name}` lists its versions"
+        return ConfigError(f"the model {name!r} has no {what}", where=where, remedy=remedy)
+    return ConfigError(
+        f"there is no registered model {name!r}, and no such folder",
+        where=where,
+        remedy=f"Registered models: {', '.join(models)}" if models else "Run `rcnn pipeline` first",
+    )
 
 
 def _only_model(config: PipelineConfig) -> str:

@@ -192,6 +192,7 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     except Exception as error:  # safetensors has its own error type, json another
         raise DataError(f"holds no model ({error})", where=str(folder), remedy=remedy) from error
     try:
+        _require_keys(description)
         model = _rebuilt(description)
         model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
@@ -200,6 +201,12 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
             f"weights and description do not fit each other ({fault})", where=str(folder), remedy=remedy
         ) from error
     return model.to(memory_format=torch.channels_last).eval(), description
+
+
+def _require_keys(description: dict[str, Any]) -> None:
+    missing = {"network", "classes", "image_shape", "source", "config"} - description.keys()
+    if missing:
+        raise ValueError(f"{DESCRIPTION} lacks {', '.join(sorted(missing))}")
 
 
 def _rebuilt(description: dict[str, Any]) -> Classifier:

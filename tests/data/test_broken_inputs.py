@@ -273,7 +273,7 @@ def named(cases: Sequence[Case]) -> list[Any]:
 IMAGES: list[Case] = []
 
 
-def image(*words: str, remedy: str = "Mend or delete it", **settings: Any) -> Callable[[Any], Any]:
+def image(*words: str, remedy: str = "Fix or delete it", **settings: Any) -> Callable[[Any], Any]:
     def register(make: Callable[[], bytes]) -> Callable[[], bytes]:
         given = {f"data.{key}": value for key, value in settings.items()}
         whole_remedy = f". {remedy}, or set data.on_error=skip to leave such rows out"
@@ -653,12 +653,12 @@ def image_path_not_utf8(scene: Scene) -> Settings:
     return scene.settings("parquet")
 
 
-@bad_row(PARQUET_ROW, "label is null, and must be text")
+@bad_row(PARQUET_ROW, "label is null, but must be text")
 def text_label_null(scene: Scene) -> Settings:
     return text_labels(scene, {BAD: None})
 
 
-@bad_row(PARQUET_ROW, "label is empty, and must be text")
+@bad_row(PARQUET_ROW, "label is empty, but must be text")
 def text_label_empty(scene: Scene) -> Settings:
     return text_labels(scene, {BAD: ""})
 
@@ -1594,7 +1594,7 @@ def test_an_image_that_goes_away_after_it_was_listed_is_named(scene: Scene) -> N
 SETTINGS: dict[str, tuple[Settings, tuple[str, ...]]] = {
     "image size of a source that has one": (
         {"data.source": "mnist", "data.image_size": 32},
-        ("data image_size = 32", "mnist"),
+        ("data.image_size = 32", "mnist"),
     ),
     "folder without root": ({"data.source": "folder"}, ("'folder'", "data.root")),
     "parquet without root": ({"data.source": "parquet"}, ("'parquet'", "data.root")),
@@ -1845,22 +1845,22 @@ def mat_with_another_checksum(scene: Scene) -> Settings:
     return scene.settings("svhn")
 
 
-@official("{root}/train_32x32.mat", "no MATLAB file")
+@official("{root}/train_32x32.mat", "is not a MATLAB file")
 def mat_that_is_none(scene: Scene) -> Settings:
     return mat_file(scene, b"this is not a MATLAB file\n" * 20)
 
 
-@official("{root}/train_32x32.mat", "no MATLAB file")
+@official("{root}/train_32x32.mat", "is not a MATLAB file")
 def mat_of_no_bytes(scene: Scene) -> Settings:
     return mat_file(scene, b"")
 
 
-@official("{root}/train_32x32.mat", "no MATLAB file")
+@official("{root}/train_32x32.mat", "is not a MATLAB file")
 def mat_cut_off(scene: Scene) -> Settings:
     return mat_file(scene, mat(X=np.zeros((32, 32, 3, 4), np.uint8), y=np.zeros((4, 1)))[:900])
 
 
-@official("{root}/train_32x32.mat", "no MATLAB file", "'X'")
+@official("{root}/train_32x32.mat", "is not a MATLAB file", "'X'")
 def mat_without_images(scene: Scene) -> Settings:
     return mat_file(scene, mat(y=np.zeros((4, 1))))
 
@@ -1916,12 +1916,12 @@ def cifar_batch_that_evaluates(scene: Scene) -> Settings:
     return cifar_folder(scene, data_batch_1=code.encode())
 
 
-@official("{root}", "data_batch_1", "no plain pickle")
+@official("{root}", "data_batch_1", "is not a plain pickle")
 def cifar_batch_that_is_a_text(scene: Scene) -> Settings:
     return cifar_folder(scene, data_batch_1=b"\n\nnothing\n")
 
 
-@official("{root}", "data_batch_1", "no plain pickle")
+@official("{root}", "data_batch_1", "is not a plain pickle")
 def cifar_batch_cut_off(scene: Scene) -> Settings:
     return cifar_folder(scene, data_batch_1=cifar_members()["data_batch_1"][:500])
 
@@ -1964,7 +1964,7 @@ def cifar_member_missing(scene: Scene) -> Settings:
     return cifar_archive(scene, without="data_batch_4")
 
 
-@official("{root}/cifar-10-python.tar.gz", "no sound archive")
+@official("{root}/cifar-10-python.tar.gz", "cannot be unpacked")
 def cifar_archive_cut_off(scene: Scene) -> Settings:
     settings = cifar_archive(scene)
     file = scene.root / "cifar-10-python.tar.gz"
@@ -1973,7 +1973,7 @@ def cifar_archive_cut_off(scene: Scene) -> Settings:
     return settings
 
 
-@official("{root}/cifar-10-python.tar.gz", "no sound archive")
+@official("{root}/cifar-10-python.tar.gz", "cannot be unpacked")
 def cifar_archive_that_is_none(scene: Scene) -> Settings:
     settings = cifar_archive(scene)
     (scene.root / "cifar-10-python.tar.gz").write_bytes(b"no archive")
@@ -1981,7 +1981,7 @@ def cifar_archive_that_is_none(scene: Scene) -> Settings:
     return settings
 
 
-@official("train-images-idx3-ubyte.gz", "file:///mirror", "no http address")
+@official("train-images-idx3-ubyte.gz", "file:///mirror", "is not an http address")
 def mirror_that_is_a_file(scene: Scene) -> Settings:
     return {"data.source": "mnist", "data.mirror": "file:///mirror"}
 

@@ -78,11 +78,13 @@ def test_rows_that_are_not_those_of_the_manifest_are_found_although_checksums_fi
 def test_the_list_names_whole_unfinished_and_damaged_ones(copy: Storage, digits: IngestResult) -> None:
     copy.write_text("datasets/.draft-other/records/train-00000.json", "{}")
     copy.write_text("datasets/broken/_manifest.json", "{")
+    copy.write_text("datasets/bare/train/train-00000.parquet", "")
     states = {row["folder"]: (row["data set"], row["state"]) for row in list_data_sets(copy)}
     name = digits.folder.removeprefix("datasets/")
     assert states[name] == ("mnist-sample", "whole")
     assert "resumes it" in states[".draft-other"][1]
     assert "not JSON" in states["broken"][1]
+    assert "_manifest.json is missing" in states["bare"][1]
 
 
 def test_a_data_set_is_found_by_folder_name_and_digest(copy: Storage, digits: IngestResult) -> None:

@@ -257,7 +257,7 @@ def test_an_archive_that_cannot_be_unpacked_is_named(cifar10: Miniature, fault: 
     }
     cifar10.archive.write_bytes(contents[fault])
     cifar10.declare()
-    with pytest.raises(SourceError, match=f"{cifar10.archive}: is no sound archive"):
+    with pytest.raises(SourceError, match=f"{cifar10.archive}: cannot be unpacked"):
         cifar10.open(cifar10.archive)
 
 
@@ -290,7 +290,7 @@ def tar_member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> ta
 def test_an_archive_that_reaches_out_is_refused(cifar10: Miniature, hostile: tarfile.TarInfo) -> None:
     contents = {file.name: file.read_bytes() for file in cifar10.folder.iterdir()}
     cifar10.pack([(hostile, b""), *map(cifar10.member, contents.items())])
-    with pytest.raises(SourceError, match=f"{cifar10.archive}: is no sound archive"):
+    with pytest.raises(SourceError, match=f"{cifar10.archive}: cannot be unpacked"):
         cifar10.open(cifar10.archive)
 
 
@@ -334,7 +334,7 @@ def test_a_pickle_that_runs_a_command_is_refused_and_the_command_does_not_run(
     trees = small_trees(CIFAR10)
     trees[name]["labels"] = Calls(os.system, f"touch {proof}")
     cifar10.publish({name: python3_pickle(tree) for name, tree in trees.items()})
-    with pytest.raises(SourceError, match=rf"{name} is no plain pickle \(it asks for \w+\.system\)\. Do not use"):
+    with pytest.raises(SourceError, match=rf"{name} is not a plain pickle \(it asks for \w+\.system\)\. Do not use"):
         cifar10.open(cifar10.archive if packed else cifar10.folder)
     assert not proof.exists()
     pickle.loads((cifar10.folder / name).read_bytes())  # as torchvision would
@@ -382,9 +382,9 @@ PIXELS = np.zeros((2, 3072), np.uint8)
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "is no plain pickle"),
-        (b"no pickle", "is no plain pickle"),
-        (python3_pickle(small_trees(CIFAR10)["test_batch"])[:-100], "is no plain pickle"),
+        (b"", "is not a plain pickle"),
+        (b"no pickle", "is not a plain pickle"),
+        (python3_pickle(small_trees(CIFAR10)["test_batch"])[:-100], "is not a plain pickle"),
         (python3_pickle([1]), "holds no table"),
         (python3_pickle({}), "does not hold images of 32x32x3 with labels"),
         (python3_pickle({"data": PIXELS}), "does not hold images"),

@@ -239,13 +239,13 @@ LABELS = np.zeros(10, np.uint8)
 
 
 FAULTS = {
-    "cut off": (TRAIN_IMAGES, idx(IMAGES)[:-1], "no IDX file"),
-    "too long": (TRAIN_IMAGES, idx(IMAGES) + b"\0", "no IDX file"),
-    "half a header": (TRAIN_IMAGES, idx(IMAGES)[:15], "no IDX file"),
-    "labels for images": (TRAIN_IMAGES, idx(LABELS), "no IDX file"),
-    "images for labels": (TEST_LABELS, idx(IMAGES), "no IDX file"),
-    "overflow": (TRAIN_IMAGES, struct.pack(">4I", 2051, 2**31, 2**31, 4), "no IDX file"),
-    "empty": (TRAIN_IMAGES, b"", "no IDX file"),
+    "cut off": (TRAIN_IMAGES, idx(IMAGES)[:-1], "is not the expected IDX file"),
+    "too long": (TRAIN_IMAGES, idx(IMAGES) + b"\0", "is not the expected IDX file"),
+    "half a header": (TRAIN_IMAGES, idx(IMAGES)[:15], "is not the expected IDX file"),
+    "labels for images": (TRAIN_IMAGES, idx(LABELS), "is not the expected IDX file"),
+    "images for labels": (TEST_LABELS, idx(IMAGES), "is not the expected IDX file"),
+    "overflow": (TRAIN_IMAGES, struct.pack(">4I", 2051, 2**31, 2**31, 4), "is not the expected IDX file"),
+    "empty": (TRAIN_IMAGES, b"", "is not the expected IDX file"),
     "one less": (TRAIN_IMAGES, idx(IMAGES[:19]), "holds 19 images, and there are 20 labels"),
     "narrow": (TRAIN_IMAGES, idx(IMAGES[:, :, :27]), "its images are 27x28, and must be 28x28"),
     "label 10": (TEST_LABELS, idx(LABELS + 10), f"{TEST_LABELS}: one of its labels is 10, and must be 0 to 9"),

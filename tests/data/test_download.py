@@ -297,7 +297,7 @@ def test_a_server_that_is_not_there_may_be_tried_again(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_http_address_is_named(tmp_path: Path, url: str) -> None:
-    with pytest.raises(SourceError, match=r"is no http address"):
+    with pytest.raises(SourceError, match=r"is not an http address"):
         fetch("file.bin", md5=MD5, mirrors=[url], folder=tmp_path)
 
 

@@ -193,7 +193,7 @@ def test_what_is_not_an_image_is_a_bad_row_of_its_class(sound: Path) -> None:
     assert len(read(opened(sound, on_error="skip")).row_ids) == 4
     assert message_of(sound) == (
         "train/a/0.json: is empty (the first of 3 bad rows). "
-        "Mend or delete it, or set data.on_error=skip to leave such rows out"
+        "Fix or delete it, or set data.on_error=skip to leave such rows out"
     )
 
 
@@ -455,7 +455,7 @@ def test_a_link_to_a_folder_of_images_is_named_whatever_its_ending(sound: Path) 
             "Copy the folder, or set data.follow_links=true, or set data.on_error=skip to leave such rows out",
         ),
         ("root/train", "Delete it, or set data.on_error=skip to leave such rows out"),
-        ("gone", "Mend or delete it, or set data.on_error=skip to leave such rows out"),
+        ("gone", "Fix or delete it, or set data.on_error=skip to leave such rows out"),
     ],
 )
 def test_a_bad_link_has_one_remedy_that_fits(sound: Path, target: str, remedy: str) -> None:
@@ -554,8 +554,8 @@ FAULTS = {
     "no folder": ((), "nowhere", "nowhere: there is no such folder"),
     "a file": (("x.png",), "x.png", "x.png: there is no such folder"),
     "empty": ((), "", "root: holds no train/ folder"),
-    "one class": (("train/a/0.png",), "", r"root/train: holds 1 class folder\(s\)"),
-    "one class below the root": (("a/0.png",), "", r"root: holds 1 class folder\(s\)"),
+    "one class": (("train/a/0.png",), "", r"root/train: holds 1 class folder\."),
+    "one class below the root": (("a/0.png",), "", r"root: holds 1 class folder\."),
     "no training part": (("test/a/0.png", "test/b/0.png"), "", "root: holds no train/ folder"),
     "a class of the validation part alone": (
         ("train/a/0.png", "train/b/0.png", "val/a/0.png", "val/b/0.png", "val/c/0.png"),

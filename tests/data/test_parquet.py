@@ -630,7 +630,7 @@ def test_folders_may_state_the_labels(root: Path) -> None:
     assert {part: labels.tolist() for part, labels in origin.labels.items()} == {
         part: [0, 0, 1, 1] for part in ("train", "test")
     }
-    assert [skip.reason for skip in origin.skipped] == ["label is null, and must be text"] * 4
+    assert [skip.reason for skip in origin.skipped] == ["label is null, but must be text"] * 4
     assert read(origin, "test").row_ids[-1] == "test/label=train/part-00000-x.snappy.parquet#1"
 
 

@@ -148,7 +148,7 @@ def test_an_altered_file_is_named(official: Path) -> None:
 
 TREE = small_tree("train")
 WHOLE = matlab_file(TREE)
-NO_MATLAB_FILE = "is no MATLAB file with X and y"
+NO_MATLAB_FILE = "is not a MATLAB file with X and y"
 FAULTS = {
     "empty": (b"", NO_MATLAB_FILE),
     "other": (b"no MATLAB file" * 100, NO_MATLAB_FILE),

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import warnings
@@ -122,7 +123,7 @@ def test_pipes_and_folders_that_are_not_searched_are_reported(
 def test_large_images_are_predicted_without_a_warning(model: Path, tmp_path: Path) -> None:
     Image.new("L", (9500, 9500)).save(tmp_path / "large.png")  # Pillow warns above 89 million pixels
     predictor = Predictor(model)
-    predictor.description["config"]["data"]["max_megapixels"] = 100
+    assert predictor.description["config"]["data"]["max_megapixels"] < 90  # a limit of training, not of use
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         [answer] = predictor.predict([tmp_path / "large.png"])
@@ -133,6 +134,15 @@ def test_the_folder_of_a_training_will_do(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "train-x" / "model")
     [image] = write_images(tmp_path, 1)
     assert main(["predict", "--model", str(tmp_path / "train-x"), str(image)]) == 0
+
+
+def test_a_description_that_lacks_a_key_is_named(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    description = json.loads((folder / "model.json").read_text())
+    del description["source"]
+    (folder / "model.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match=r"model\.json lacks source"):
+        Predictor(folder)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,15 @@ def test_each_stage_leaves_a_result_and_every_test_row_is_counted_once(trees: di
     assert evaluated.rows == 500
 
 
+def test_the_hint_asks_the_model_that_was_registered(
+    config: PipelineConfig, trees: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_summary(config, trees)
+    [hint] = [line for line in capsys.readouterr().out.splitlines() if "rcnn predict" in line]
+    assert f" --model {results_from_json(trees)['register'].model_name} " in hint
+    assert f"--set storage={config.storage} " in hint
+
+
 def test_mlflow_holds_the_runs_nested_with_metrics_by_epoch(config: PipelineConfig, trees: dict[str, Any]) -> None:
     runs = runs_by_name(config)
     assert set(runs) == {"pipeline", "ingest", "tune", "trial-00", "trial-01", "train", "evaluate"}

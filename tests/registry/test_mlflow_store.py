@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from rcnn.cli import main
 from rcnn.config import PipelineConfig
@@ -141,7 +142,7 @@ def test_the_champion_can_be_fetched_and_scores(
 ) -> None:
     import mlflow
 
-    with pytest.raises(ConfigError, match=r"there is no registered model|has no champion"):
+    with pytest.raises(ConfigError, match=r"there is no registered model"):
         mlflow_store.find_version(config)
     run_register(
         config, trained(config, digits_storage, digits, 1), evaluated(0.5), StageFolder(Storage(config.storage), "x")
@@ -166,9 +167,30 @@ def test_a_model_is_named_by_itself_an_alias_or_a_version(
     versions = {wanted: mlflow_store.find_version(config, wanted).version for wanted in (
         name, f"{name}@champion", f"{name}@challenger", f"{name}/1", f"{name}/2")}  # fmt: skip
     assert list(versions.values()) == [1, 1, 2, 1, 2]
-    for wanted, fault in ((f"{name}/3", "has no version '3'"), (f"{name}@x", "has no x"), ("other", "has no champion")):
-        with pytest.raises(ConfigError, match=rf"{fault}.*Registered models: .*{name}"):
+    lists_versions, lists_models = f"`rcnn registry --model {name}`", f"Registered models: .*{name}"
+    for wanted, fault in {
+        f"{name}/3": f"has no version '3'.*{lists_versions}",
+        f"{name}/x": f"has no version 'x'.*{lists_versions}",
+        f"{name}@x": f"has no alias 'x'.*{lists_versions}",
+        "other": f"there is no registered model 'other', and no such folder.*{lists_models}",
+    }.items():
+        with pytest.raises(ConfigError, match=fault):
             mlflow_store.find_version(config, wanted)
+
+
+def test_the_command_says_which_model_answers(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    name = config.tracking.model_name
+    place = StageFolder(Storage(config.storage), "runs/register")
+    run_register(config, trained(config, digits_storage, digits, 1), evaluated(0.5), place)
+    Image.new("L", (28, 28)).save(tmp_path / "x.png")
+    settings = ["--set", f"storage={config.storage}", "--set", f"tracking.uri={config.tracking.uri}"]
+    assert main(["predict", str(tmp_path / "x.png"), "--model", name, *settings]) == 0
+    model, answer = capsys.readouterr().out.splitlines()
+    assert model == f"model: {name} version 1 (champion), trained on mnist-sample"
+    assert answer.startswith(f"{tmp_path / 'x.png'}: ")
 
 
 def test_versions_by_hand_are_listed_and_models_whose_files_are_gone_are_named(

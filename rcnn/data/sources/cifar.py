@@ -170,7 +170,7 @@ def _read_archive(files: CifarFiles, archive: Path) -> Iterator[tuple[str, bytes
                     assert stream is not None, f"{member.name} is a regular file"
                     yield name, stream.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"is no sound archive ({error})", where=str(archive), remedy="Fetch it again") from error
+        raise SourceError(f"cannot be unpacked ({error})", where=str(archive), remedy="Fetch it again") from error
 
 
 def _unpickled(members: dict[str, bytes], name: str, where: Path) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _unpickled(members: dict[str, bytes], name: str, where: Path) -> dict[str, A
         tree = PlainUnpickler(io.BytesIO(members[name]), encoding="latin1").load()
     except Exception as error:  # broken bytes make pickle raise anything
         raise SourceError(
-            f"{name} is no plain pickle ({error})", where=str(where), remedy="Do not use this file: fetch it again"
+            f"{name} is not a plain pickle ({error})", where=str(where), remedy="Do not use this file: fetch it again"
         ) from error
     if not isinstance(tree, dict):
         raise SourceError(f"{name} holds no table", where=str(where), remedy="Fetch the archive again")

@@ -49,7 +49,7 @@ MAX_COLOUR_OF_GREY = 4
 class BadImage(Exception):
     """Why an image cannot be taken, and what the user can do about it."""
 
-    def __init__(self, reason: str, *, remedy: str = "Mend or delete it"):
+    def __init__(self, reason: str, *, remedy: str = "Fix or delete it"):
         super().__init__(reason)
         self.remedy = remedy
 
@@ -151,7 +151,7 @@ def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
         size = f"{image.width}x{image.height}"
         image.close()
         raise BadImage(
-            f"is {size}, and data.max_megapixels = {max_pixels // 1_000_000} allows no more",
+            f"is {size}, larger than data.max_megapixels = {max_pixels // 1_000_000} allows",
             remedy="Raise data.max_megapixels",
         )
     return image

@@ -148,7 +148,7 @@ def _read_idx(files: IdxFiles, folder: Path, name: str, magic: int, checksums: d
         found, *shape = struct.unpack(f">{1 + num_dimensions}I", content[:header])
         if found == magic and len(content) == header + math.prod(shape):
             return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-    raise SourceError("is no IDX file of its kind, or is cut off", where=str(file), remedy="Fetch the file again")
+    raise SourceError("is not the expected IDX file, or is cut off", where=str(file), remedy="Fetch the file again")
 
 
 def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, Path]:

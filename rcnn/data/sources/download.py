@@ -96,7 +96,7 @@ class _DownloadFailed(Exception):
 def _fetch_resuming(url: str, draft: Path) -> None:
     """Appends to the draft until it is whole; attempts that bring nothing are numbered."""
     if not url.startswith(("http://", "https://")):
-        raise _DownloadFailed("is no http address")
+        raise _DownloadFailed("is not an http address")
     fruitless = 0
     while True:
         before = draft.stat().st_size if draft.exists() else 0
@@ -107,7 +107,7 @@ def _fetch_resuming(url: str, draft: Path) -> None:
                 raise _DownloadFailed(f"HTTP {error.code} {error.reason}") from error
             fault = f"HTTP {error.code} {error.reason}"
         except (ValueError, http.client.InvalidURL) as error:
-            raise _DownloadFailed(f"is no http address ({error})") from error
+            raise _DownloadFailed(f"is not an http address ({error})") from error
         except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as error:
             fault = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         after = draft.stat().st_size if draft.exists() else 0

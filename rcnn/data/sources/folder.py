@@ -33,7 +33,7 @@ from rcnn.data.sources.decode import (
 from rcnn.data.sources.origin import LEFTOVERS, NUM_FIRST_IMAGES, PARTS, BadRow, Origin, bad_row, expanded
 from rcnn.errors import SourceError
 from rcnn.progress import say
-from rcnn.text import printable
+from rcnn.text import counted, printable
 
 NUM_SHOWN = 3  # names in a line about many
 
@@ -86,7 +86,7 @@ class _Fault(NamedTuple):
     """What is wrong with a file or a folder, and what the user can do about it."""
 
     reason: str
-    remedy: str = "Mend or delete it"
+    remedy: str = "Fix or delete it"
 
 
 @dataclass
@@ -166,7 +166,9 @@ def _classes(tree: _Tree, parts: dict[str, Path]) -> tuple[tuple[str, ...], dict
     classes = tuple(sorted(folders["train"]))
     if len(classes) < 2:
         raise SourceError(
-            f"holds {len(classes)} class folder(s)", where=str(parts["train"]), remedy="There must be two or more"
+            f"holds {counted(len(classes), 'class folder')}",
+            where=str(parts["train"]),
+            remedy="There must be two or more",
         )
     for of_class in folders.values():
         if odd := sorted(of_class.keys() - folders["train"].keys()):
@@ -363,5 +365,5 @@ def _rule_of_first(listing: _Listing) -> ImageRule:
     raise SourceError(
         f"none of the first {len(faults)} images can be read ({faults[0].row_id}: {faults[0].reason})",
         where=f"data.root = {data.root}",
-        remedy="Mend or delete them",
+        remedy="Fix or delete them",
     )

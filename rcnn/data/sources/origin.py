@@ -20,7 +20,7 @@ from rcnn.errors import DataError, SourceError
 class BadRow(Skipped):
     """A row that cannot be taken, and what the user can do about it. A manifest lists it as a plain `Skipped`."""
 
-    remedy: str = "Mend or delete it"
+    remedy: str = "Fix or delete it"
 
 
 def bad_row(skipped: Skipped, *, num_rows: int = 1) -> DataError:

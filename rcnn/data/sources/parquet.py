@@ -138,4 +138,4 @@ def _rule_of_first(files: list[ParquetFile], labels: dict[str, np.ndarray], data
     fault = (
         f"none of the first {len(faults)} images can be read ({first.row_id}: {first.reason})" if first else "no rows"
     )
-    raise SourceError(f"its training part: {fault}", where=f"data.root = {data.root}", remedy="Mend or delete them")
+    raise SourceError(f"its training part: {fault}", where=f"data.root = {data.root}", remedy="Fix or delete them")

@@ -51,7 +51,7 @@ def read_labels(files: Sequence[ParquetFile], data: DataConfig) -> Labels:
         raise bad_row(labels.faults[0], num_rows=len(labels.faults))
     if not any((numbers >= 0).any() for numbers in labels.of_file.values()):
         first = labels.faults[0] if labels.faults else None
-        fault = f"no row has a label that can be ({first.row_id}: {first.reason})" if first else "has no rows"
+        fault = f"no row has a usable label ({first.row_id}: {first.reason})" if first else "has no rows"
         raise SourceError(fault, where=f"data.root = {data.root}", remedy="Give files with labelled images")
     if names:
         return labels
@@ -217,9 +217,9 @@ def _encode(
 def _class_of(value: bytes | None, column: str, names: Collection[str]) -> tuple[str | None, str]:
     """The class that a value names, in Unicode's composed form (NFC); or None and the reason."""
     if value is None:
-        return None, f"{column} is null, and must be text"
+        return None, f"{column} is null, but must be text"
     if not value:
-        return None, f"{column} is empty, and must be text"
+        return None, f"{column} is empty, but must be text"
     try:
         text = unicodedata.normalize("NFC", value.decode())
     except UnicodeDecodeError:

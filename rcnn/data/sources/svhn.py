@@ -60,7 +60,7 @@ def _read(file: Path) -> Arrays:
         pixels_HWCN, labels = tree["X"], tree["y"].ravel().astype(np.int64)
     except Exception as error:  # broken bytes make loadmat raise anything
         raise SourceError(
-            f"is no MATLAB file with X and y ({error})", where=str(file), remedy="Fetch it again"
+            f"is not a MATLAB file with X and y ({error})", where=str(file), remedy="Fetch it again"
         ) from error
     if fault := _fault(pixels_HWCN, labels):
         raise SourceError(fault, where=str(file), remedy="Fetch it again")
