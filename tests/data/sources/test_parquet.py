@@ -33,7 +33,7 @@ from rcnn.data.sources.parquet_files import list_paths
 from rcnn.data.sources.parquet_images import ROWS_PER_READ
 from rcnn.errors import RcnnError, SourceError
 
-SHARED_CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg"
+SHARED_CIFAR = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 

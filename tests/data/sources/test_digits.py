@@ -21,7 +21,7 @@ from rcnn.data.sources.digits import FASHION_MNIST, MNIST, IdxFiles
 from rcnn.data.sources.origin import Origin
 from rcnn.errors import SourceError
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 TORCHVISION = {"mnist": torchvision.datasets.MNIST, "fashion-mnist": torchvision.datasets.FashionMNIST}
 TABLES = {"mnist": "MNIST", "fashion-mnist": "FASHION_MNIST"}
 TRAIN_IMAGES, TEST_LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
