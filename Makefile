@@ -5,7 +5,7 @@ READY := .venv/.ready
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench check format lock up down clean
+.PHONY: help demo test test-quick test-slow bench check format lock up down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,10 @@ demo: $(READY)  ## the whole pipeline on real digits, offline
 	@$(BIN)/rcnn pipeline --recipe demo
 
 test: $(READY)  ## the tests, but those that take minutes
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+
+test-quick: $(READY)  ## the tests that need neither Ray, Prefect nor a server, in a minute
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -m "not (ray or process or slow or gpu)"
 
 test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack
 	@$(BIN)/python -m pytest -m slow
