@@ -144,11 +144,18 @@ def _train_epoch(
 
 def _validate(state: TrainState, val: RowSource, execution: Execution) -> Metrics:
     batch_size = state.config.evaluate.batch_size
-    sums = score(state.best_model, val, batch_size=batch_size, device=execution.device, precision=execution.precision)
+    scores = score(
+        state.best_model,
+        val,
+        num_classes=len(state.manifest.classes),
+        batch_size=batch_size,
+        device=execution.device,
+        precision=execution.precision,
+    )
     if process_group()[1] > 1:
-        dist.all_reduce(sums)
-    wrong, loss, rows = sums.tolist()
-    return {"val/error": wrong / rows, "val/loss": loss / rows}
+        dist.all_reduce(scores.confusion)
+        dist.all_reduce(scores.loss_sum)
+    return {f"val/{name}": value for name, value in scores.metrics().items()}
 
 
 def _mean_over_ranks(value: Tensor) -> float:
