@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import RowSource, open_rows
+from rcnn.data.batches import RowSource
+from rcnn.data.loader import open_rows
 from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.data.pictures import as_picture
 from rcnn.evaluate.plots import plot_confusion, plot_history

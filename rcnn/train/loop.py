@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rcnn.config import PipelineConfig
 from rcnn.data.augment import Augmentation
-from rcnn.data.loader import Loader, Order, Rows, RowSource, TrainingData, load_training_data
+from rcnn.data.batches import Loader, Order, RowSource
+from rcnn.data.loader import Rows, TrainingData, load_training_data
 from rcnn.errors import TrainingError
 from rcnn.progress import say
 from rcnn.storage import Storage

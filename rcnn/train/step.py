@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rcnn.data.loader import RowSource
+from rcnn.data.batches import RowSource
 from rcnn.scores import Scores
 
 
