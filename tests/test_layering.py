@@ -162,3 +162,17 @@ def test_importing_stays_light(module: str, absent: list[str]) -> None:
     code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_leaves_matplotlib_and_the_logs_of_others_as_they_are() -> None:
+    code = """
+import logging
+import matplotlib, mlflow, alembic
+def state():
+    levels = [logging.getLogger(name).level for name in ("alembic", "mlflow", "mlflow.store.db.utils")]
+    return matplotlib.get_backend(auto_select=False), levels
+before = state()
+import rcnn.evaluate.report, rcnn.registry.mlflow_store
+assert state() == before, (before, state())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,10 +23,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("mlflow.store.db.utils").setLevel(
-    logging.CRITICAL
-)  # our own line reports what it would log at length
 
 import mlflow
 import numpy as np
@@ -430,6 +426,8 @@ def create_store(config: PipelineConfig) -> None:
     Raises:
         ClusterError: the store cannot be written, or is not a database.
     """
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # our own error has what it logs at length
     if config.tracking.uri:
         return
     storage = Storage(config.storage)
