@@ -413,9 +413,12 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from rcnn.recipes import RECIPES, describe
+    from rcnn.recipes import GROUPS, describe
 
-    _print_table([describe(name) for name in RECIPES], title="recipes")
+    for group, recipes in GROUPS.items():
+        _print_table([describe(recipe.__name__) for recipe in recipes], title=group)
+        print()
+    print("run one: rcnn pipeline --recipe NAME; its settings: rcnn config --recipe NAME")
 
 
 def _sources(options: argparse.Namespace) -> None:
