@@ -25,7 +25,21 @@ SHARED = [
     "ray_session",
     "ray_board",
 ]
-ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
+ORDER = [
+    *SHARED,
+    "data",
+    "model",
+    "train",
+    "tune",
+    "evaluate",
+    "registry",
+    "recipes",
+    "config_diff",
+    "stages",
+    "summary",
+    "completion",
+    "cli",
+]
 TABLES = ["rcnn.model.networks", "rcnn.data.sources"]
 """Text alone, which needs nothing: read by the config, which stands left of what the rows name."""
 HOMES = {
