@@ -98,8 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     show = _add(commands, "config", _config, "print the resolved config", config=True)
     show.add_argument("--json", action="store_true", help="as one line of JSON, e.g. for a flow's parameter")
     show.add_argument("--explain", action="store_true", help="each setting with its meaning and bounds")
+    show.add_argument(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="what differs between two recipes, files, or runs (a folder, or its name in the storage)",
+    )
     _add(commands, "recipes", _recipes, "list the named configs, with what each costs and reaches")
     _add(commands, "sources", _sources, "list the data sets, with what each needs")
+    completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
     return parser
 
 
@@ -403,6 +411,9 @@ def _config(options: argparse.Namespace) -> None:
         _print_table(explain_settings(), title="settings")
         return
     config = _resolve(options)
+    if options.diff:
+        _print_differences(config, *options.diff)
+        return
     if options.json:
         print(config.model_dump_json())
         return
@@ -411,10 +422,32 @@ def _config(options: argparse.Namespace) -> None:
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
 
 
-def _recipes(options: argparse.Namespace) -> None:
-    from rcnn.recipes import RECIPES, describe
+def _print_differences(config: Any, ours: str, theirs: str) -> None:
+    """Prints each setting that differs between two configs; `config` says where runs are."""
+    from rcnn.config_diff import differences, find_config
+    from rcnn.storage import Storage
 
-    _print_table([describe(name) for name in RECIPES], title="recipes")
+    storage = Storage(config.storage)
+    found = differences(find_config(ours, storage), find_config(theirs, storage))
+    if not found:
+        print("no differences")
+        return
+    _print_table([{"setting": name, ours: our, theirs: their} for name, our, their in found], title="differences")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from rcnn.recipes import GROUPS, describe
+
+    for group, recipes in GROUPS.items():
+        _print_table([describe(recipe.__name__) for recipe in recipes], title=group)
+        print()
+    print("run one: rcnn pipeline --recipe NAME; its settings: rcnn config --recipe NAME")
+
+
+def _completion(options: argparse.Namespace) -> None:
+    from rcnn.completion import completion_script
+
+    print(completion_script(_parser(), options.shell))
 
 
 def _sources(options: argparse.Namespace) -> None:

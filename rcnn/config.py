@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rcnn.data.sources import SOURCES, unread_by
 from rcnn.model.networks import NETWORKS, title_of, unread_settings
 from rcnn.section import Given, Section, environment_layer, lay, variable_of
 
@@ -52,16 +53,21 @@ def _sound_uri(uri: str) -> str:
     return uri
 
 
-IMAGE_FILE_SOURCES = ("folder", "parquet")
-"""The sources of encoded images (PNG, JPEG, ...): they need `data.root`, and may be of any size."""
+IMAGE_FILE_SOURCES = tuple(name for name, source in SOURCES.items() if source.entries)
+"""The sources of the user's own images (PNG, JPEG, ...): they need `data.root`, and may be of any size."""
+
+if TYPE_CHECKING:
+    NetworkName = str
+    SourceName = str
+else:  # the tables' names, so that errors, `--explain` and the form of the Prefect UI list them
+    NetworkName = Literal[tuple(NETWORKS)]
+    SourceName = Literal[tuple(SOURCES)]
 
 
 class DataConfig(Section):
     """Where images come from, what they are made into, and how they are split."""
 
-    source: Literal["mnist-sample", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "folder", "parquet"] = (
-        Field("mnist-sample", description="Data set, or kind of data set; `rcnn sources` lists them.")
-    )
+    source: SourceName = Field("mnist-sample", description="Data set, or kind of data set; `rcnn sources` lists them.")
     name: str = Field(
         "",
         pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
@@ -122,21 +128,11 @@ class DataConfig(Section):
             raise ValueError(f"source = {self.source!r} needs data.root; set it to where the images are")
         _require_no_credentials("root", self.root)
         _require_no_credentials("mirror", self.mirror)
-        if self.source == "mnist-sample" and self.root:
-            raise ValueError(
-                f"root = {self.root!r} means nothing to the source 'mnist-sample'; set data.source to folder, parquet, ..."
-            )
-        only = {
-            "follow_links": ("folder",),
-            "image_column": ("parquet",),
-            "label_column": ("parquet",),
-            "svhn_extra": ("svhn",),
-        }
-        for name in ("image_size", "resize", "color", "max_megapixels", "on_error", *only):
-            sources = only.get(name, IMAGE_FILE_SOURCES)
+        for name, sources in unread_by(self.source).items():
             default, value = type(self).model_fields[name].default, getattr(self, name)
-            if self.source not in sources and value != default:
-                fitting = ("source " if len(sources) == 1 else "sources ") + " and ".join(sources)
+            if value != default:
+                fitting = "source " if len(sources) == 1 else "sources " + "".join(f"{each}, " for each in sources[:-2])
+                fitting += " and ".join(sources[-2:])
                 raise ValueError(
                     f"{name} = {value!r} is for the {fitting}, and source is {self.source!r}; leave it at {default!r}"
                 )
@@ -151,12 +147,6 @@ class DataConfig(Section):
         last = re.sub(r"(^|/)[^/]*[*?].*$", "", path).rstrip("/").rpartition("/")[2]
         last = re.sub(r"\.(parquet|pq)$", "", last, flags=re.IGNORECASE)
         return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or self.source
-
-
-if TYPE_CHECKING:
-    NetworkName = str
-else:  # the table's names, so that errors, `--explain` and the form of the Prefect UI list them
-    NetworkName = Literal[tuple(NETWORKS)]
 
 
 class ModelConfig(Section):

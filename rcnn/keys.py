@@ -22,7 +22,7 @@ KEY_LENGTH = 12
 UNCOUNTED = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
-        "config", "errors", "keys", "model.networks", "progress", "ray_board", "ray_session", "recipes",
+        "config", "data.sources", "errors", "keys", "model.networks", "progress", "ray_board", "ray_session", "recipes",
         "results", "section", "settings",
         "stages", "storage", "text", "tracking",
     )

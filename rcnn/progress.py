@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from rcnn.scores import written_metrics
 from rcnn.text import printable
 
 SECONDS_BETWEEN_LINES = 15
@@ -76,10 +77,11 @@ class EpochProgress:
         """Prints the epoch's figures."""
         epoch = int(metrics["epoch"])
         self._bar.n = epoch
+        of_val = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
+        validation = "  ".join(f"{label} {value}" for label, value in written_metrics(of_val, "val").items())
         self._line(
-            f"  epoch {epoch}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  "
-            f"val error {100 * metrics['val/error']:.2f} %  lr {metrics['learning_rate']:.2g}  "
-            f"{metrics['perf/images_per_second']:.0f} images/s"
+            f"  epoch {epoch}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  {validation}  "
+            f"lr {metrics['learning_rate']:.2g}  {metrics['perf/images_per_second']:.0f} images/s"
         )
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from rcnn.config import PipelineConfig
+from rcnn.scores import written_metrics
 from rcnn.text import printable
 
 Locate = Callable[[str], str]
@@ -149,18 +150,28 @@ class EvaluateResult(StageResult):
     """The figures on the test rows, and the folder of the report."""
 
     folder: str
-    test_error: float
-    test_loss: float
+    metrics: dict[str, float]
+    """The metrics of `Scores` by name, over all test rows."""
     accuracy_per_class: dict[str, float | None]
     """None for a class without test rows."""
-    rows: int
+    num_rows: int
     images_per_second: float
     test_digest: str
 
+    @property
+    def test_error(self) -> float:
+        """Share of the test rows that were classified wrongly."""
+        return self.metrics["error"]
+
+    def written_metrics(self) -> dict[str, str]:
+        """The metrics by label, as people read them."""
+        written = written_metrics(self.metrics, "test")
+        return written | {"test error": f"{written['test error']} of {self.num_rows:,} rows"}
+
     def highlights(self, locate: Locate) -> dict[str, str]:
-        """The error on all test rows, and where the report is."""
+        """The metrics on all test rows, and where the report is."""
         return {
-            "test error": f"{100 * self.test_error:.2f} % of {self.rows:,} rows",
+            **self.written_metrics(),
             "inference": f"{self.images_per_second:,.0f} images/s",
             "report": locate(f"{self.folder}/report.md"),
         }

@@ -168,7 +168,7 @@ STAGES: dict[str, Stage] = {
         folder="runs",
         label=lambda config: "register",
         modules=_network_module,
-        check="rcnn.tracking:has_version",
+        check="rcnn.registry.known_versions:has_version",
         has_run=False,  # the model goes to its training run
         on_cluster=lambda config: False,
     ),

@@ -4,21 +4,14 @@ Stages get a `Tracker` handed in and never import MLflow; `registry/mlflow_store
 driver alone tracks: workers send their numbers to it (one writer, so SQLite is enough, and no credential leaves the driver).
 """
 
-import sqlite3
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
-from contextlib import closing
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.progress import say
-from rcnn.results import RegisterResult
-from rcnn.storage import StageFolder, Storage
+from rcnn.storage import Storage
 
 STORE = "mlflow.db"
 """Our own store in the storage (SQLite), where no server is set."""
@@ -46,39 +39,6 @@ def experiment_name(config: PipelineConfig) -> str:
 def model_name(config: PipelineConfig) -> str:
     """The registered model."""
     return config.tracking.model_name or f"rcnn-{config.data.dataset}"
-
-
-def has_version(config: PipelineConfig, registered: RegisterResult, target: StageFolder) -> bool:
-    """Whether the registry still holds what the register stage put there: somebody may have deleted or exchanged it."""
-    return knows_version(config, registered.model_name, registered.version)
-
-
-def knows_version(config: PipelineConfig, name: str, version: int) -> bool:
-    """Whether the registry holds a version of a model, asked without the seconds that importing MLflow takes.
-
-    Also True if the server cannot be asked: it may want a login, and the next write will report that.
-    """
-    if config.tracking.uri.startswith("http"):
-        query = urllib.parse.urlencode({"name": name, "version": version})
-        url = f"{config.tracking.uri}/api/2.0/mlflow/model-versions/get?{query}"
-        try:
-            urllib.request.urlopen(url, timeout=10).close()  # noqa: S310  (the server that the user set)
-        except urllib.error.HTTPError as error:
-            return error.code != HTTPStatus.NOT_FOUND
-        except OSError:
-            return True
-        return True
-    if config.tracking.uri:
-        return True
-    if not has_store(config):
-        return False
-    file = Storage(config.storage).local_path(STORE)
-    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as store:
-        try:
-            rows = store.execute("SELECT 1 FROM model_versions WHERE name = ? AND version = ?", (name, version))
-            return rows.fetchone() is not None
-        except sqlite3.DatabaseError:
-            return False
 
 
 class Tracker(Protocol):

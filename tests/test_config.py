@@ -100,7 +100,7 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         (["model.k=many"], "model.k is 'many'"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),
         (["data.source=folder"], "data.source = 'folder' needs data.root"),
-        (["data.root=photos"], "data.root = 'photos' means nothing to the source 'mnist-sample'"),
+        (["data.root=photos"], "data.root = 'photos' is for the sources mnist, fashion-mnist, cifar10, "),
         (["data.source=mnist", "data.mirror=https://me:secret@host/"], "data.mirror holds credentials"),
         (["data.on_error=skip"], "data.on_error = 'skip' is for the sources folder and parquet"),
         (["data.follow_links=true"], "data.follow_links = True is for the source folder"),

@@ -26,7 +26,12 @@ MODEL = TrainResult(
     seconds=1,
 )  # fmt: skip
 SCORED = EvaluateResult(
-    folder="reports/x", test_error=0.1, test_loss=1, accuracy_per_class={}, rows=1, images_per_second=1, test_digest="t"
+    folder="reports/x",
+    metrics={"error": 0.1, "loss": 1},
+    accuracy_per_class={},
+    num_rows=1,
+    images_per_second=1,
+    test_digest="t",
 )
 
 

@@ -1,93 +1,22 @@
-"""Batches: one contract, and the engine for data that fits in memory (`streaming.py` has the other one).
+"""Opens the splits of a data set, and serves those that fit in memory (`streaming.py` serves the others).
 
-In: Parquet shards. Out: uint8 images (N, C, H, W) and int64 labels (N), on the training device. Normalisation belongs to
-the model, so that training, evaluation and serving cannot differ in it.
+In: Parquet shards. Out: batches, as `batches.py` describes them.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rcnn.data.augment import Augmentation
+from rcnn.data.batches import Batch, Loader, Order, RowSource
 from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.data.schema import images_of
 from rcnn.data.shards import read_shard
-from rcnn.errors import DataError
+from rcnn.data.streaming import stored_rows
 from rcnn.storage import Storage
-
-Batch = tuple[Tensor, Tensor]
-"""uint8 images (N, C, H, W) and int64 labels (N)."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """How an epoch is cut into batches.
-
-    Attributes:
-        batch_size: images per step, all ranks together; divides by `num_ranks`.
-        seed: seed of the shuffling and of the augmentation.
-        rank, num_ranks: whose batches.
-    """
-
-    batch_size: int
-    seed: int
-    rank: int = 0
-    num_ranks: int = 1
-
-    @property
-    def share(self) -> int:
-        """Images per step of one rank."""
-        return self.batch_size // self.num_ranks
-
-
-class Loader(ABC):
-    """Shuffled and augmented batches of one rank.
-
-    An epoch has as many steps on every rank, shows no row twice, and follows from (seed, epoch, rank, number of ranks)
-    alone. The rows that do not fill the last batch wait for another epoch.
-
-    Raises:
-        DataError: there are fewer rows than one batch.
-    """
-
-    def __init__(self, num_rows: int, order: Order, augmentation: Augmentation):
-        if num_rows < order.batch_size:
-            raise DataError(
-                f"the training split has {num_rows} rows, fewer than one batch of {order.batch_size}",
-                where="train.batch_size",
-                remedy=f"Set it to {num_rows} or less",
-            )
-        self.num_rows, self.order, self.augmentation = num_rows, order, augmentation
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of an epoch, the same on every rank."""
-        return self.num_rows // self.order.batch_size
-
-    @abstractmethod
-    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches, step by step; from `first_step` on, they are those of the whole epoch."""
-
-
-class RowSource(Protocol):
-    """Rows of a split, wherever they lie."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def share(self, rank: int, num_ranks: int) -> "RowSource":
-        """A rank's part: the parts of all ranks hold each row once, without padding."""
-
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """All rows in order, the last batch as small as it comes."""
-
-    def loader(self, order: Order, augmentation: Augmentation, device: torch.device) -> Loader:
-        """Batches to learn from."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +118,6 @@ def load_training_data(
     if engine == "resident" or (engine == "auto" and fits):
         train: RowSource = _load_some(storage, folder, manifest, num_rows, seed)
     else:
-        from rcnn.data.streaming import stored_rows
-
         train = stored_rows(storage, folder, manifest, "train", num_rows=num_rows, seed=seed)
     val = open_rows(storage, folder, manifest, "val", resident_megabytes=resident_megabytes)
     return TrainingData(manifest, train, val)
@@ -204,8 +131,6 @@ def open_rows(storage: Storage, folder: str, manifest: Manifest, split: str, *, 
     """
     if manifest.splits[split].rows * manifest.image_bytes <= resident_megabytes * 1_000_000:
         return load_rows(storage, folder, manifest, split)
-    from rcnn.data.streaming import stored_rows
-
     return stored_rows(storage, folder, manifest, split)
 
 

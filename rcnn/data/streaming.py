@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from rcnn.data.augment import Augmentation, Draws
-from rcnn.data.loader import Batch, Loader, Order
+from rcnn.data.batches import Batch, Loader, Order
 from rcnn.data.manifest import Manifest, Shard
 from rcnn.data.schema import images_of
 from rcnn.data.shards import changed_shard, open_shard, rows_per_group, unreadable_shard

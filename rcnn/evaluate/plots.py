@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, which chooses a window system for the whole process
 from torch import Tensor
 
 from rcnn.data.fonts import fonts_for, readable
@@ -27,7 +24,8 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, file: 
 def _draw_confusion(confusion: Tensor, names: Sequence[str], title: str, file: Path) -> None:
     mistakes = confusion.float().fill_diagonal_(0)
     size = min(max(5.0, 0.45 * len(names) + 1.5), LARGEST_INCHES)
-    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(mistakes.numpy(), cmap="OrRd", vmin=0, vmax=max(1.0, float(mistakes.max())))
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(names) <= MOST_NAMES:
@@ -38,7 +36,6 @@ def _draw_confusion(confusion: Tensor, names: Sequence[str], title: str, file: P
             for column in range(len(names)):
                 _write_count(axes, row, column, int(confusion[row, column]), float(mistakes.max()))
     figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def _short(name: str) -> str:
@@ -46,7 +43,7 @@ def _short(name: str) -> str:
     return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
 
 
-def _write_count(axes: plt.Axes, row: int, column: int, count: int, darkest: float) -> None:
+def _write_count(axes: Axes, row: int, column: int, count: int, darkest: float) -> None:
     if count == 0:
         return
     on_dark = row != column and count > 0.6 * darkest
@@ -58,7 +55,8 @@ def _write_count(axes: plt.Axes, row: int, column: int, count: int, darkest: flo
 def plot_history(history: Sequence[dict[str, float]], title: str, file: Path) -> None:
     """Draws loss and error over the epochs, side by side."""
     epochs = [metrics["epoch"] for metrics in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(epochs, [metrics["train/loss"] for metrics in history], color=BLUE, marker="o", ms=3, label="training")
     left.plot(epochs, [metrics["val/loss"] for metrics in history], color=ORANGE, marker="o", ms=3, label="validation")
     left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
@@ -70,4 +68,3 @@ def plot_history(history: Sequence[dict[str, float]], title: str, file: Path) ->
         axes.grid(alpha=0.25)
     figure.suptitle(title)
     figure.savefig(file, dpi=130)
-    plt.close(figure)

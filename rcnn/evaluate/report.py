@@ -1,27 +1,27 @@
 """The evaluate stage: a finished model and the test rows in, figures, plots and a short report out."""
 
-import operator
 import tempfile
 import time
-from functools import reduce
 from pathlib import Path
 
 import torch
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import RowSource, open_rows
+from rcnn.data.batches import RowSource
+from rcnn.data.loader import open_rows
 from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.data.pictures import as_picture
-from rcnn.evaluate.metrics import Scores, score_logits
 from rcnn.evaluate.plots import plot_confusion, plot_history
 from rcnn.progress import say
 from rcnn.results import EvaluateResult, IngestResult, TrainResult
+from rcnn.scores import Scores
 from rcnn.storage import StageFolder
 from rcnn.text import file_stem, printable
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import load_model
 from rcnn.train.execution import choose_device
 from rcnn.train.loop import Metrics
+from rcnn.train.step import score
 
 NUM_SAMPLES = 10
 BATCH_OF_SAMPLES = 1000
@@ -39,20 +39,20 @@ def run_evaluate(
     manifest = require_manifest(storage, data.folder)
     rows = open_rows(storage, data.folder, manifest, "test", resident_megabytes=config.execution.resident_megabytes)
     tracker.log_data(manifest.summary(), storage.uri(data.folder), context="testing")
-    scores, images_per_second = _score(config, rows, trained, target)
+    scores, images_per_second = _score(config, rows, trained, target, len(manifest.classes))
     assert scores.num_rows == data.rows["test"], f"{scores.num_rows} of {data.rows['test']} test rows were counted"
     history = storage.read_json(f"{trained.folder}/history.json")
     result = EvaluateResult(
         folder=target.name,
-        test_error=scores.error,
-        test_loss=scores.loss,
+        metrics=scores.metrics(),
         accuracy_per_class=dict(zip(manifest.classes, scores.accuracy_per_class, strict=True)),
-        rows=scores.num_rows,
+        num_rows=scores.num_rows,
         images_per_second=images_per_second,
         test_digest=data.test_digest,
     )
     tracker.log_metrics(
-        {"test/error": scores.error, "test/loss": scores.loss, "perf/images_per_second": images_per_second}
+        {f"test/{name}": value for name, value in result.metrics.items()}
+        | {"perf/images_per_second": images_per_second}
     )
     with tempfile.TemporaryDirectory() as folder:
         _write_report(config, result, trained, scores, manifest, history, Path(folder))
@@ -63,22 +63,19 @@ def run_evaluate(
     return result
 
 
-def _score(config: PipelineConfig, rows: RowSource, trained: TrainResult, target: StageFolder) -> tuple[Scores, float]:
-    """Scores of the finished model on `rows`, and images per second."""
+def _score(
+    config: PipelineConfig, rows: RowSource, trained: TrainResult, target: StageFolder, num_classes: int
+) -> tuple[Scores, float]:
+    """Scores of the finished model on `rows`, in host memory, and images per second."""
     with tempfile.TemporaryDirectory() as folder:
         target.storage.download(f"{trained.folder}/model", Path(folder))
         model, _ = load_model(Path(folder))
     device = choose_device(torch.cuda.is_available())
     model = model.to(device)
     started = time.perf_counter()
-    with torch.inference_mode():
-        # Each batch's figures come to the host: the clock below has waited for the device.
-        scores = (
-            score_logits(model(images_NCHW), labels_N)
-            for images_NCHW, labels_N in rows.batches(config.evaluate.batch_size, device)
-        )
-        total = reduce(operator.add, scores)
-    return total, len(rows) / (time.perf_counter() - started)
+    scores = score(model, rows, num_classes=num_classes, batch_size=config.evaluate.batch_size, device=device)
+    scores = Scores(scores.confusion.cpu(), scores.loss_sum.cpu())  # the clock below has waited for the device
+    return scores, len(rows) / (time.perf_counter() - started)
 
 
 def _write_report(
@@ -95,6 +92,7 @@ def _write_report(
         scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
     )
     plot_history(history, f"{name}: training", folder / "training.png")
+    metrics = "\n".join(f"| {label} | {value} |" for label, value in result.written_metrics().items())
     classes = "\n".join(
         f"| {_cell(name)} | {'no test rows' if share is None else f'{100 * share:.2f}'} |"
         for name, share in result.accuracy_per_class.items()
@@ -105,8 +103,7 @@ def _write_report(
 
 | | |
 | --- | --- |
-| test error | {100 * scores.error:.2f} % of {scores.num_rows:,} rows |
-| test loss | {scores.loss:.4f} |
+{metrics}
 | validation error | {100 * trained.val_error:.2f} % (best of {trained.epochs} epochs, epoch {trained.best_epoch}) |
 | parameters | {trained.num_parameters:,} |
 | inference | {result.images_per_second:,.0f} images/s, batches of {config.evaluate.batch_size} |

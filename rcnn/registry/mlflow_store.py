@@ -23,10 +23,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("mlflow.store.db.utils").setLevel(
-    logging.CRITICAL
-)  # our own line reports what it would log at length
 
 import mlflow
 import numpy as np
@@ -39,6 +35,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, DataError
 from rcnn.registry.gate import CHAMPION, Standing
+from rcnn.registry.record import store_state, write_record
 from rcnn.storage import Storage
 from rcnn.tracking import STORE, experiment_name, has_store, model_name, tracking_uri
 
@@ -53,8 +50,11 @@ MAX_PARAMS = 100  # MLflow's limit for one call
 class MlflowTracker:
     """A `Tracker` that writes to one MLflow run; every call raises ClusterError where MLflow is out of reach."""
 
-    def __init__(self, config: PipelineConfig, client: MlflowClient, experiment_id: str, run_id: str):
+    def __init__(
+        self, config: PipelineConfig, client: MlflowClient, experiment_id: str, run_id: str, *, is_last: bool = False
+    ):
         self.config, self.client, self.experiment_id, self.run_id = config, client, experiment_id, run_id
+        self.is_last = is_last  # to write, of the runs that a command opens
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Stores settings by name."""
@@ -107,6 +107,8 @@ class MlflowTracker:
         """Ends the run."""
         with _reachable(self.config):
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+        if self.is_last:
+            record_versions(self.config)
 
     def _create(self, name: str) -> Any:
         return self.client.create_run(self.experiment_id, run_name=name, tags={PARENT_TAG: self.run_id})
@@ -140,12 +142,12 @@ def open_run(
         unfinished = f"tags.`{KEY_TAG}` = '{key}' and attributes.status != 'FINISHED'"
         found = [] if fresh else client.search_runs([experiment_id], unfinished, max_results=1)
         if found:
-            tracker = MlflowTracker(config, client, experiment_id, found[0].info.run_id)
+            tracker = MlflowTracker(config, client, experiment_id, found[0].info.run_id, is_last=not parent_run_id)
             client.update_run(tracker.run_id, status="RUNNING")
             tracker.set_tags(labels)
             return tracker
         run = client.create_run(experiment_id, run_name=name, tags=labels)
-        tracker = MlflowTracker(config, client, experiment_id, run.info.run_id)
+        tracker = MlflowTracker(config, client, experiment_id, run.info.run_id, is_last=not parent_run_id)
         tracker.log_params(_flat(config.model_dump(mode="json", exclude={"ray", "tracking"})))
         return tracker
 
@@ -343,6 +345,25 @@ def set_alias(config: PipelineConfig, alias: str, version: int, *, name: str = "
     """Points an alias of a model (default: the config's) at a version."""
     with _reachable(config):
         _connect(config).set_registered_model_alias(name or model_name(config), alias, str(version))
+    record_versions(config)
+
+
+def record_versions(config: PipelineConfig) -> dict[str, list[int]]:
+    """The versions of each model of our own store, kept for checks that do without MLflow; with a server, nothing."""
+    versions: dict[str, list[int]] = {}
+    if config.tracking.uri:
+        return versions
+    with _reachable(config):
+        token: str | None = ""
+        client = _connect(config)
+        state = store_state(config)  # before they are read: a write in between makes the record void, not wrong
+        while token is not None:
+            page = client.search_model_versions(page_token=token or None)
+            for version in page:
+                versions.setdefault(version.name, []).append(int(version.version))
+            token = page.token or None
+    write_record(config, state, versions)
+    return versions
 
 
 def list_versions(config: PipelineConfig, name: str = "") -> list[dict[str, str]]:
@@ -411,6 +432,8 @@ def create_store(config: PipelineConfig) -> None:
     Raises:
         ClusterError: the store cannot be written, or is not a database.
     """
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # our own error has what it logs at length
     if config.tracking.uri:
         return
     storage = Storage(config.storage)
@@ -445,7 +468,9 @@ def _require_database(config: PipelineConfig, store: Path) -> None:
         raise _store_error(config, IsADirectoryError("a folder is in its place"))
     try:
         with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as connection:
-            connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            [num_tables] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # SQLite's own table
+            if not num_tables:
+                raise sqlite3.DatabaseError("it holds no tables")
     except sqlite3.Error as error:
         raise _store_error(config, error) from error
 

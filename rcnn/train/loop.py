@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rcnn.config import PipelineConfig
 from rcnn.data.augment import Augmentation
-from rcnn.data.loader import Loader, Order, Rows, RowSource, TrainingData, load_training_data
+from rcnn.data.batches import Loader, Order, RowSource
+from rcnn.data.loader import Rows, TrainingData, load_training_data
 from rcnn.errors import TrainingError
 from rcnn.progress import say
 from rcnn.storage import Storage
@@ -144,11 +145,18 @@ def _train_epoch(
 
 def _validate(state: TrainState, val: RowSource, execution: Execution) -> Metrics:
     batch_size = state.config.evaluate.batch_size
-    sums = score(state.best_model, val, batch_size=batch_size, device=execution.device, precision=execution.precision)
+    scores = score(
+        state.best_model,
+        val,
+        num_classes=len(state.manifest.classes),
+        batch_size=batch_size,
+        device=execution.device,
+        precision=execution.precision,
+    )
     if process_group()[1] > 1:
-        dist.all_reduce(sums)
-    wrong, loss, rows = sums.tolist()
-    return {"val/error": wrong / rows, "val/loss": loss / rows}
+        dist.all_reduce(scores.confusion)
+        dist.all_reduce(scores.loss_sum)
+    return {f"val/{name}": value for name, value in scores.metrics().items()}
 
 
 def _mean_over_ranks(value: Tensor) -> float:

@@ -46,7 +46,7 @@ def test_each_stage_leaves_a_result_and_every_test_row_is_counted_once(trees: di
     assert list(trees) == list(STAGES)
     evaluated = results_from_json(trees)["evaluate"]
     assert isinstance(evaluated, EvaluateResult)
-    assert evaluated.rows == 500
+    assert evaluated.num_rows == 500
 
 
 def test_the_hint_asks_the_model_that_was_registered(
@@ -71,7 +71,7 @@ def test_mlflow_holds_the_runs_nested_with_metrics_by_epoch(config: PipelineConf
     history = client.get_metric_history(runs["train"].info.run_id, "val/error")
     assert [metric.step for metric in history] == [1, 2]
     assert runs["train"].data.params["model.k"] == "8"
-    assert runs["evaluate"].data.metrics["test/error"] == trees["evaluate"]["test_error"]
+    assert runs["evaluate"].data.metrics["test/error"] == trees["evaluate"]["metrics"]["error"]
     assert "rcnn.prefect_flow_run" in runs["train"].data.tags
 
 
@@ -99,7 +99,7 @@ def test_the_registered_champion_scores_batches_of_1_and_7(config: PipelineConfi
     assert isinstance(registered, RegisterResult)
     version = MlflowClient(tracking_uri(config)).get_model_version_by_alias("rcnn-mnist-sample", "champion")
     assert int(version.version) == registered.version == 1
-    assert float(version.tags["test_error"]) == trees["evaluate"]["test_error"]
+    assert float(version.tags["test_error"]) == trees["evaluate"]["metrics"]["error"]
     assert version.run_id == trees["train"]["mlflow_run_id"]
 
 
@@ -142,7 +142,7 @@ def test_another_training_reuses_data_and_becomes_a_challenger_or_champion(
     said = capfd.readouterr().err
     assert "ingest: nothing to do" in said
     assert "tune" not in other
-    better = other["evaluate"]["test_error"] < trees["evaluate"]["test_error"]
+    better = other["evaluate"]["metrics"]["error"] < trees["evaluate"]["metrics"]["error"]
     assert other["register"]["alias"] == ("champion" if better else "challenger")
     assert other["register"]["version"] == 2
 
@@ -154,7 +154,7 @@ def test_a_result_that_is_gone_is_made_again(config: PipelineConfig, trees: dict
     report.unlink()
     again = full_pipeline(config)
     assert report.exists()
-    assert again["evaluate"]["test_error"] == trees["evaluate"]["test_error"]
+    assert again["evaluate"]["metrics"]["error"] == trees["evaluate"]["metrics"]["error"]
     assert again["register"] == trees["register"]
 
 
@@ -168,9 +168,9 @@ class CountResult(StageResult):
         return {"counted": f"{self.rows} rows in " + locate("x")}
 
 def run_count(config, data, evaluated, target, tracker):
-    tracker.log_metrics({"rows/counted": evaluated.rows})
-    target.storage.write_text(target.path("rows.txt"), str(evaluated.rows))
-    return CountResult(rows=evaluated.rows + data.rows["train"])
+    tracker.log_metrics({"rows/counted": evaluated.num_rows})
+    target.storage.write_text(target.path("rows.txt"), str(evaluated.num_rows))
+    return CountResult(rows=evaluated.num_rows + data.rows["train"])
 """
 
 
@@ -201,7 +201,7 @@ def test_a_new_stage_is_one_row(
     with pytest.raises(SystemExit):
         main(["count", "--help"])
     assert "Count rows." in capfd.readouterr().out
-    (tmp_path / "counting.py").write_text(NEW_STAGE.replace("evaluated.rows + data", "evaluated.rows - data"))
+    (tmp_path / "counting.py").write_text(NEW_STAGE.replace("evaluated.num_rows + data", "evaluated.num_rows - data"))
     clear_caches()
     assert finished(config, "count", results_from_json(grown)) is None
 

@@ -87,8 +87,8 @@ def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, 
 
 def evaluated(error: float, test_digest: str = "same") -> EvaluateResult:
     return EvaluateResult(
-        folder="reports/x", test_error=error, test_loss=1, accuracy_per_class={}, rows=500, images_per_second=1,
-        test_digest=test_digest,
+        folder="reports/x", metrics={"error": error, "loss": 1}, accuracy_per_class={}, num_rows=500,
+        images_per_second=1, test_digest=test_digest,
     )  # fmt: skip
 
 

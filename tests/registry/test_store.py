@@ -136,7 +136,7 @@ def of_another_version(file: Path) -> None:
     [
         (half_migrated, ("datasets already exists", "move mlflow.db away")),
         (lambda file: file.write_bytes(b"no database" * 100), ("not a database", "move mlflow.db away")),
-        (lambda file: file.write_bytes(b""), ("no such table", "move mlflow.db away")),
+        (lambda file: file.write_bytes(b""), ("it holds no tables", "move mlflow.db away")),
         (lambda file: file.mkdir(), ("a folder is in its place", "move mlflow.db away")),
         (of_another_version, ("written by an older MLflow", "mlflow db upgrade sqlite:///")),
     ],

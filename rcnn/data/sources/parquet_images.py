@@ -23,7 +23,7 @@ from rcnn.config import DataConfig
 from rcnn.data.sources.decode import BadImage
 from rcnn.data.sources.origin import NUM_FIRST_IMAGES
 from rcnn.data.sources.parquet_columns import ImageColumn, ParquetFile, read_footer, shortened
-from rcnn.data.sources.parquet_files import local_folder, open_file, unreadable
+from rcnn.data.sources.parquet_files import list_paths, local_folder, open_file, unreadable
 from rcnn.errors import SourceError
 from rcnn.progress import say
 
@@ -122,6 +122,18 @@ def _size_of(file: Path) -> int:
         return file.stat().st_size
     except OSError:  # decoding it says why
         return 0
+
+
+def entries(data: DataConfig) -> Iterator[str]:
+    """The Parquet files, and the image files that their rows name, with sizes and times; on S3 there are none of these.
+
+    Raises:
+        SourceError: there are none, or the root cannot be opened.
+    """
+    paths = list_paths(data.root)
+    for name, info in paths:
+        yield f"{name} {info.size} {info.mtime_ns}"
+    yield from external_entries(data, paths)
 
 
 def external_entries(data: DataConfig, paths: Iterable[tuple[str, fs.FileInfo]]) -> Iterator[str]:
