@@ -74,10 +74,9 @@ class EpochProgress:
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Prints the epoch's figures."""
-        epoch = int(metrics["epoch"])
-        self._bar.n = epoch
+        self._bar.n = metrics["epoch"]
         self._line(
-            f"  epoch {epoch}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  "
+            f"  epoch {metrics['epoch']:g}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  "
             f"val error {100 * metrics['val/error']:.2f} %  lr {metrics['learning_rate']:.2g}  "
             f"{metrics['perf/images_per_second']:.0f} images/s"
         )

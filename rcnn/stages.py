@@ -113,7 +113,7 @@ STAGES: dict[str, Stage] = {
         result="rcnn.results:TuneResult",
         takes=("ingest",),
         settings=(
-            "model", "train", "augment", "tune", "seed", "-train.epochs", "-tune.enabled",
+            "model", "train", "augment", "tune", "seed", "-train.epochs", "-train.max_minutes", "-tune.enabled",
             "-tune.max_concurrent_trials", "-tune.cpus_per_trial", "-tune.gpus_per_trial",
         ),
         identity=lambda config, results: [results["ingest"].digest],
@@ -128,7 +128,7 @@ STAGES: dict[str, Stage] = {
         run="rcnn.train.ray_trainer:run_train",
         result="rcnn.results:TrainResult",
         takes=("ingest",),
-        settings=("model", "train", "augment", "seed"),
+        settings=("model", "train", "augment", "seed", "-train.max_minutes"),
         identity=lambda config, results: [results["ingest"].digest],
         purpose=lambda config: (
             f"{config.model.title}, {config.train.epochs} epochs on {config.execution.num_workers} worker(s)"
@@ -137,6 +137,7 @@ STAGES: dict[str, Stage] = {
         label=lambda config: "train",
         modules=_network_module,
         whole="model/model.safetensors",
+        check="rcnn.train.limit:allows_no_more",
     ),
     "evaluate": Stage(
         help="score a trained model on every test row (after train)",
