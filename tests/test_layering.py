@@ -24,7 +24,20 @@ SHARED = [
     "ray_session",
     "ray_board",
 ]
-ORDER = [*SHARED, "data", "model", "train", "tune", "evaluate", "registry", "recipes", "stages", "summary", "cli"]
+ORDER = [
+    *SHARED,
+    "data",
+    "model",
+    "train",
+    "tune",
+    "evaluate",
+    "registry",
+    "recipes",
+    "stages",
+    "plan",
+    "summary",
+    "cli",
+]
 TABLES = ["rcnn.model.networks"]
 """Text alone, which needs nothing: read by the config, which stands left of what the rows name."""
 HOMES = {
