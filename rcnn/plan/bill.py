@@ -90,6 +90,7 @@ def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
         ConfigError: the network cannot take the images.
         DataError: a data set is there, and damaged.
     """
+    load = os.getloadavg()[0]  # before the timed steps add to it
     statuses, results = statuses_of(config)
     size = size_of(config, results.get("ingest"))
     storage = Storage(config.storage)
@@ -109,10 +110,10 @@ def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
             of_stage = effective_config(config, name, results)
             cost = imported(STAGES[name].cost)(of_stage, size, calibrate)
         items.append(Item(name, status, cost))
-    return Bill(tuple(items), tuple(_notes_on(config, statuses)) if found else ())
+    return Bill(tuple(items), tuple(_notes_on(config, statuses, load)) if found else ())
 
 
-def _notes_on(config: PipelineConfig, statuses: dict[str, Status]) -> list[str]:
+def _notes_on(config: PipelineConfig, statuses: dict[str, Status], load: float) -> list[str]:
     notes = ["times and memory are predictions from a few training steps, timed on this machine"]
     if config.ray.address:
         notes[0] += f", and not on the cluster at {config.ray.address}"
@@ -120,7 +121,7 @@ def _notes_on(config: PipelineConfig, statuses: dict[str, Status]) -> list[str]:
         notes.append(
             "train and evaluate are predicted for the network of the config; the search may choose another one"
         )
-    load, num_cores = os.getloadavg()[0], os.cpu_count() or 1
+    num_cores = os.cpu_count() or 1
     if load > BUSY * num_cores:
         notes.append(f"this machine is busy (load {load:.1f} on {num_cores} cores): times measured now are too long")
     return notes
@@ -134,8 +135,8 @@ def _sum(values: Any) -> Any:
 def _row(name: str, state: str, cost: Cost) -> dict[str, str]:
     at_most = f" (at most {as_duration(cost.seconds_at_most)})" if cost.seconds_at_most else ""
     several = f"{cost.num_processes} x " if cost.num_processes > 1 and cost.peak_bytes else ""
-    hours = [f"{cost.cpu_hours:.2f} CPU"] if cost.cpu_hours is not None else []
-    hours += [f"{cost.gpu_hours:.2f} GPU"] if cost.gpu_hours is not None else []
+    hours = [f"{cost.cpu_hours:.2g} CPU"] if cost.cpu_hours is not None else []
+    hours += [f"{cost.gpu_hours:.2g} GPU"] if cost.gpu_hours is not None else []
     return {
         "stage": name,
         "state": state,

@@ -29,8 +29,8 @@ def timed_of(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def expected_epochs(config: PipelineConfig) -> float:
     """Epochs of all trials together, if the order in which their errors come is random.
 
-    ASHA lets a trial go on from a rung if it is among the best 1 in `reduction_factor` of those that came there before it:
-    the first always is, the second in one case of two.
+    ASHA promotes a trial that is better than a percentile of the results that came to its rung before. Early on these are
+    few, so it promotes more than 1 in `reduction_factor`: the first always, the second in one case of two.
     """
     tune = config.tune
     epochs, rung, num_trials = 0.0, 0, float(tune.num_trials)
@@ -48,6 +48,12 @@ def most_epochs(config: PipelineConfig) -> int:
 
 
 def _num_promoted(num_trials: float, reduction_factor: int) -> float:
+    """How many of the trials that come to a rung leave it upwards."""
     whole = math.floor(num_trials)
-    chances = [max(1 / reduction_factor, 1 / (number + 1)) for number in range(whole + 1)]
+    chances = [_chance(number, 1 - 1 / reduction_factor) for number in range(whole + 1)]
     return sum(chances[:whole]) + (num_trials - whole) * chances[whole]
+
+
+def _chance(num_before: int, percentile: float) -> float:
+    """That a result exceeds a percentile of `num_before` others, linearly interpolated as Ray's is."""
+    return (num_before - percentile * (num_before - 1)) / (num_before + 1) if num_before else 1.0
