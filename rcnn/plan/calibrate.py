@@ -184,7 +184,7 @@ def calibrate(job: Job) -> Calibration:
 
     height, width, channels = job.image_shape
     side = job.config.model.crop
-    model = build_classifier(job.config, _manifest_of(job)).eval()
+    model = build_classifier(job.config, stand_in(job)).eval()
     seen = (side, side, channels) if side else (height, width, channels)
     counted = Calibration(count_multiply_adds(model.network, seen), count_parameters(model))
     if not job.is_timed:
@@ -210,7 +210,7 @@ def _timed(job: Job, counted: Calibration, torch: Any) -> Calibration:
     _forget_peak(device, torch)
     prepare(device, deterministic=config.train.deterministic)
     execution = choose_execution(config, device, num_steps=job.num_steps)
-    state = new_state(config, _manifest_of(job), device=device, num_steps=10_000)
+    state = new_state(config, stand_in(job), device=device, num_steps=10_000)
     network = execution.compiled(state.model)
     share = config.train.batch_size // config.execution.num_workers
 
@@ -259,7 +259,8 @@ def _forget_peak(device: Any, torch: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _manifest_of(job: Job) -> Any:
+def stand_in(job: Job) -> Any:
+    """A manifest of the job's shape, for random images."""
     from rcnn.data.manifest import Manifest, SourceRecord
 
     num_channels = job.image_shape[2]

@@ -1,7 +1,8 @@
 """How well `rcnn plan` predicts the time of an epoch: calibrated steps against an epoch that is then trained by `fit`.
 
 For each K and T, a process times a few steps on random images, and another one trains and validates on others for some
-seconds. Both have all cores.
+seconds. On a busy machine, `--cpu-time` compares the processor time of one thread instead: the clock on the wall then says
+more about the other work than about the prediction.
 """
 
 import json
@@ -10,35 +11,36 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from rcnn.config import PipelineConfig
 from rcnn.data.loader import Rows, TrainingData
-from rcnn.plan.calibrate import Calibration, Job, _manifest_of, calibrations_of
-from rcnn.storage import Storage
+from rcnn.plan.calibrate import Calibration, Job, calibrate, stand_in
 from rcnn.train.loop import fit
 from tests.bench.common import arguments, print_table, write_json
 
 IMAGE_SHAPE, NUM_CLASSES, NUM_VAL = (32, 32, 3), 10, 512
-MAX_STEPS = 200
+MIN_STEPS, MAX_STEPS = 5, 200
 
 
 def main() -> None:
     """Prints a row for each network, and the median of the errors."""
     if sys.argv[1:2] == ["--side"]:
-        print(json.dumps(seconds_of_an_epoch(*map(int, sys.argv[2:]))))
+        print(json.dumps(_side(*map(int, sys.argv[2:]))))
         return
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--num-maps", type=int, nargs="+", default=[32, 96, 160], help="K (default: 32 96 160)")
     parser.add_argument("--num-steps", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="T (default: 0 to 5)")
     parser.add_argument("--seconds", type=float, default=10, help="about as long an epoch (default: %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, for busy machines")
     parser.set_defaults(rounds=1)
     options = parser.parse_args()
     results = [
-        measure(num_maps, num_steps, seconds=options.seconds)
+        measure(num_maps, num_steps, seconds=options.seconds, cpu_time=options.cpu_time)
         for num_maps in options.num_maps
         for num_steps in options.num_steps
         for _ in range(options.rounds)
@@ -49,15 +51,12 @@ def main() -> None:
     write_json(options.json, [*results, {"median_error": median}])
 
 
-def measure(num_maps: int, num_steps: int, *, seconds: float) -> dict[str, Any]:
+def measure(num_maps: int, num_steps: int, *, seconds: float, cpu_time: bool) -> dict[str, Any]:
     """The prediction for an epoch of about `seconds`, and its time."""
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        job = _job(num_maps, num_steps)
-        [found] = calibrations_of([job], Storage(folder), num_threads=os.cpu_count() or 1)
-    steps = min(MAX_STEPS, max(5, math.ceil(seconds / found.step_seconds)))
-    side = [sys.executable, "-m", "tests.bench.plan", "--side", *map(str, (num_maps, num_steps, steps))]
-    taken = json.loads(subprocess.run(side, capture_output=True, text=True, check=True).stdout)
+    found = Calibration(**_ask(num_maps, num_steps, cpu_time, 0))
+    steps = min(MAX_STEPS, max(MIN_STEPS, math.ceil(seconds / found.step_seconds)))
+    taken = _ask(num_maps, num_steps, cpu_time, steps)
     return {
         "num_maps": num_maps,
         "num_steps": num_steps,
@@ -69,18 +68,30 @@ def measure(num_maps: int, num_steps: int, *, seconds: float) -> dict[str, Any]:
     }
 
 
+def _ask(*what: int) -> Any:
+    side = [sys.executable, "-m", "tests.bench.plan", "--side", *(str(int(value)) for value in what)]
+    return json.loads(subprocess.run(side, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def _side(num_maps: int, num_steps: int, cpu_time: int, steps: int) -> Any:
+    """In a process of its own: a calibration, or where there are `steps`, the seconds of an epoch of them."""
+    torch.set_num_threads(1 if cpu_time else os.cpu_count() or 1)
+    if cpu_time:
+        time.perf_counter = time.process_time  # all that is timed here asks it
+    job = _job(num_maps, num_steps)
+    return seconds_of_an_epoch(job, steps) if steps else asdict(calibrate(job))
+
+
 def predicted(found: Calibration, steps: int) -> float:
     """As `rcnn plan` adds up an epoch."""
     return steps * found.step_seconds + NUM_VAL * found.score_seconds
 
 
-def seconds_of_an_epoch(num_maps: int, num_steps: int, steps: int) -> float:
+def seconds_of_an_epoch(job: Job, steps: int) -> float:
     """Trains an epoch of random images with `fit`; the first one, which warms up, does not count."""
-    job = _job(num_maps, num_steps)
-    torch.set_num_threads(os.cpu_count() or 1)
-    ends = []
+    ends: list[float] = []
     for count in (3, steps):
-        data = TrainingData(_manifest_of(job), _rows(count * job.config.train.batch_size), _rows(NUM_VAL))
+        data = TrainingData(stand_in(job), _rows(count * job.config.train.batch_size), _rows(NUM_VAL))
         fit(job.config, data, lambda metrics, save: ends.append(metrics["perf/seconds"]))
     return ends[-1]
 
