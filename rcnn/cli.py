@@ -11,6 +11,7 @@ import math
 import os
 import re
 import select
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         stage.set_defaults(stage=name)
         stage.add_argument("--inputs", metavar="JSON", help="for Ray jobs: earlier results; --config is then JSON too")
         stage.add_argument("--result", metavar="NAME", help="for Ray jobs: file in the storage for the outcome")
+    plan = _add(commands, "plan", _plan, "what each stage would do and cost, before it runs", config=True)
+    plan.add_argument("--json", action="store_true", help="for machines: bytes, seconds, and counts in full")
+    plan.add_argument("--fresh", action="store_true", help="time the training steps again")
     predict = _add(commands, "predict", _predict, "classify image files", config=True)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or quoted globs")
     predict.add_argument(
@@ -200,6 +204,27 @@ def _prefect_answers() -> Iterator[None]:
             where=f"PREFECT_API_URL = {url!r}",
             remedy="`make up` starts a server; `unset PREFECT_API_URL` does without one" if url else "Try once more",
         ) from error
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.plan.bill import bill_of
+
+    bill = bill_of(config, fresh=options.fresh)
+    if options.json:
+        print(json.dumps(bill.as_json(), indent=2))
+        return
+    _print_table(bill.rows(), title=f"plan: {config.recipe}")
+    for line in bill.lines():
+        print(printable(f"  {line}"))
+    print(f"\n{'Nothing is left to run. This shows the results:' if bill.is_done else 'Next:'}")
+    print(f"  {shlex.join(['rcnn', 'pipeline', *_config_options(options)])}")
+
+
+def _config_options(options: argparse.Namespace) -> list[str]:
+    """The options of this call that say which config is meant."""
+    pairs = [("--recipe", options.recipe), ("--config", options.config), *(("--set", text) for text in options.set)]
+    return [word for name, value in pairs if value is not None for word in (name, value)]
 
 
 def _stage(options: argparse.Namespace) -> None:

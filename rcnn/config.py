@@ -24,6 +24,7 @@ MAX_PATH = 4096  # characters of a path or URI, as Linux bounds it
 MAX_SIDE = 4096  # pixels
 MAX_MEGAPIXELS = 175  # Pillow refuses images of about 179
 MAX_EPOCHS = 100_000
+MAX_MINUTES = 525_600  # a year
 MAX_BATCH = 1_000_000  # images
 MAX_ROWS = 1_000_000_000
 MAX_CPUS = 4096
@@ -195,6 +196,13 @@ class TrainConfig(Section):
     """Stochastic gradient descent: how long, how fast, on which rows."""
 
     epochs: int = Field(10, ge=1, le=MAX_EPOCHS, description="Passes over the training rows.")
+    max_minutes: float = Field(
+        0.0,
+        ge=0,
+        le=MAX_MINUTES,
+        description="Ends the train stage within this many minutes with its best result so far; 0: no limit. In no key: "
+        "with a higher limit, a run that it ended resumes; a learning rate of one_cycle stays on its way to the last epoch.",
+    )
     batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="Images per step, all workers together.")
     learning_rate: float = Field(0.01, gt=0, le=10, description="Initial rate (plateau) or peak rate (one-cycle).")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the SGD step.")

@@ -75,12 +75,11 @@ class EpochProgress:
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Prints the epoch's figures."""
-        epoch = int(metrics["epoch"])
-        self._bar.n = epoch
+        self._bar.n = metrics["epoch"]
         of_val = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
         validation = "  ".join(f"{label} {value}" for label, value in written_metrics(of_val, "val").items())
         self._line(
-            f"  epoch {epoch}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  {validation}  "
+            f"  epoch {metrics['epoch']:g}/{self.num_epochs}  train loss {metrics['train/loss']:.4f}  {validation}  "
             f"lr {metrics['learning_rate']:.2g}  {metrics['perf/images_per_second']:.0f} images/s"
         )
 

@@ -28,6 +28,11 @@ class StageResult(BaseModel):
         """Labels for the MLflow runs of the stages behind this one."""
         return {}
 
+    @property
+    def unfinished(self) -> str:
+        """Why the stage could do more, e.g. with a higher time limit; empty where nothing is left."""
+        return ""
+
     def highlights(self, locate: Locate) -> dict[str, str]:
         """What a person wants to see at the end of a pipeline, by label."""
         return {}
@@ -125,25 +130,55 @@ class TrainResult(StageResult):
     """Holds `model/` (weights and description) and `history.json` (metrics of each epoch)."""
     weights_sha256: str
     val_error: float
-    best_epoch: int
-    epochs: int
+    best_epoch: float
+    epochs: float
+    """A fraction where a time limit ended the last one early."""
     num_parameters: int
     images_per_second: float
     seconds: float
+    """Of this stage, since the last resumption."""
+    predicted_seconds: float = 0.0
+    """The same, as predicted after the first steps; 0: not predicted, since there was nothing left to train."""
+    peak_bytes: int = 0
+    """Most memory of the first worker: its process, or the tensors on its GPU."""
+    predicted_peak_bytes: int = 0
+    limit_minutes: float = 0.0
+    """The `train.max_minutes` that ended the training before its last epoch; 0: it was not ended by a limit."""
 
     def highlights(self, locate: Locate) -> dict[str, str]:
         """The model's size, and the speed of its training."""
         return {
             "parameters": f"{self.num_parameters:,}",
-            "training": f"{self.images_per_second:,.0f} images/s, {self.seconds:.0f} s",
+            "training": f"{self.images_per_second:,.0f} images/s, {self.duration}",
+            **({"ended early": self.unfinished} if self.unfinished else {}),
+            "memory": self.memory,
             "model": locate(f"{self.folder}/model"),
             "MLflow run": self.mlflow_run_id,
         }
 
     def figures(self) -> dict[str, str]:
         """Also the validation error."""
-        best = f"{100 * self.val_error:.2f} % (epoch {self.best_epoch} of {self.epochs})"
+        best = f"{100 * self.val_error:.2f} % (epoch {self.best_epoch:g} of {self.epochs:g})"
         return {"validation error": best} | super().figures()
+
+    @property
+    def duration(self) -> str:
+        """The stage's time beside the prediction."""
+        predicted = f" ({self.predicted_seconds:.0f} s predicted)" if self.predicted_seconds else ""
+        return f"{self.seconds:.0f} s{predicted}"
+
+    @property
+    def memory(self) -> str:
+        """The most memory of a worker beside the prediction."""
+        predicted = f" ({self.predicted_peak_bytes / 1e6:,.0f} MB predicted)" if self.predicted_peak_bytes else ""
+        return f"{self.peak_bytes / 1e6:,.0f} MB a worker{predicted}"
+
+    @property
+    def unfinished(self) -> str:
+        """Why more could be trained; empty where nothing is left."""
+        if not self.limit_minutes:
+            return ""
+        return f"train.max_minutes = {self.limit_minutes:g} ended it after {self.epochs:g} epochs"
 
 
 class EvaluateResult(StageResult):

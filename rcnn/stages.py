@@ -17,7 +17,7 @@ from rcnn.errors import ClusterError, ConfigError
 from rcnn.keys import Code, code_of, differing, key_of
 from rcnn.model.networks import NETWORKS
 from rcnn.progress import say
-from rcnn.storage import RESULT, StageFolder, Storage
+from rcnn.storage import MADE_OF, RESULT, StageFolder, Storage
 from rcnn.text import counted
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Stage:
         folder: where its folders lie.
         label: the beginning of its folder's name.
         whole: a file that is there when the stage is done, besides its result; empty: none.
+        cost: `module:function` that predicts what it takes, for `rcnn plan`; empty: nothing is known.
         check: `module:function` that says whether a result still stands, given config, result and folder; empty: it does.
         modules: where its code is found, besides `run`: modules that are imported by name at run time.
         has_run: whether it has an MLflow run of its own.
@@ -61,6 +62,7 @@ class Stage:
     folder: str
     label: Callable[[PipelineConfig], str]
     whole: str = ""
+    cost: str = ""
     check: str = ""
     modules: Callable[[PipelineConfig], list[str]] = lambda config: []
     has_run: bool = True
@@ -102,6 +104,7 @@ STAGES: dict[str, Stage] = {
         run="rcnn.data.ingest:run_ingest",
         result="rcnn.results:IngestResult",
         takes=(),
+        cost="rcnn.plan.costs:cost_of_ingest",
         settings=("data", "-data.mirror"),
         identity=_fingerprint,
         purpose=lambda config: f"reading {config.data.dataset} into Parquet",
@@ -118,8 +121,9 @@ STAGES: dict[str, Stage] = {
         run="rcnn.tune.ray_tuner:run_tune",
         result="rcnn.results:TuneResult",
         takes=("ingest",),
+        cost="rcnn.plan.costs:cost_of_tune",
         settings=(
-            "model", "train", "augment", "tune", "seed", "-train.epochs", "-tune.enabled",
+            "model", "train", "augment", "tune", "seed", "-train.epochs", "-train.max_minutes", "-tune.enabled",
             "-tune.max_concurrent_trials", "-tune.cpus_per_trial", "-tune.gpus_per_trial",
         ),
         identity=lambda config, results: [results["ingest"].digest],
@@ -134,19 +138,22 @@ STAGES: dict[str, Stage] = {
         run="rcnn.train.ray_trainer:run_train",
         result="rcnn.results:TrainResult",
         takes=("ingest",),
-        settings=("model", "train", "augment", "seed"),
+        cost="rcnn.plan.costs:cost_of_train",
+        settings=("model", "train", "augment", "seed", "-train.max_minutes"),
         identity=lambda config, results: [results["ingest"].digest],
         purpose=_training_in_words,
         folder="runs",
         label=lambda config: "train",
         modules=_network_module,
         whole="model/model.safetensors",
+        check="rcnn.train.limit:allows_no_more",
     ),
     "evaluate": Stage(
         help="score a trained model on every test row (after train)",
         run="rcnn.evaluate.report:run_evaluate",
         result="rcnn.results:EvaluateResult",
         takes=("ingest", "train"),
+        cost="rcnn.plan.costs:cost_of_evaluate",
         settings=("evaluate",),
         identity=lambda config, results: [results["train"].weights_sha256, results["ingest"].test_digest],
         purpose=lambda config: "scoring every test row",
@@ -160,6 +167,7 @@ STAGES: dict[str, Stage] = {
         run="rcnn.registry.register:run_register",
         result="rcnn.results:RegisterResult",
         takes=("train", "evaluate"),
+        cost="rcnn.plan.costs:cost_of_register",
         settings=(),
         identity=lambda config, results: [
             results["evaluate"].folder, config.tracking.uri, config.tracking.model_name
@@ -203,9 +211,20 @@ def effective_config(config: PipelineConfig, name: str, results: Results) -> Pip
 def stage_folder(config: PipelineConfig, name: str, results: Results) -> StageFolder:
     """Where a stage keeps its result; the name holds its key."""
     stage = STAGES[name]
+    key = key_of(**made_of(config, name, results))
     config = effective_config(config, name, results)
-    key = key_of(config.values_of(*stage.settings), stage.identity(config, results), stage_code(config, name))
     return StageFolder(Storage(config.storage), f"{stage.folder}/{stage.label(config)}-{key}")
+
+
+def made_of(config: PipelineConfig, name: str, results: Results) -> dict[str, Any]:
+    """All that a stage's result depends on, whose hash is its key: settings, inputs and code."""
+    stage = STAGES[name]
+    config = effective_config(config, name, results)
+    return {
+        "settings": config.values_of(*stage.settings),
+        "inputs": stage.identity(config, results),
+        "code": stage_code(config, name),
+    }
 
 
 def stage_code(config: PipelineConfig, name: str) -> Code:
@@ -239,12 +258,12 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
     stage, target = STAGES[name], stage_folder(config, name, results)
     try:
         tree = target.storage.read_json(target.path(RESULT))
-        result: StageResult | None = None if tree is None else _imported(stage.result).model_validate(tree)
+        result: StageResult | None = None if tree is None else imported(stage.result).model_validate(tree)
     except ValueError:
         return None  # a damaged result is no result: the stage writes a new one
     if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
         return None
-    return result if not stage.check or _imported(stage.check)(config, result, target) else None
+    return result if not stage.check or imported(stage.check)(config, result, target) else None
 
 
 def run_stage(
@@ -275,6 +294,7 @@ def run_stage(
     say(f"{name}: {STAGES[name].purpose(config)}")
     started = time.perf_counter()
     result = _run_tracked(config, name, results, target, fresh, parent or Parent())
+    target.storage.write_json(target.path(MADE_OF), made_of(config, name, results))
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     say(f"{name}: done in {time.perf_counter() - started:.0f} s")
     return result
@@ -298,7 +318,7 @@ def results_from_json(trees: Mapping[str, Any]) -> Results:
     unknown = set(trees) - set(STAGES)
     if unknown:
         raise ConfigError(f"there is no stage {sorted(unknown)[0]!r}", where="--inputs", remedy=f"Use {list(STAGES)}")
-    return {name: _imported(STAGES[name].result).model_validate(tree) for name, tree in trees.items()}
+    return {name: imported(STAGES[name].result).model_validate(tree) for name, tree in trees.items()}
 
 
 def pipeline_key(config: PipelineConfig) -> str:
@@ -313,7 +333,7 @@ def _check_inputs(config: PipelineConfig, name: str, results: Results) -> None:
     """Checks that what the stage reads still stands, before anything long starts; see `Stage.check`."""
     for taken in STAGES[name].takes:
         if STAGES[taken].check:
-            _imported(STAGES[taken].check)(config, results[taken], stage_folder(config, taken, results))
+            imported(STAGES[taken].check)(config, results[taken], stage_folder(config, taken, results))
 
 
 def _run_tracked(
@@ -323,7 +343,7 @@ def _run_tracked(
     from rcnn.tracking import NoTracker, finish_failed
 
     stage = STAGES[name]
-    run = _imported(stage.run)
+    run = imported(stage.run)
     inputs = [results[taken] for taken in stage.takes]
     if not stage.has_run:
         return run(config, *inputs, target, NoTracker())  # type: ignore[no-any-return]
@@ -340,7 +360,7 @@ def _run_tracked(
     return result.model_copy(update={"mlflow_run_id": tracker.run_id})  # type: ignore[no-any-return]
 
 
-def _imported(path: str) -> Any:
+def imported(path: str) -> Any:
     """What `module:name` names; its module is imported when it is needed."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

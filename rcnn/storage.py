@@ -174,6 +174,14 @@ class Storage:
             infos = self.filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == fs.FileType.File}
 
+    def list_folders(self, name: str) -> list[str]:
+        """The names of the folders in a folder, sorted; none where there is no such folder."""
+        from pyarrow import fs
+
+        with self.reading(name):
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.path(name), allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
     def require_size(self, name: str, num_bytes: int) -> None:
         """Checks that a file is there, whole.
 
@@ -236,6 +244,8 @@ class Storage:
 
 RESULT = "_result.json"
 """What a finished stage hands on. Readers of Parquet folders skip names that begin with _."""
+MADE_OF = "_made_of.json"
+"""What the key of that result is the hash of, so that `rcnn plan` can say what changed since."""
 OLD_RESULT = "result.json"  # until version 0.1
 
 

@@ -56,7 +56,7 @@ SMALLEST_WRONG = {
     "train.num_rows": -1, "execution.keep_checkpoints": 0, "execution.num_workers": 0, "execution.cpus_per_worker": 0,
     "execution.max_failures": -1, "execution.use_gpu": "perhaps", "train.precision": "float8", "execution.compile": "perhaps",
     "train.deterministic": "perhaps", "execution.recompute": "perhaps", "execution.triton": "perhaps",
-    "train.nesterov": "perhaps", "tune.enabled": "perhaps",
+    "train.nesterov": "perhaps", "train.max_minutes": -1, "tune.enabled": "perhaps",
     "tune.num_trials": 0, "tune.k": [], "tune.t": [-1], "tune.learning_rate_min": 0, "tune.learning_rate_max": 11,
     "tune.epochs": 0, "tune.grace_epochs": 0, "tune.reduction_factor": 1, "tune.num_rows": -1,
     "tune.max_concurrent_trials": -1, "tune.cpus_per_trial": 0, "tune.gpus_per_trial": -1, "evaluate.batch_size": 0,

@@ -36,6 +36,7 @@ ORDER = [
     "recipes",
     "config_diff",
     "stages",
+    "plan",
     "summary",
     "completion",
     "cli",

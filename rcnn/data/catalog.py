@@ -13,7 +13,7 @@ from rcnn.data.manifest import MANIFEST, OLD_MANIFEST, Manifest, Shard, read_man
 from rcnn.data.schema import content_sum, read_block, table_schema
 from rcnn.data.shards import read_shard
 from rcnn.errors import ConfigError, DataError
-from rcnn.storage import OLD_RESULT, RESULT, Storage
+from rcnn.storage import MADE_OF, OLD_RESULT, RESULT, Storage
 from rcnn.text import counted
 
 FOLDER = "datasets"
@@ -72,6 +72,7 @@ def find_faults(storage: Storage, folder: str) -> Iterator[str]:
         OLD_MANIFEST,
         RESULT,
         OLD_RESULT,
+        MADE_OF,
         *(shard.file for split in manifest.splits.values() for shard in split.shards),
     }
     for file in sorted(set(storage.list_sizes(folder)) - known):

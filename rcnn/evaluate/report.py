@@ -97,6 +97,7 @@ def _write_report(
         f"| {_cell(name)} | {'no test rows' if share is None else f'{100 * share:.2f}'} |"
         for name, share in result.accuracy_per_class.items()
     )
+    ended = f"; {trained.unfinished}" if trained.unfinished else ""
     (folder / "metrics.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(
         f"""# {name}
@@ -104,10 +105,11 @@ def _write_report(
 | | |
 | --- | --- |
 {metrics}
-| validation error | {100 * trained.val_error:.2f} % (best of {trained.epochs} epochs, epoch {trained.best_epoch}) |
+| validation error | {100 * trained.val_error:.2f} % (best of {trained.epochs:g} epochs, epoch {trained.best_epoch:g}) |
 | parameters | {trained.num_parameters:,} |
 | inference | {result.images_per_second:,.0f} images/s, batches of {config.evaluate.batch_size} |
-| training | {trained.images_per_second:,.0f} images/s, {trained.seconds:.0f} s |
+| training | {trained.images_per_second:,.0f} images/s, {trained.duration}{ended} |
+| memory of training | {trained.memory} |
 | data digest | `{manifest.digest[:16]}` |
 
 ![confusion matrix](confusion.png)

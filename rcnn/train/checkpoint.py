@@ -46,21 +46,27 @@ class TrainState:
         """The weights to judge: averaged if averaging is on."""
         return self.averaged.module if self.averaged is not None else self.model  # type: ignore[return-value]
 
-    def save(self, folder: Path) -> None:
-        """Writes the checkpoint, and the model as it now is, to a folder."""
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
-                "epoch": self.epoch,
-                "history": self.history,
-                "config": self.config.model_dump_json(),
-                "data_digest": self.manifest.digest,
-            },
-            folder / CHECKPOINT,
-        )
+    @property
+    def seconds(self) -> float:
+        """Seconds of training behind the epochs done."""
+        return self.history[-1].get("perf/seconds", 0.0) if self.history else 0.0
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint holds. It shares its tensors with this state, which the next step changes."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+            "epoch": self.epoch,
+            "history": self.history,
+            "config": self.config.model_dump_json(),
+            "data_digest": self.manifest.digest,
+        }
+
+    def save(self, folder: Path, *, position: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint to resume at `position` (default: here), and the model as it now is, to a folder."""
+        torch.save(position or self.position(), folder / CHECKPOINT)
         save_model(self.best_model, self.config, self.manifest, folder)
 
     def load(self, folder: Path) -> None:

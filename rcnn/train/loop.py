@@ -4,6 +4,8 @@ In: a config, rows in memory, and a `report` to call after each epoch. It knows 
 group exists, it trains as one rank of it.
 """
 
+import copy
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from rcnn.progress import say
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
 from rcnn.train.execution import Execution, choose_device, choose_execution, prepare
+from rcnn.train.pace import Forecast, Pace
 from rcnn.train.step import score, train_step
 
 Metrics = dict[str, float]
@@ -39,8 +42,15 @@ def fit(
     *,
     resume_from: Path | None = None,
     on_progress: Callable[[float], None] = lambda epochs_done: None,
+    on_forecast: Callable[[Forecast], None] = lambda forecast: None,
+    max_seconds: float = 0.0,
+    seconds_spent: float = 0.0,
 ) -> TrainState:
-    """Trains for `config.train.epochs` epochs, or for what is left of them.
+    """Trains for `config.train.epochs` epochs, or for what is left of them, or until the time is up.
+
+    The time limit may end an epoch early. Its weights are then validated and reported like those of a whole one, as epoch
+    3.4, say; but the checkpoint's position is the start of that epoch, so that a run with a higher limit resumes there and
+    ends with the same bits as a run that had no limit.
 
     Args:
         config: the whole config; `model`, `train`, `augment`, `execution` and `seed` matter here.
@@ -48,6 +58,9 @@ def fit(
         report: called after each epoch.
         resume_from: folder of a checkpoint to resume from.
         on_progress: called now and then with the epochs done, a fraction.
+        on_forecast: called once, after the first steps.
+        max_seconds: ends training in time for a last validation, after one step at the earliest; 0: no limit.
+        seconds_spent: seconds that count already; a resumed run counts those of its checkpoint instead.
 
     Raises:
         TrainingError: the loss is no longer a number, or the checkpoint cannot be read.
@@ -68,11 +81,28 @@ def fit(
     val = data.val.share(rank, num_ranks)
     if isinstance(val, Rows):
         val = val.to(device)
-    while state.epoch < config.train.epochs:
+    pace = Pace(
+        device,
+        num_steps=loader.num_steps,
+        num_epochs=config.train.epochs - state.epoch,
+        validation_steps=len(val) / order.share,
+        on_forecast=on_forecast,
+        max_seconds=max_seconds,
+        seconds_spent=state.seconds or seconds_spent,
+        num_ranks=num_ranks,
+    )
+    while state.epoch < config.train.epochs and not (state.history and pace.is_over()):
         # Each epoch's dropout depends on its number and the rank alone: a resumed run draws what the first one would have
         # drawn. It is the one thing in which another number of ranks differs.
         torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
-        metrics = _train_epoch(state, network, loader, execution, on_progress) | _validate(state, val, execution)
+        position = copy.deepcopy(state.position()) if max_seconds else None
+        metrics, num_steps = train_epoch(state, network, loader, execution, pace, on_progress)
+        metrics |= validate(state, val, execution, pace)
+        if num_steps < loader.num_steps:
+            metrics["epoch"] = round(state.epoch + num_steps / loader.num_steps, 3)
+            state.history.append(metrics)
+            report(metrics, functools.partial(state.save, position=position))
+            break
         state.schedule.after_epoch(metrics["val/error"])
         state.epoch += 1
         metrics["epoch"] = state.epoch
@@ -110,13 +140,19 @@ def process_group() -> tuple[int, int]:
     return 0, 1
 
 
-def _train_epoch(
+def train_epoch(
     state: TrainState,
     network: nn.Module,
     loader: Loader,
     execution: Execution,
-    on_progress: Callable[[float], None],
-) -> Metrics:
+    pace: Pace,
+    on_progress: Callable[[float], None] = lambda epochs_done: None,
+) -> tuple[Metrics, int]:
+    """Trains for one epoch, or for its first steps if the time is up; returns its metrics and the number of its steps.
+
+    Raises:
+        TrainingError: the loss is no longer a number.
+    """
     learning_rate, clip_norm = state.schedule.learning_rate, state.config.train.clip_norm
     network.train()
     started = last_progress = time.perf_counter()
@@ -131,7 +167,10 @@ def _train_epoch(
         if time.perf_counter() - last_progress > SECONDS_BETWEEN_PROGRESS:
             last_progress = time.perf_counter()
             on_progress(state.epoch + step / loader.num_steps)
-    mean_loss = _mean_over_ranks(total_loss / loader.num_steps)  # waits for the device: the time below is whole
+        pace.after_step()
+        if pace.is_over(step):
+            break
+    mean_loss = _mean_over_ranks(total_loss / step)  # waits for the device: the time below is whole
     seconds = time.perf_counter() - started
     if not math.isfinite(mean_loss):
         raise TrainingError(
@@ -139,11 +178,14 @@ def _train_epoch(
             where=f"train.learning_rate = {state.config.train.learning_rate}",
             remedy="Lower it by a factor of 3 to 10",
         )
-    images_per_second = loader.num_steps * loader.order.batch_size / seconds
-    return {"train/loss": mean_loss, "learning_rate": learning_rate, "perf/images_per_second": images_per_second}
+    images_per_second = step * loader.order.batch_size / seconds
+    metrics = {"train/loss": mean_loss, "learning_rate": learning_rate, "perf/images_per_second": images_per_second}
+    return metrics, step
 
 
-def _validate(state: TrainState, val: RowSource, execution: Execution) -> Metrics:
+def validate(state: TrainState, val: RowSource, execution: Execution, pace: Pace) -> Metrics:
+    """The figures of all ranks' validation rows, and the seconds of the run so far."""
+    started = time.perf_counter()
     batch_size = state.config.evaluate.batch_size
     scores = score(
         state.best_model,
@@ -156,7 +198,9 @@ def _validate(state: TrainState, val: RowSource, execution: Execution) -> Metric
     if process_group()[1] > 1:
         dist.all_reduce(scores.confusion)
         dist.all_reduce(scores.loss_sum)
-    return {f"val/{name}": value for name, value in scores.metrics().items()}
+    metrics = {f"val/{name}": value for name, value in scores.metrics().items()}  # waits for the device
+    pace.after_validation(time.perf_counter() - started)
+    return metrics | {"perf/seconds": round(pace.seconds, 2)}
 
 
 def _mean_over_ranks(value: Tensor) -> float:

@@ -4,12 +4,14 @@ In: a config and a data set. Out: a finished model folder. A run of the same nam
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,11 @@ from rcnn.results import IngestResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import DESCRIPTION, WEIGHTS, load_model, read_epochs_done
+from rcnn.train.execution import choose_device
 from rcnn.train.loop import Metrics, fit, training_data
+from rcnn.train.pace import Forecast, peak_bytes
+
+SECONDS_TO_END = 2.0  # from the last epoch to the result: Ray Train ends, the best model is copied
 
 
 def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TrainResult:
@@ -42,6 +48,7 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
         ClusterError: Ray or the storage is out of reach, or the cluster is too small.
         DataError: the data set is not what its manifest says.
     """
+    prediction = _Prediction(started=time.time())
     manifest = require_manifest(target.storage, data.folder)
     tracker.log_data(manifest.summary(), target.storage.uri(data.folder), context="training")
     ensure_ray(config, target.storage)
@@ -51,26 +58,66 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
         num_gpus=config.execution.num_workers * config.execution.use_gpu,
         settings="execution.num_workers, execution.cpus_per_worker, execution.use_gpu",
     )
-    started = time.perf_counter()
-    trained = _fit_on_workers(config, data, target, tracker)
-    history: list[Metrics] = trained.return_value
+    trained = _fit_on_workers(config, data, target, tracker, prediction)
+    history: list[Metrics] = trained.return_value["history"]
     checkpoint, best = min(trained.best_checkpoints, key=lambda kept: kept[1]["val/error"])
     num_parameters, weights_sha256 = _publish_model(checkpoint, target)
     target.storage.write_json(target.path("history.json"), history)
     tracker.log_params({"num_parameters": num_parameters})
-    return TrainResult(
+    result = TrainResult(
         folder=target.name,
         weights_sha256=weights_sha256,
         val_error=best["val/error"],
-        best_epoch=int(best["epoch"]),
-        epochs=len(history),
+        best_epoch=best["epoch"],
+        epochs=history[-1]["epoch"],
         num_parameters=num_parameters,
         images_per_second=sorted(metrics["perf/images_per_second"] for metrics in history)[len(history) // 2],
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=round(time.time() - prediction.started, 1),
+        predicted_seconds=round(prediction.seconds, 1),
+        peak_bytes=trained.return_value["peak_bytes"],
+        predicted_peak_bytes=prediction.peak_bytes,
+        limit_minutes=config.train.max_minutes if history[-1]["epoch"] < config.train.epochs else 0,
     )
+    _log_bill(result, config.train.epochs, tracker)
+    return result
 
 
-def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> Any:
+def _log_bill(result: TrainResult, num_epochs: int, tracker: Tracker) -> None:
+    """Sends what the training cost, and what was predicted, to the tracker."""
+    figures = {
+        "perf/seconds": result.seconds,
+        "perf/predicted_seconds": result.predicted_seconds,
+        "perf/peak_megabytes": result.peak_bytes / 1e6,
+        "perf/predicted_peak_megabytes": result.predicted_peak_bytes / 1e6,
+    }
+    tracker.log_metrics({name: value for name, value in figures.items() if value}, step=math.ceil(result.epochs))
+    if result.unfinished:
+        say(f"  {result.unfinished} of {num_epochs}; with a higher limit, the same command resumes")
+
+
+@dataclass
+class _Prediction:
+    """What the first steps of a run promise for the whole stage.
+
+    Attributes:
+        started: when the stage did, as `time.time()`: the workers count from there too, in processes of their own.
+        seconds, peak_bytes: of the stage and of a worker; 0 until the first steps are done.
+    """
+
+    started: float
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def take(self, forecast: Forecast) -> None:
+        """Takes a worker's forecast of what is left, and shows what the whole comes to."""
+        self.seconds = time.time() - self.started + forecast.seconds_left + SECONDS_TO_END
+        self.peak_bytes = forecast.peak_bytes
+        say(f"  predicted: {self.seconds:.0f} s in all, {self.peak_bytes / 1e6:,.0f} MB a worker")
+
+
+def _fit_on_workers(
+    config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker, prediction: _Prediction
+) -> Any:
     board = new_board()
     storage = target.storage
     trainer = TorchTrainer(
@@ -80,6 +127,7 @@ def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFol
             "storage": storage.root,
             "data_folder": data.folder,
             "board": board,
+            "started": prediction.started,
         },
         scaling_config=ScalingConfig(
             num_workers=config.execution.num_workers,
@@ -99,7 +147,7 @@ def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFol
             ),
         ),
     )
-    with _showing(board, config.train.epochs, tracker):
+    with _showing(board, config.train.epochs, tracker, prediction):
         try:
             with interruptible():
                 return trainer.fit()
@@ -108,20 +156,27 @@ def _fit_on_workers(config: PipelineConfig, data: IngestResult, target: StageFol
 
 
 @contextmanager
-def _showing(board: Any, num_epochs: int, tracker: Tracker) -> Iterator[None]:
+def _showing(board: Any, num_epochs: int, tracker: Tracker, prediction: _Prediction) -> Iterator[None]:
     """Sends the workers' notes to the screen and to the tracker while the body runs."""
     progress = EpochProgress(num_epochs)
 
     def finish_epoch(metrics: Metrics) -> None:
         # The line last: if MLflow is away, the epoch comes again.
-        tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=int(metrics["epoch"]))
+        tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=math.ceil(metrics["epoch"]))
         progress.finish_epoch(metrics)
 
     def resumed(epochs_done: int) -> None:
         say(f"  resuming after epoch {epochs_done} of {num_epochs}, from the last checkpoint")
 
     try:
-        with following(board, {"progress": progress.advance, "epoch": finish_epoch, "resumed": resumed, "said": say}):
+        handlers: dict[str, Callable[[Any], None]] = {
+            "progress": progress.advance,
+            "epoch": finish_epoch,
+            "resumed": resumed,
+            "said": say,
+            "forecast": prediction.take,
+        }
+        with following(board, handlers):
             yield
     finally:
         progress.close()
@@ -139,8 +194,8 @@ def _as_training_error(error: Exception) -> RcnnError:
     )
 
 
-def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
-    """What each worker runs. Returns the history of all epochs, those before a resumption included."""
+def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker runs. Returns the history of all epochs, those before a resumption included, and its peak memory."""
     import torch
 
     config = PipelineConfig.model_validate(settings["config"])
@@ -161,6 +216,7 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
             save(Path(folder))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
+    max_minutes = config.train.max_minutes
     if is_first:
         hand_on(lambda line: note("said", line))
     try:
@@ -176,6 +232,9 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
                 report,
                 resume_from=resume_from,
                 on_progress=lambda epochs_done: note("progress", epochs_done),
+                on_forecast=lambda forecast: note("forecast", forecast),
+                max_seconds=max(1.0, 60 * max_minutes - SECONDS_TO_END) if max_minutes else 0.0,
+                seconds_spent=time.time() - settings["started"],
             )
     except RcnnError as error:
         # Alone, a worker would meet the same again on a retry: it ends, and the driver raises its error. Of several, the
@@ -183,9 +242,9 @@ def _train_on_worker(settings: dict[str, Any]) -> list[Metrics]:
         ends_all = config.execution.num_workers == 1 and not error.retryable
         ray.get(board.put.remote("fatal" if ends_all else "fault", error))
         if ends_all:
-            return []
+            return {}
         raise
-    return state.history
+    return {"history": state.history, "peak_bytes": peak_bytes(choose_device(config.execution.use_gpu))}
 
 
 def _publish_model(checkpoint: Any, target: StageFolder) -> tuple[int, str]:

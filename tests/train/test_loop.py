@@ -15,6 +15,7 @@ from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import load_model
 from rcnn.train.loop import Metrics, fit, training_data
+from rcnn.train.pace import Forecast, Pace
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "debug_tiny.json"
 
@@ -120,6 +121,78 @@ def test_a_stopped_and_resumed_run_ends_with_the_very_same_weights(
     )
     timeless = [[{k: v for k, v in row.items() if "perf" not in k} for row in run.history] for run in (whole, resumed)]
     assert timeless[0] == timeless[1]
+
+
+def stop_at(epoch: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the time be up at a step of an epoch, whatever the clock says."""
+    seen: list[int] = []
+
+    def is_over(pace: Pace, at: int = 0) -> bool:
+        seen.extend([at] if at == 1 else [])
+        return len(seen) == epoch and at == step
+
+    monkeypatch.setattr(Pace, "is_over", is_over)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_time_limit_ends_an_epoch_early_and_a_higher_one_resumes_to_the_same_weights(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    config = tiny_config.with_settings(
+        {"train.epochs": 4, "train.schedule": "one_cycle", "train.ema_decay": 0.9, "model.dropout": 0.3}
+    )
+    whole = fit(config, data, ignore)
+    with monkeypatch.context() as patched:
+        stop_at(epoch, 3, patched)
+        limited = fit(config, data, lambda metrics, save: save(tmp_path), max_seconds=1e6)
+    assert [metrics["epoch"] for metrics in limited.history] == [*range(1, epoch), epoch - 1 + 0.3]
+    assert 0 <= limited.history[-1]["val/error"] <= 1
+    model, _ = load_model(tmp_path)  # the model is that of the third step ...
+    images = data.val.images[:7]  # type: ignore[attr-defined]
+    assert torch.equal(model(images), limited.best_model.eval()(images))
+    resumed = fit(config, data, ignore, resume_from=tmp_path)  # ... and the position the start of its epoch
+    assert [metrics["epoch"] for metrics in resumed.history] == [1, 2, 3, 4]
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_however_short_the_time_one_step_is_trained_and_validated(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path
+) -> None:
+    reported: list[float] = []
+
+    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
+        reported.append(metrics["epoch"])
+        save(tmp_path)
+
+    fit(tiny_config, data, report, max_seconds=1e-9, seconds_spent=60)
+    assert reported == [0.1]  # of 10 steps
+    fit(tiny_config, data, report, max_seconds=1e6, resume_from=tmp_path)
+    assert reported == [0.1, 1, 2]
+    again = fit(tiny_config, data, report, max_seconds=1e-9, resume_from=tmp_path)
+    assert len(again.history) == 2
+    assert reported == [0.1, 1, 2]
+
+
+def test_a_resumed_run_counts_the_time_before_it(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path
+) -> None:
+    config = tiny_config.with_settings({"train.epochs": 1})
+    first = fit(config, data, lambda metrics, save: save(tmp_path), seconds_spent=100)
+    assert first.history[0]["perf/seconds"] > 100
+    more = tiny_config.with_settings({"train.epochs": 3})
+    limited = fit(more, data, ignore, resume_from=tmp_path, max_seconds=100)
+    assert len(limited.history) == 1
+    longer = fit(more, data, ignore, resume_from=tmp_path, max_seconds=1000)
+    assert [100 < metrics["perf/seconds"] < 200 for metrics in longer.history] == [True, True, True]
+
+
+def test_the_first_steps_forecast_the_rest(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    forecasts: list[Forecast] = []
+    config = tiny_config.with_settings({"train.epochs": 4})
+    state = fit(config, data, ignore, on_forecast=forecasts.append)
+    [forecast] = forecasts
+    assert 0 < forecast.seconds_left < 2 * state.seconds
+    assert 1e7 < forecast.peak_bytes < 1e11
 
 
 def test_the_plateau_schedule_cuts_the_rate_by_10(tiny_config: PipelineConfig, data: TrainingData) -> None:

@@ -17,6 +17,8 @@ from rcnn.errors import ClusterError, TrainingError
 from rcnn.results import IngestResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
+from rcnn.train.limit import allows_no_more
+from rcnn.train.pace import STEPS_BETWEEN_LOOKS
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -66,11 +68,24 @@ def test_one_worker_and_two_agree_and_checkpoints_are_kept(
     assert one.num_parameters == 4938
 
 
-def test_two_workers_stream_uneven_rows_to_the_end(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+def test_a_limit_ends_two_workers_at_one_step_and_without_it_they_stream_uneven_rows_to_the_end(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> None:
     config = tiny_config.with_settings(
         {"execution.loader": "streaming", "train.num_rows": 333, "execution.num_workers": 2, "train.batch_size": 10}
     )
-    assert train(config, digits, "runs/streaming").epochs == 2
+    limit = config.with_settings({"train.max_minutes": 0.001})
+    limited = train(limit, digits, "runs/streaming")
+    assert limited.epochs == pytest.approx(STEPS_BETWEEN_LOOKS / 33, abs=0.001)
+    assert limited.highlights(str)["ended early"] == "train.max_minutes = 0.001 ended it after 0.303 epochs"
+    target = StageFolder(Storage(config.storage), "runs/streaming")
+    assert allows_no_more(limit, limited, target)
+    assert not allows_no_more(config, limited, target)
+    whole = train(config, digits, "runs/streaming")
+    assert whole.epochs == 2
+    assert whole.limit_minutes == 0
+    assert whole.predicted_seconds == pytest.approx(whole.seconds, rel=0.7)
+    assert 0 < whole.predicted_peak_bytes <= whole.peak_bytes < 1e10
 
 
 def test_a_killed_worker_is_replaced_and_a_finished_run_is_not_trained_again(

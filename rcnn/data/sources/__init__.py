@@ -54,7 +54,7 @@ class Source:
         return _imported(f"{self.module}:{self.function}")  # type: ignore[no-any-return]
 
 
-# `data.mirror` is not among them: RCNN_DATA__MIRROR in the environment serves whatever is downloaded, and harms no other source.
+# Not `data.mirror`: RCNN_DATA__MIRROR in the environment serves all downloads, and must not end runs that need none.
 _OFFICIAL = ("root",)
 _IMAGES = ("root", "image_size", "resize", "color", "max_megapixels", "on_error")
 SOURCES: dict[str, Source] = {

@@ -62,4 +62,4 @@ def test_a_source_is_one_file_and_one_row(tmp_path: Path) -> None:
     assert other_key == stage_folder(PipelineConfig(), "ingest", {}).name  # other data sets keep their identity
     assert any("stripes" in line for line in listed)
     assert exit_code == "2"
-    assert "data resize = 'pad' is for the sources folder and parquet, and source is 'stripes'" in done.stderr
+    assert "data.resize = 'pad' is for the sources folder and parquet, and source is 'stripes'" in done.stderr

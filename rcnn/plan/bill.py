@@ -1,0 +1,171 @@
+"""`rcnn plan`: what each stage would do and cost, as rows for a table and as JSON."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rcnn.config import PipelineConfig
+from rcnn.plan.calibrate import Calibration, Job, calibrations_of
+from rcnn.plan.costs import SECONDS_TO_START_PREFECT, Cost
+from rcnn.plan.size import size_of
+from rcnn.plan.status import Status, statuses_of
+from rcnn.stages import STAGES, effective_config, imported
+from rcnn.storage import Storage
+
+BUSY = 0.5  # of the cores: above this load, times are too long
+
+
+@dataclass(frozen=True)
+class Item:
+    """A stage of the plan: its status, and what it costs where it is not done."""
+
+    name: str
+    status: Status
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Bill:
+    """The whole plan.
+
+    Attributes:
+        items: the stages, in order.
+        notes: what holds for all of them.
+    """
+
+    items: tuple[Item, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to run."""
+        return all(item.status.state == "done" for item in self.items)
+
+    @property
+    def total(self) -> Cost:
+        """The sums over the stages that run, as far as they are known, and the largest memory."""
+        costs = [item.cost for item in self.items if item.status.state != "done"]
+        seconds = _sum(cost.seconds for cost in costs)
+        return Cost(
+            num_steps=_sum(cost.num_steps for cost in costs),
+            multiply_adds=_sum(cost.multiply_adds for cost in costs),
+            seconds=None if seconds is None else seconds + SECONDS_TO_START_PREFECT,
+            cpu_hours=_sum(cost.cpu_hours for cost in costs),
+            gpu_hours=_sum(cost.gpu_hours for cost in costs),
+            peak_bytes=max((cost.num_processes * cost.peak_bytes for cost in costs if cost.peak_bytes), default=None),
+            disk_bytes=_sum(cost.disk_bytes for cost in costs),
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the time of each stage that runs is predicted."""
+        return all(item.cost.seconds is not None for item in self.items if item.status.state != "done")
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table, with the total as its last row."""
+        rows = [_row(item.name, item.status.state, item.cost) for item in self.items]
+        return rows if self.is_done else [*rows, _row("total", "" if self.is_complete else "at least", self.total)]
+
+    def lines(self) -> list[str]:
+        """What stands below the table: why each stage runs, and what its figures assume."""
+        lines = [f"{item.name}: {text}" for item in self.items for text in (item.status.why, *item.cost.notes) if text]
+        return [*lines, *self.notes]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        stages = [{"stage": item.name} | asdict(item.status) | asdict(item.cost) for item in self.items]
+        total = asdict(self.total) | {"is_complete": self.is_complete}
+        return {"stages": stages, "total": total, "notes": list(self.notes)}
+
+
+def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
+    """The plan of a pipeline with this config; times a few training steps where that was not done before.
+
+    Args:
+        config: the whole config.
+        fresh: times again what was timed before.
+
+    Raises:
+        ConfigError: the network cannot take the images.
+        DataError: a data set is there, and damaged.
+    """
+    load = os.getloadavg()[0]  # before the timed steps add to it
+    statuses, results = statuses_of(config)
+    size = size_of(config, results.get("ingest"))
+    storage = Storage(config.storage)
+    found: dict[tuple[Any, ...], list[Calibration]] = {}
+
+    def calibrate(jobs: Sequence[Job], num_threads: int, num_copies: int) -> list[Calibration]:
+        asked = (*jobs, num_threads, num_copies)
+        if asked not in found:  # train and evaluate ask the same
+            how = {"num_threads": num_threads, "num_copies": num_copies}
+            found[asked] = calibrations_of(jobs, storage, **how, fresh=fresh)
+        return found[asked]
+
+    items = []
+    for name, status in statuses.items():
+        cost = Cost()
+        if status.state != "done" and STAGES[name].cost:
+            of_stage = effective_config(config, name, results)
+            cost = imported(STAGES[name].cost)(of_stage, size, calibrate)
+        items.append(Item(name, status, cost))
+    return Bill(tuple(items), tuple(_notes_on(config, statuses, load)) if found else ())
+
+
+def _notes_on(config: PipelineConfig, statuses: dict[str, Status], load: float) -> list[str]:
+    notes = ["times and memory are predictions from a few training steps, timed on this machine"]
+    if config.ray.address:
+        notes[0] += f", and not on the cluster at {config.ray.address}"
+    if statuses.get("tune", Status("done", "")).state != "done":
+        notes.append(
+            "train and evaluate are predicted for the network of the config; the search may choose another one"
+        )
+    num_cores = os.cpu_count() or 1
+    if load > BUSY * num_cores:
+        notes.append(f"this machine is busy (load {load:.1f} on {num_cores} cores): times measured now are too long")
+    return notes
+
+
+def _sum(values: Any) -> Any:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _row(name: str, state: str, cost: Cost) -> dict[str, str]:
+    at_most = f" (at most {as_duration(cost.seconds_at_most)})" if cost.seconds_at_most else ""
+    several = f"{cost.num_processes} x " if cost.num_processes > 1 and cost.peak_bytes else ""
+    hours = [f"{cost.cpu_hours:.2g} CPU"] if cost.cpu_hours is not None else []
+    hours += [f"{cost.gpu_hours:.2g} GPU"] if cost.gpu_hours is not None else []
+    return {
+        "stage": name,
+        "state": state,
+        "rows": "" if cost.num_rows is None else f"{cost.num_rows:,}",
+        "steps": "" if cost.num_steps is None else f"{cost.num_steps:,}",
+        "multiply-adds": as_quantity(cost.multiply_adds),
+        "time": "" if cost.seconds is None else as_duration(cost.seconds) + at_most,
+        "hours": ", ".join(hours),
+        "memory": f"{several}{as_quantity(cost.peak_bytes, 'B')}",
+        "disk": as_quantity(cost.disk_bytes, "B"),
+    }
+
+
+def as_duration(seconds: float) -> str:
+    """`9 s`, `4 min`, `2 h 10 min`, `3 days`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def as_quantity(value: float | None, unit: str = "") -> str:
+    """`12.3 T`, `456 MB`; empty for None."""
+    if value is None:
+        return ""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()

@@ -1,0 +1,66 @@
+"""How much data there is: from the manifest, or before ingest for the official data sets, whose sizes are known."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rcnn.config import DataConfig, PipelineConfig
+from rcnn.results import IngestResult
+from rcnn.storage import Storage
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Rows by split, the shape of an image (H, W, C), and the number of classes."""
+
+    rows: Mapping[str, int]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image in memory."""
+        height, width, channels = self.image_shape
+        return height * width * channels
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all splits."""
+        return sum(self.rows.values())
+
+
+OFFICIAL = {
+    "mnist-sample": DataSize({"train": 5_000}, (28, 28, 1), 10),
+    "mnist": DataSize({"train": 60_000, "test": 10_000}, (28, 28, 1), 10),
+    "fashion-mnist": DataSize({"train": 60_000, "test": 10_000}, (28, 28, 1), 10),
+    "cifar10": DataSize({"train": 50_000, "test": 10_000}, (32, 32, 3), 10),
+    "cifar100": DataSize({"train": 50_000, "test": 10_000}, (32, 32, 3), 100),
+    "svhn": DataSize({"train": 73_257, "test": 26_032}, (32, 32, 3), 10),
+}
+"""As published; `rows` before the validation rows are held out."""
+SVHN_EXTRA_ROWS = 531_131
+
+
+def size_before_ingest(data: DataConfig) -> DataSize | None:
+    """What ingest will write, or None for data that nobody has counted yet."""
+    official = OFFICIAL.get(data.source)
+    if official is None:
+        return None
+    rows = dict(official.rows)
+    rows["train"] += SVHN_EXTRA_ROWS if data.svhn_extra else 0
+    for split, fraction in (("test", data.test_fraction), ("val", data.val_fraction)):
+        if split not in rows:
+            rows[split] = max(1, round(Fraction(str(fraction)) * rows["train"]))
+            rows["train"] -= rows[split]
+    return DataSize(rows, official.image_shape, official.num_classes)
+
+
+def size_of(config: PipelineConfig, ingested: IngestResult | None) -> DataSize | None:
+    """The size of the data set that is there, or of the one that ingest will write, where it is known."""
+    if ingested is None:
+        return size_before_ingest(config.data)
+    from rcnn.data.manifest import require_manifest
+
+    manifest = require_manifest(Storage(config.storage), ingested.folder)
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    return DataSize(rows, manifest.image_shape, len(manifest.classes))
