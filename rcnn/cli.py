@@ -160,6 +160,22 @@ def _resolve(options: argparse.Namespace) -> Any:
 def _pipeline(options: argparse.Namespace) -> None:
     config = _resolve(options)
     from rcnn.progress import say
+    from rcnn.stages import finished_pipeline, nothing_to_do, stage_folder
+    from rcnn.summary import print_summary
+
+    results = None if options.fresh else finished_pipeline(config)
+    if results is None:
+        print_summary(config, _run_flow(config, fresh=options.fresh))
+        return
+    for name in results:
+        say(nothing_to_do(name, stage_folder(config, name, results)))
+    say("pipeline: nothing to do, so Prefect has no flow run of it")
+    print_summary(config, {name: result.model_dump(mode="json") for name, result in results.items()})
+
+
+def _run_flow(config: Any, *, fresh: bool) -> Any:
+    """Runs the Prefect flow; what the stages need is started while Prefect's server starts."""
+    from rcnn.progress import say
 
     say("pipeline: starting Prefect (the first start takes half a minute) ...")
     # Read by Prefect when it is imported. Its default of 20 s is too short for the first start's database migration.
@@ -167,12 +183,15 @@ def _pipeline(options: argparse.Namespace) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # our own lines and errors say it all
-    from flows.full_pipeline import full_pipeline
-    from rcnn.summary import print_summary
+    from flows.server import prefect_server
+    from rcnn.stages import prepare_stages
 
-    with _prefect_answers():
-        trees = full_pipeline(config, fresh=options.fresh)
-    print_summary(config, trees)
+    with prefect_server() as server, _prefect_answers():
+        prepare_stages(config, fresh=fresh)
+        from flows.full_pipeline import full_pipeline
+
+        server.wait()
+        return full_pipeline(config, fresh=fresh)
 
 
 @contextmanager
