@@ -77,7 +77,7 @@ class _TemporaryServer:
 
     def start(self) -> None:
         self.port = _free_port()
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the server runs)
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
         self._process = subprocess.Popen(

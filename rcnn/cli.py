@@ -12,7 +12,6 @@ import os
 import re
 import select
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,7 +168,7 @@ def _pipeline(options: argparse.Namespace) -> None:
         return
     for name in results:
         say(nothing_to_do(name, stage_folder(config, name, results)))
-    say("pipeline: nothing to do, so Prefect has no flow run of it")
+    say("pipeline: every stage is done, so no flow run was started")
     print_summary(config, {name: result.model_dump(mode="json") for name, result in results.items()})
 
 
@@ -191,7 +190,12 @@ def _run_flow(config: Any, *, fresh: bool) -> Any:
         from flows.full_pipeline import full_pipeline
 
         server.wait()
-        return full_pipeline(config, fresh=fresh)
+        trees = full_pipeline(config, fresh=fresh)
+    if "register" in trees:
+        from rcnn.registry.answers import remember_model
+
+        remember_model(config, trees["register"]["model_name"])
+    return trees
 
 
 @contextmanager
@@ -282,11 +286,10 @@ def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
         of_stage = Path(wanted, "model")  # the folder that `rcnn train` prints holds it
         yield wanted, of_stage if of_stage.is_dir() else Path(wanted)
         return
-    from rcnn.registry.mlflow_store import download_model, find_version
+    from rcnn.registry.answers import fetched_model
 
-    version = find_version(config, wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(version), download_model(config, version, Path(folder))
+    with fetched_model(config, wanted) as found:
+        yield found
 
 
 def _with_bar(items: Iterator[Any], total: int, unit: str) -> Iterator[Any]:
@@ -347,6 +350,9 @@ def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str,
     from rcnn.registry.mlflow_store import set_alias
 
     set_alias(config, "champion", options.promote, name=name)
+    from rcnn.registry.answers import remember_model
+
+    remember_model(config, name)
     print(f"{name} version {options.promote} is now the champion")
 
 

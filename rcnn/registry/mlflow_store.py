@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -316,6 +318,16 @@ def list_models(config: PipelineConfig) -> list[str]:
 
 def _is_ours(model: Any) -> bool:
     return DATA_SET_TAG in model.tags or str(model.name).startswith("rcnn-")
+
+
+def local_folder(config: PipelineConfig, version: ModelVersion) -> Path | None:
+    """The model folder of a version, where its files are on this machine."""
+    with _reachable(config):
+        place = _connect(config).get_model_version_download_uri(version.name, str(version.version))
+    scheme = urlsplit(place).scheme
+    path = Path(url2pathname(urlsplit(place).path)) if scheme == "file" else Path(place)
+    folder = path / "artifacts" / MODEL_FOLDER
+    return folder if scheme in ("", "file") and path.is_absolute() and folder.is_dir() else None
 
 
 def download_model(config: PipelineConfig, version: ModelVersion, folder: Path) -> Path:
