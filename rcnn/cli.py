@@ -5,6 +5,8 @@ them, so that `rcnn --help` answers at once.
 """
 
 import argparse
+import atexit
+import gc
 import io
 import json
 import math
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where the reader of its output did.
     """
     options = _parser().parse_args(arguments)
+    atexit.register(gc.freeze)  # else Python searches all that torch, Ray and MLflow loaded for garbage: 1 s at exit
     from rcnn.progress import show_on_screen
 
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know the characters of a class name
