@@ -5,15 +5,15 @@ Prefect would start the same server when the flow begins, wait for it, and impor
 
 import atexit
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from prefect.settings import (
@@ -26,8 +26,8 @@ from prefect.settings import (
 
 from rcnn.errors import ClusterError
 
-ADDRESS_IN_USE = 3
-"""Exit code of uvicorn where it cannot listen."""
+PORTS = range(8400, 9000)
+"""Below those that the system gives out (Ray takes many of these while the server starts), above Ray's dashboard."""
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_TO_STOP = 5
 
@@ -50,9 +50,8 @@ def prefect_server() -> Iterator[Server]:
         return
     server = _TemporaryServer()
     atexit.register(server.stop)
-    with ExitStack() as settings:
-        server.start()
-        settings.enter_context(temporary_settings({PREFECT_API_URL: server.api_url}))
+    server.start()
+    with temporary_settings({PREFECT_API_URL: server.api_url}):
         yield server
 
 
@@ -138,6 +137,13 @@ def _environment() -> Mapping[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nothing listens on, chosen at random: two pipelines may start at once."""
+    for port in secrets.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise ClusterError(
+        "no port is free for Prefect's temporary server",
+        where=f"127.0.0.1, {PORTS.start} to {PORTS.stop - 1}",
+        remedy="Stop what listens there, or set PREFECT_API_URL to a server",
+    )
