@@ -24,8 +24,8 @@ from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 from rcnn.stages import STAGES
 from rcnn.text import printable
 
-# What Prefect says, as a plain RuntimeError, of a server that does not answer or does not start.
-PREFECT_IS_AWAY = ("Failed to reach API at", "ephemeral Prefect API server")
+# What Prefect says, as a plain RuntimeError, of a server that does not answer.
+PREFECT_IS_AWAY = "Failed to reach API at"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,13 +203,13 @@ def _run_flow(config: Any, *, fresh: bool) -> Any:
 
 @contextmanager
 def _prefect_answers() -> Iterator[None]:
-    """A Prefect server that is set and does not answer, or one that does not start, is the user's to mend."""
+    """A Prefect server that does not answer is the user's to mend."""
     import httpx
 
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:
-        is_prefects = isinstance(error, httpx.HTTPError) or any(text in str(error) for text in PREFECT_IS_AWAY)
+        is_prefects = isinstance(error, httpx.HTTPError) or PREFECT_IS_AWAY in str(error)
         if not is_prefects:
             raise
         url = os.environ.get("PREFECT_API_URL", "")
