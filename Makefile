@@ -35,6 +35,7 @@ test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the
 bench: $(READY)  ## speed: each side against its baseline, in one run
 	@$(BIN)/python -m tests.bench.data
 	@$(BIN)/python -m tests.bench.step
+	@$(BIN)/python -m tests.bench.overhead
 
 check: $(READY)  ## lint, format, types, and who imports whom
 	@$(BIN)/ruff check .

@@ -20,8 +20,8 @@ from rcnn.progress import say, show_on_screen
 from rcnn.recipes import demo
 from rcnn.stages import (
     Parent,
-    Results,
     finished,
+    finished_pipeline,
     nothing_to_do,
     pipeline_key,
     planned,
@@ -66,7 +66,7 @@ def _run_task(config: PipelineConfig, name: str, trees: dict[str, Any], fresh: b
 @contextmanager
 def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
     """The MLflow run above the stages' own; where there is nothing to do, none is opened."""
-    if not fresh and _is_done(config):
+    if not fresh and finished_pipeline(config) is not None:
         yield Parent()
         return
     from rcnn.registry.mlflow_store import open_run
@@ -79,16 +79,6 @@ def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
         finish_failed(tracker)
         raise
     tracker.finish()
-
-
-def _is_done(config: PipelineConfig) -> bool:
-    results: Results = {}
-    for name in planned(config):
-        result = finished(config, name, results)
-        if result is None:
-            return False
-        results[name] = result
-    return True
 
 
 @contextmanager

@@ -5,6 +5,8 @@ them, so that `rcnn --help` answers at once.
 """
 
 import argparse
+import atexit
+import gc
 import io
 import json
 import math
@@ -13,7 +15,6 @@ import re
 import select
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,8 @@ from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 from rcnn.stages import STAGES
 from rcnn.text import printable
 
-# What Prefect says, as a plain RuntimeError, of a server that does not answer or does not start.
-PREFECT_IS_AWAY = ("Failed to reach API at", "ephemeral Prefect API server")
+# What Prefect says, as a plain RuntimeError, of a server that does not answer.
+PREFECT_IS_AWAY = "Failed to reach API at"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where the reader of its output did.
     """
     options = _parser().parse_args(arguments)
+    atexit.register(gc.freeze)  # else Python searches all that torch, Ray and MLflow loaded for garbage: 1 s at exit
     from rcnn.progress import show_on_screen
 
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know the characters of a class name
@@ -172,6 +174,22 @@ def _resolve(options: argparse.Namespace) -> Any:
 def _pipeline(options: argparse.Namespace) -> None:
     config = _resolve(options)
     from rcnn.progress import say
+    from rcnn.stages import finished_pipeline, nothing_to_do, stage_folder
+    from rcnn.summary import print_summary
+
+    results = None if options.fresh else finished_pipeline(config)
+    if results is None:
+        print_summary(config, _run_flow(config, fresh=options.fresh))
+        return
+    for name in results:
+        say(nothing_to_do(name, stage_folder(config, name, results)))
+    say("pipeline: every stage is done, so no flow run was started")
+    print_summary(config, {name: result.model_dump(mode="json") for name, result in results.items()})
+
+
+def _run_flow(config: Any, *, fresh: bool) -> Any:
+    """Runs the Prefect flow; what the stages need is started while Prefect's server starts."""
+    from rcnn.progress import say
 
     say("pipeline: starting Prefect (the first start takes half a minute) ...")
     # Read by Prefect when it is imported. Its default of 20 s is too short for the first start's database migration.
@@ -179,23 +197,31 @@ def _pipeline(options: argparse.Namespace) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # our own lines and errors say it all
-    from flows.full_pipeline import full_pipeline
-    from rcnn.summary import print_summary
+    from flows.server import prefect_server
+    from rcnn.stages import prepare_stages
 
-    with _prefect_answers():
-        trees = full_pipeline(config, fresh=options.fresh)
-    print_summary(config, trees)
+    with prefect_server() as server, _prefect_answers():
+        prepare_stages(config, fresh=fresh)
+        from flows.full_pipeline import full_pipeline
+
+        server.wait()
+        trees = full_pipeline(config, fresh=fresh)
+    if "register" in trees:
+        from rcnn.registry.answers import remember_model
+
+        remember_model(config, trees["register"]["model_name"])
+    return trees
 
 
 @contextmanager
 def _prefect_answers() -> Iterator[None]:
-    """A Prefect server that is set and does not answer, or one that does not start, is the user's to mend."""
+    """A Prefect server that does not answer is the user's to mend."""
     import httpx
 
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:
-        is_prefects = isinstance(error, httpx.HTTPError) or any(text in str(error) for text in PREFECT_IS_AWAY)
+        is_prefects = isinstance(error, httpx.HTTPError) or PREFECT_IS_AWAY in str(error)
         if not is_prefects:
             raise
         url = os.environ.get("PREFECT_API_URL", "")
@@ -296,11 +322,10 @@ def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
         of_stage = Path(wanted, "model")  # the folder that `rcnn train` prints holds it
         yield wanted, of_stage if of_stage.is_dir() else Path(wanted)
         return
-    from rcnn.registry.mlflow_store import download_model, find_version
+    from rcnn.registry.answers import fetched_model
 
-    version = find_version(config, wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(version), download_model(config, version, Path(folder))
+    with fetched_model(config, wanted) as found:
+        yield found
 
 
 def _with_bar(items: Iterator[Any], total: int, unit: str) -> Iterator[Any]:
@@ -361,6 +386,9 @@ def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str,
     from rcnn.registry.mlflow_store import set_alias
 
     set_alias(config, "champion", options.promote, name=name)
+    from rcnn.registry.answers import remember_model
+
+    remember_model(config, name)
     print(f"{name} version {options.promote} is now the champion")
 
 

@@ -48,6 +48,7 @@ class Stage:
         modules: where its code is found, besides `run`: modules that are imported by name at run time.
         has_run: whether it has an MLflow run of its own.
         on_cluster: whether it goes to the cluster as a Ray job, where there is one.
+        always_on_ray: whether it always runs on Ray's workers, on one machine too.
         replaces_whole: whether `--fresh` keeps the old result until the new one is whole; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
     """
@@ -67,6 +68,7 @@ class Stage:
     modules: Callable[[PipelineConfig], list[str]] = lambda config: []
     has_run: bool = True
     on_cluster: Callable[[PipelineConfig], bool] = lambda config: True
+    always_on_ray: bool = False
     replaces_whole: bool = False
     is_planned: Callable[[PipelineConfig], bool] = lambda config: True
 
@@ -131,6 +133,7 @@ STAGES: dict[str, Stage] = {
         folder="runs",
         label=lambda config: "tune",
         modules=_network_module,
+        always_on_ray=True,
         is_planned=lambda config: config.tune.enabled,
     ),
     "train": Stage(
@@ -147,6 +150,7 @@ STAGES: dict[str, Stage] = {
         modules=_network_module,
         whole="model/model.safetensors",
         check="rcnn.train.limit:allows_no_more",
+        always_on_ray=True,
     ),
     "evaluate": Stage(
         help="score a trained model on every test row (after train)",
@@ -264,6 +268,47 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
     if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
         return None
     return result if not stage.check or imported(stage.check)(config, result, target) else None
+
+
+def finished_pipeline(config: PipelineConfig) -> Results | None:
+    """The results of all planned stages, or None where there is something to do.
+
+    Raises:
+        DataError: the data set is damaged.
+    """
+    results = _finished_stages(config)
+    return results if len(results) == len(planned(config)) else None
+
+
+def prepare_stages(config: PipelineConfig, *, fresh: bool = False) -> None:
+    """Starts early what the stages that are still to run would start one after another: imports, MLflow's store, Ray.
+
+    Raises:
+        ClusterError: Ray cannot be started, or the storage cannot be written.
+    """
+    done = {} if fresh else _finished_stages(config)
+    names = planned(config)[len(done) :]
+    here = [name for name in names if not (STAGES[name].on_cluster(config) and config.ray.address.startswith("http"))]
+    if any(STAGES[name].always_on_ray for name in here):
+        from rcnn.ray_session import ensure_ray
+
+        ensure_ray(config, Storage(config.storage))
+    from rcnn.registry.mlflow_store import create_store
+
+    create_store(config)
+    for name in here:
+        import_module(STAGES[name].run.partition(":")[0])
+
+
+def _finished_stages(config: PipelineConfig) -> Results:
+    """The results of the planned stages up to the first that has none."""
+    results: Results = {}
+    for name in planned(config):
+        result = finished(config, name, results)
+        if result is None:
+            break
+        results[name] = result
+    return results
 
 
 def run_stage(

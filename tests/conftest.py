@@ -22,6 +22,7 @@ for name in [name for name in os.environ if name.startswith(("RCNN_", "PREFECT_"
     del os.environ[name]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # Ray jobs call `rcnn`
 os.environ.update(HOME=HOME, DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", RAY_USAGE_STATS_ENABLED="0")
+os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "180"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two spinning threads each would halve each other's speed
 os.environ["STACK_STATE"] = f"{HOME}/stack"
@@ -133,8 +134,9 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
-    """One temporary Prefect server; its first start migrates a database and takes half a minute."""
-    from prefect.testing.utilities import prefect_test_harness
+    """The temporary Prefect server of `rcnn pipeline`; its first start migrates a database and takes half a minute."""
+    from flows.server import prefect_server
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with prefect_server() as server:
+        server.wait()
         yield

@@ -1,8 +1,8 @@
 """Whether the registry still holds a version, answered without the seconds that importing MLflow takes.
 
-In our own store (SQLite in the storage), the answer comes from `record.py` while the database file is the one that was
-recorded and nobody has written to it since. After a write (a run, a promotion, a version deleted in MLflow's UI), MLflow is
-asked once, and the answer recorded. Our own commands end by recording, so a rerun with nothing to do imports no MLflow.
+In our own store (SQLite in the storage), the answer is one that `answers.py` keeps until something is written to the store. After
+a write (a run, a promotion, a version deleted in MLflow's UI), MLflow is asked once. A pipeline ends by asking, so a rerun
+with nothing to do imports no MLflow.
 
 An MLflow server answers over its REST API. Another database is not asked: MLflow tries to reach one that is away for an hour.
 """
@@ -14,7 +14,7 @@ from http import HTTPStatus
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
-from rcnn.registry.record import read_record
+from rcnn.registry.answers import versions_of
 from rcnn.results import RegisterResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import has_store
@@ -31,15 +31,10 @@ def has_version(config: PipelineConfig, registered: RegisterResult, target: Stag
         return True
     if not has_store(config):
         return False
-    versions = read_record(config)
-    if versions is None:
-        from rcnn.registry.mlflow_store import record_versions
-
-        try:
-            versions = record_versions(config)
-        except ClusterError:
-            return False  # the store is damaged: the register stage will say how
-    return registered.version in versions.get(registered.model_name, [])
+    try:
+        return registered.version in versions_of(config, registered.model_name)
+    except ClusterError:
+        return False  # the store is damaged: the register stage will say how
 
 
 def _is_on_server(uri: str, registered: RegisterResult) -> bool:

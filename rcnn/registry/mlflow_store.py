@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -35,7 +37,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, DataError
 from rcnn.registry.gate import CHAMPION, Standing
-from rcnn.registry.record import store_state, write_record
 from rcnn.storage import Storage
 from rcnn.tracking import STORE, experiment_name, has_store, model_name, tracking_uri
 
@@ -50,11 +51,8 @@ MAX_PARAMS = 100  # MLflow's limit for one call
 class MlflowTracker:
     """A `Tracker` that writes to one MLflow run; every call raises ClusterError where MLflow is out of reach."""
 
-    def __init__(
-        self, config: PipelineConfig, client: MlflowClient, experiment_id: str, run_id: str, *, is_last: bool = False
-    ):
+    def __init__(self, config: PipelineConfig, client: MlflowClient, experiment_id: str, run_id: str):
         self.config, self.client, self.experiment_id, self.run_id = config, client, experiment_id, run_id
-        self.is_last = is_last  # to write, of the runs that a command opens
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Stores settings by name."""
@@ -107,8 +105,6 @@ class MlflowTracker:
         """Ends the run."""
         with _reachable(self.config):
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
-        if self.is_last:
-            record_versions(self.config)
 
     def _create(self, name: str) -> Any:
         return self.client.create_run(self.experiment_id, run_name=name, tags={PARENT_TAG: self.run_id})
@@ -142,12 +138,12 @@ def open_run(
         unfinished = f"tags.`{KEY_TAG}` = '{key}' and attributes.status != 'FINISHED'"
         found = [] if fresh else client.search_runs([experiment_id], unfinished, max_results=1)
         if found:
-            tracker = MlflowTracker(config, client, experiment_id, found[0].info.run_id, is_last=not parent_run_id)
+            tracker = MlflowTracker(config, client, experiment_id, found[0].info.run_id)
             client.update_run(tracker.run_id, status="RUNNING")
             tracker.set_tags(labels)
             return tracker
         run = client.create_run(experiment_id, run_name=name, tags=labels)
-        tracker = MlflowTracker(config, client, experiment_id, run.info.run_id, is_last=not parent_run_id)
+        tracker = MlflowTracker(config, client, experiment_id, run.info.run_id)
         tracker.log_params(_flat(config.model_dump(mode="json", exclude={"ray", "tracking"})))
         return tracker
 
@@ -320,6 +316,16 @@ def _is_ours(model: Any) -> bool:
     return DATA_SET_TAG in model.tags or str(model.name).startswith("rcnn-")
 
 
+def local_folder(config: PipelineConfig, version: ModelVersion) -> Path | None:
+    """The model folder of a version, where its files are on this machine."""
+    with _reachable(config):
+        place = _connect(config).get_model_version_download_uri(version.name, str(version.version))
+    scheme = urlsplit(place).scheme
+    path = Path(url2pathname(urlsplit(place).path)) if scheme == "file" else Path(place)
+    folder = path / "artifacts" / MODEL_FOLDER
+    return folder if scheme in ("", "file") and path.is_absolute() and folder.is_dir() else None
+
+
 def download_model(config: PipelineConfig, version: ModelVersion, folder: Path) -> Path:
     """Fetches the model folder of a version to this machine.
 
@@ -345,25 +351,19 @@ def set_alias(config: PipelineConfig, alias: str, version: int, *, name: str = "
     """Points an alias of a model (default: the config's) at a version."""
     with _reachable(config):
         _connect(config).set_registered_model_alias(name or model_name(config), alias, str(version))
-    record_versions(config)
 
 
-def record_versions(config: PipelineConfig) -> dict[str, list[int]]:
-    """The versions of each model of our own store, kept for checks that do without MLflow; with a server, nothing."""
-    versions: dict[str, list[int]] = {}
-    if config.tracking.uri:
-        return versions
+def version_numbers(config: PipelineConfig, name: str) -> list[int]:
+    """The numbers of a model's versions; of a model that is not registered, none."""
     with _reachable(config):
+        numbers: list[int] = []
         token: str | None = ""
         client = _connect(config)
-        state = store_state(config)  # before they are read: a write in between makes the record void, not wrong
         while token is not None:
-            page = client.search_model_versions(page_token=token or None)
-            for version in page:
-                versions.setdefault(version.name, []).append(int(version.version))
+            page = client.search_model_versions(f"name = '{name}'", page_token=token or None)
+            numbers += [int(version.version) for version in page]
             token = page.token or None
-    write_record(config, state, versions)
-    return versions
+    return numbers
 
 
 def list_versions(config: PipelineConfig, name: str = "") -> list[dict[str, str]]:

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from rcnn.errors import SourceError
 from rcnn.keys import clear_caches
 from rcnn.recipes import debug_tiny
 from rcnn.results import EvaluateResult, RegisterResult
-from rcnn.stages import STAGES, Parent, Stage, finished, results_from_json
+from rcnn.stages import STAGES, Parent, Stage, finished, finished_pipeline, results_from_json
 from rcnn.summary import print_summary
 from rcnn.tracking import tracking_uri
 
@@ -131,6 +134,27 @@ def test_a_rerun_does_nothing_and_says_so(
     for name in STAGES:
         assert said.count(f"{name}: nothing to do") == 1
     assert {name: run.info.end_time for name, run in runs_by_name(config).items()} == before
+
+
+RERUN = """
+import sys
+from rcnn.cli import main
+assert main(sys.argv[1:]) == 0
+print("imported:", [name for name in ("torch", "ray", "mlflow", "prefect", "flows") if name in sys.modules])
+"""
+
+
+def test_the_command_starts_no_flow_run_where_every_stage_is_done(
+    config: PipelineConfig, trees: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-c", RERUN, "pipeline", "--config", str(tmp_path / "config.json")]
+    nowhere = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:1/api"}  # a flow run would fail
+    done = subprocess.run(command, env=nowhere, capture_output=True, text=True, check=True)
+    assert "imported: []" in done.stdout
+    assert "rcnn-mnist-sample version 1, champion" in done.stdout
+    assert done.stderr.count("nothing to do") == len(STAGES)
+    assert "pipeline: every stage is done, so no flow run was started" in done.stderr
 
 
 def test_another_training_reuses_data_and_becomes_a_challenger_or_champion(
@@ -258,6 +282,7 @@ def test_a_registry_that_is_gone_is_filled_again(config: PipelineConfig, trees: 
     assert finished(config, "register", results) is not None
     MlflowClient(tracking_uri(config)).delete_registered_model("rcnn-mnist-sample")
     assert finished(config, "register", results) is None
+    assert finished_pipeline(config) is None
     assert full_pipeline(config)["register"]["alias"] == "champion"
 
 

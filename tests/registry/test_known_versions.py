@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from rcnn.config import PipelineConfig
 from rcnn.recipes import debug_tiny
 from rcnn.registry import mlflow_store
+from rcnn.registry.answers import ANSWERS, remember_model
 from rcnn.registry.known_versions import has_version
-from rcnn.registry.record import RECORD
 from rcnn.results import RegisterResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import tracking_uri
@@ -40,31 +40,28 @@ def is_registered(config: PipelineConfig) -> Callable[[], bool]:
 @pytest.fixture
 def num_asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How often MLflow was asked."""
-    calls, ask = [], mlflow_store.record_versions
-    monkeypatch.setattr(mlflow_store, "record_versions", lambda config: calls.append(1) or ask(config))
+    calls, ask = [], mlflow_store.version_numbers
+    monkeypatch.setattr(mlflow_store, "version_numbers", lambda config, name: calls.append(1) or ask(config, name))
     return lambda: len(calls)
 
 
 def test_mlflow_is_asked_only_after_something_else_wrote_to_the_store(
     config: PipelineConfig, is_registered: Callable[[], bool], num_asked: Callable[[], int]
 ) -> None:
-    mlflow_store.set_alias(config, "champion", 1, name="m")  # the last thing that `register` does
-    asked = num_asked()
+    mlflow_store.set_alias(config, "champion", 1, name="m")
+    remember_model(config, "m")  # the last thing that a pipeline does
+    assert num_asked() == 1
     assert is_registered()
     assert is_registered()
-    assert num_asked() == asked
-    mlflow_store.open_run(config, "pipeline", key="p").finish()  # the last thing that the flow does
-    asked = num_asked()
-    assert is_registered()
-    assert num_asked() == asked
+    assert num_asked() == 1
     MlflowClient(tracking_uri(config)).create_experiment("somebody else's")
     assert is_registered()
     assert is_registered()
-    assert num_asked() == asked + 1
+    assert num_asked() == 2
 
 
 def test_the_check_imports_no_mlflow(config: PipelineConfig) -> None:
-    mlflow_store.record_versions(config)
+    remember_model(config, "m")
     code = f"""
 import sys
 from rcnn.config import PipelineConfig
@@ -79,11 +76,11 @@ print(sorted({{"mlflow", "sqlalchemy", "pandas", "torch"}} & set(sys.modules)))
 
 
 def test_a_version_that_was_deleted_is_noticed(config: PipelineConfig, is_registered: Callable[[], bool]) -> None:
-    mlflow_store.record_versions(config)
+    remember_model(config, "m")
     assert is_registered()
     MlflowClient(tracking_uri(config)).delete_model_version("m", "1")
     assert not is_registered()
-    assert json.loads(Path(config.storage, RECORD).read_text())["versions"] == {"m": [2]}
+    assert json.loads(Path(config.storage, ANSWERS).read_text())["answers"]["versions of m"] == [2]
 
 
 def test_a_store_that_was_exchanged_or_is_gone_is_noticed(tmp_path: Path) -> None:
@@ -91,10 +88,10 @@ def test_a_store_that_was_exchanged_or_is_gone_is_noticed(tmp_path: Path) -> Non
     target = StageFolder(Storage(config.storage), "runs/register")
     assert not has_version(config, REGISTERED, target)
     mlflow_store.create_store(config)
-    state = {"inode": 1, "bytes": 2, "mtime_ns": 3}  # another file's
-    (tmp_path / RECORD).write_text(json.dumps({"store": state, "versions": {"m": [1]}}))
+    state = [1, 2, 3, 4]  # another file's
+    (tmp_path / ANSWERS).write_text(json.dumps({"store": state, "answers": {"versions of m": [1]}}))
     assert not has_version(config, REGISTERED, target)
-    (tmp_path / RECORD).write_text("{")  # damaged
+    (tmp_path / ANSWERS).write_text("{")  # damaged
     assert not has_version(config, REGISTERED, target)
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
     assert not has_version(config, REGISTERED, target)

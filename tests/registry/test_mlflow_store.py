@@ -21,6 +21,7 @@ from rcnn.data.manifest import require_manifest
 from rcnn.errors import ClusterError, ConfigError
 from rcnn.recipes import debug_tiny
 from rcnn.registry import mlflow_store
+from rcnn.registry.answers import remember_model
 from rcnn.registry.register import run_register
 from rcnn.results import EvaluateResult, IngestResult, TrainResult
 from rcnn.storage import StageFolder, Storage
@@ -191,6 +192,38 @@ def test_the_command_says_which_model_answers(
     model, answer = capsys.readouterr().out.splitlines()
     assert model == f"model: {name} version 1 (champion), trained on mnist-sample"
     assert answer.startswith(f"{tmp_path / 'x.png'}: ")
+
+
+PREDICT = """
+import sys
+from rcnn.cli import main
+assert main(["predict", *sys.argv[1:]]) == 0
+print("mlflow" in sys.modules)
+"""
+
+
+def test_predict_imports_mlflow_after_a_change_of_the_registry_alone(
+    digits_storage: Path, digits: IngestResult, tmp_path: Path
+) -> None:
+    config = debug_tiny().with_settings({"storage": str(tmp_path)})
+    place = StageFolder(Storage(config.storage), "runs/register")
+    for seed in (1, 2):
+        run_register(config, trained(config, digits_storage, digits, seed), evaluated(0.5), place)
+    Image.new("L", (28, 28)).save(tmp_path / "x.png")
+    command = [sys.executable, "-c", PREDICT, str(tmp_path / "x.png"), "--set", f"storage={config.storage}"]
+
+    def predict() -> tuple[str, str]:
+        """The version that answers, and whether MLflow was imported."""
+        first, *_, last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert first.startswith("model: rcnn-mnist-sample version ")
+        return first.split()[3], last
+
+    remember_model(config, "rcnn-mnist-sample")
+    assert predict() == ("1", "False")
+    MlflowClient(tracking_uri(config)).set_registered_model_alias(
+        "rcnn-mnist-sample", "champion", "2"
+    )  # as its UI does
+    assert [predict(), predict()] == [("2", "True"), ("2", "False")]
 
 
 def test_versions_by_hand_are_listed_and_models_whose_files_are_gone_are_named(
