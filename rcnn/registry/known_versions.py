@@ -1,6 +1,6 @@
 """Whether the registry still holds a version, answered without the seconds that importing MLflow takes.
 
-In our own store (SQLite in the storage), the answer is one that `answers.py` keeps until something is written to the store. After
+In our own store (SQLite in the storage), the answer is one that `answers.py` keeps until the store is written to. After
 a write (a run, a promotion, a version deleted in MLflow's UI), MLflow is asked once. A pipeline ends by asking, so a rerun
 with nothing to do imports no MLflow.
 
