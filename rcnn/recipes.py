@@ -13,6 +13,7 @@ from typing import Any
 
 from rcnn.config import AugmentConfig, DataConfig, ExecutionConfig, ModelConfig, PipelineConfig, TrainConfig, TuneConfig
 from rcnn.errors import ConfigError
+from rcnn.ranges import Range
 from rcnn.section import shown
 from rcnn.settings import build_config, read_config_file
 
@@ -40,10 +41,11 @@ def demo() -> PipelineConfig:
         execution=ExecutionConfig(cpus_per_worker=2),
         tune=TuneConfig(
             num_trials=5,
-            k=(16, 32),
-            t=(1, 2),
-            learning_rate_min=0.01,
-            learning_rate_max=0.06,
+            space={
+                "model.k": (16, 32),
+                "model.t": (1, 2),
+                "train.learning_rate": Range(min=0.01, max=0.06, log=True),
+            },
             epochs=3,
             num_rows=1800,
         ),
@@ -61,7 +63,16 @@ def debug_tiny() -> PipelineConfig:
         data=DataConfig(source="mnist-sample", test_fraction=0.1, val_fraction=0.1),
         model=ModelConfig(k=8, t=1, dropout=0.1),
         train=TrainConfig(epochs=2, batch_size=32, learning_rate=0.02, num_rows=320, clip_norm=2.0),
-        tune=TuneConfig(num_trials=2, k=(8,), t=(0, 1), learning_rate_min=0.005, epochs=2, num_rows=160),
+        tune=TuneConfig(
+            num_trials=2,
+            space={
+                "model.k": (8,),
+                "model.t": (0, 1),
+                "train.learning_rate": Range(min=0.005, max=0.1, log=True),
+            },
+            epochs=2,
+            num_rows=160,
+        ),
     )
 
 
@@ -102,7 +113,14 @@ def mnist_rcnn64() -> PipelineConfig:
         train=TrainConfig(epochs=60, batch_size=64, learning_rate=0.01, clip_norm=2.0),
         execution=ExecutionConfig(use_gpu=True, keep_checkpoints=3),
         tune=TuneConfig(
-            num_trials=12, k=(32, 64, 96), t=(1, 2, 3), epochs=8, learning_rate_min=3e-3, gpus_per_trial=0.5
+            num_trials=12,
+            space={
+                "model.k": (32, 64, 96),
+                "model.t": (1, 2, 3),
+                "train.learning_rate": Range(min=3e-3, max=0.1, log=True),
+            },
+            epochs=8,
+            gpus_per_trial=0.5,
         ),
     )
 

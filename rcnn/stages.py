@@ -108,18 +108,20 @@ STAGES: dict[str, Stage] = {
         replaces_whole=True,
     ),
     "tune": Stage(
-        help="search K, T and the learning rate (after ingest)",
+        help="search for better settings (after ingest)",
         run="rcnn.tune.ray_tuner:run_tune",
         result="rcnn.results:TuneResult",
         takes=("ingest",),
         settings=(
-            "model", "train", "augment", "tune", "seed", "-train.epochs", "-tune.enabled",
-            "-tune.max_concurrent_trials", "-tune.cpus_per_trial", "-tune.gpus_per_trial",
+            "model", "train", "augment", "seed",
+            "tune.space", "tune.search", "tune.early_stopping", "tune.epochs", "tune.grace_epochs",
+            "tune.reduction_factor", "tune.num_rows", "-train.epochs",
         ),
         identity=lambda config, results: [results["ingest"].digest],
         purpose=lambda config: f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
         folder="runs",
         label=lambda config: "tune",
+        check="rcnn.tune.search:covers",  # raising tune.num_trials extends a finished search
         modules=_network_module,
         is_planned=lambda config: config.tune.enabled,
     ),
