@@ -469,7 +469,8 @@ class PipelineConfig(Section):
         space = self.tune.space
         if not space:
             return "tune.space is empty; name a setting in it"
-        for network in space.get("model.network", (self.model.network,)):  # type: ignore[union-attr]
+        networks: Any = space.get("model.network", (self.model.network,))
+        for network in networks:
             unread = unread_settings(network, {name.removeprefix("model."): 0 for name in space})
             for name in unread:
                 reads = ", ".join(each for each in NETWORKS[network].reads if each in ModelConfig.model_fields)

@@ -145,7 +145,9 @@ class TuneResult(StageResult):
         error = f"{100 * self.val_error:.2f} % validation error"
         if self.spread is not None:
             error = f"{100 * self.val_error:.2f} ± {100 * self.spread:.2f} % validation error over {self.seeds} seeds"
-        others = ", ".join(f"{num} {outcome}" for outcome, num in self.outcomes.items() if num and outcome != "finished")
+        others = ", ".join(
+            f"{num} {outcome}" for outcome, num in self.outcomes.items() if num and outcome != "finished"
+        )
         ended = f"; the search ended after {self.minutes_allowed:g} min" if self.minutes_allowed else ""
         told = f" ({others}{ended})" if others or ended else ""
         return {"best trial": f"{self.best_trial} of {self.num_trials}: {self.best!s}, {error}{told}"}

@@ -215,7 +215,7 @@ def value_of(field: FieldInfo, value: Any, name: str) -> Any:
     Raises:
         InsideFault: it is of another type, or out of bounds.
     """
-    kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation  # type: ignore[misc]
+    kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation  # type: ignore
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
         return adapter.validate_python(_read(field.annotation, value))

@@ -127,7 +127,7 @@ def _run_worker(settings: dict[str, Any]) -> None:
 class _NoBoard:
     """Takes notes of workers that nobody should hear twice."""
 
-    class put:  # noqa: N801  (called as an actor's method is)
+    class put:
         """Drops it."""
 
         @staticmethod

@@ -103,7 +103,9 @@ class _Search:
             _tuner(inputs, room, runs, scheduler, recorder, self).fit()
             recorder.finish()
         if self.was_cut:
-            say(f"  the search ends after tune.max_minutes = {self.config.tune.max_minutes:g}, with its best result so far")
+            say(
+                f"  the search ends after tune.max_minutes = {self.config.tune.max_minutes:g}, with its best result so far"
+            )
 
     def keep(self, record: Record) -> None:
         """Notes how a trial ended: in the ledger, unless the next attempt should train it again."""
