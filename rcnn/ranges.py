@@ -74,24 +74,28 @@ def _unknown(name: str, fields: Mapping[str, FieldInfo]) -> str:
 
 
 def _read_values(name: str, field: FieldInfo, values: Any) -> Values:
-    if isinstance(values, Text) and values.strip().startswith("{"):
-        values = read_table(values)
     if isinstance(values, Range):
         values = values.model_dump()
-    if isinstance(values, Mapping):
-        return _read_range(name, field, values)
-    if isinstance(values, Text) and not values.strip().startswith("["):
-        values = Text(f"[{values}]")  # `--set tune.space.model.k=16,32`
     try:
-        items = read_items(values)
+        if isinstance(values, Mapping) or (isinstance(values, Text) and values.strip().startswith("{")):
+            table: Mapping[str, Any] | None = read_table(values)
+        else:
+            table, items = None, read_items(_as_list(values))
     except ValueError as error:
         raise InsideFault(f"{name} is {shown(values)}: should be {SHAPE}") from error
-    return _read_choices(name, field, items)
+    return _read_choices(name, field, items) if table is None else _read_range(name, field, table)
+
+
+def _as_list(values: Any) -> Any:
+    """With the brackets that `--set tune.space.model.k=16,32` leaves out."""
+    is_bare = isinstance(values, Text) and not values.strip().startswith("[")
+    return Text(f"[{values}]") if is_bare else values
 
 
 def _read_choices(name: str, field: FieldInfo, items: Any) -> tuple[Scalar, ...]:
     choices: list[Scalar] = []
     for index, item in enumerate(items):
+        item = Text(item.strip()) if isinstance(item, Text) else item
         value = value_of(field, item, f"{name}[{index}]")
         if value in choices:
             raise InsideFault(f"{name} has {shown(value)} twice; keep one")
