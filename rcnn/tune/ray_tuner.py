@@ -58,7 +58,7 @@ def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tr
     try:
         search.run(runs_left(config, search.records), _scheduler(config, search.records.values()))
         search.run(repeats_left(config, search.records), FIFOScheduler())
-        ended = [*search.records.values(), *search.lost.values()]
+        ended = sorted([*search.records.values(), *search.lost.values()], key=lambda each: (len(each.name), each.name))
         result = result_of(config, target, ended, was_cut=search.was_cut)
         search.close()
     except BaseException:
@@ -79,6 +79,7 @@ class _Search:
         self.records = read_records(target)
         self.lost: dict[str, Record] = {}
         """Trials that failed or were cut off: not in the ledger, so that the next attempt trains them."""
+        self.ended_now: set[str] = set()
         self.was_cut = False
         self.deadline = time.monotonic() + (config.tune.max_minutes * 60 or float("inf"))
         self.tracked: dict[str, Tracker] = {}
@@ -109,7 +110,8 @@ class _Search:
 
     def keep(self, record: Record) -> None:
         """Notes how a trial ended: in the ledger, unless the next attempt should train it again."""
-        if record.outcome == "failed":
+        self.ended_now.add(record.name)
+        if record.outcome in ("failed", "cut off"):
             self.lost[record.name] = record
         else:
             write_record(self.target, record)
@@ -125,7 +127,7 @@ class _Search:
     def close(self) -> None:
         """Labels and ends the MLflow runs of this attempt's trials, those that never came to an epoch included."""
         for record in (*self.records.values(), *self.lost.values()):
-            if record.name in self.tracked or record.name in self.lost:
+            if record.name in self.ended_now:
                 run = self._tracked(record.name, record.choice)
                 run.set_tags({"outcome": record.outcome})
                 run.finish(failed=record.outcome == "failed")

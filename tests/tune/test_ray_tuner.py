@@ -68,12 +68,12 @@ def test_bad_trials_are_stopped_and_an_interrupted_search_repeats_no_ended_trial
             "model.dropout": 0, "train.learning_rate": 0.03, "train.batch_size": 16,
             "tune.num_trials": 4, "tune.epochs": 4, "tune.num_rows": 640, "tune.max_concurrent_trials": 1,
             # Two settings that no code names: of the values, only the config's own lets the network learn.
-            "tune.space": {"train.weight_decay": [1e-4, 50, 100, 200, 400, 800], "augment.max_shift": [0, 1]},
+            "tune.space": {"train.weight_decay": [1e-4, 0.5, 1, 2, 4, 8], "augment.max_shift": [0, 1]},
         }
     )  # fmt: skip
     target, family = folder_of(config, "asha"), Family()
     result = tune(config, digits, "asha", family)
-    assert result.best.root == {"train.weight_decay": 1e-4, "augment.max_shift": 0} or result.best_trial == "trial-00"
+    assert result.best.root["train.weight_decay"] == 1e-4
     assert result.outcomes["stopped early"] >= 1
     records = read_records(target)
     assert list(records) == [f"trial-{number:02d}" for number in range(4)]
