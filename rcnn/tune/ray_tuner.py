@@ -5,6 +5,7 @@ checkpoints: it is short, so a trial that was interrupted starts over. What has 
 interrupted or extended search starts Ray Tune with what is left. Tune's own folder is deleted.
 """
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from rcnn.train.loop import Metrics
 from rcnn.tune.ledger import Record, read_records, write_record, write_table
 from rcnn.tune.plots import write_pictures
 from rcnn.tune.ray_trial import WORST_ERROR, TrialInputs, run_trial
-from rcnn.tune.resources import Room, room_for_trials
+from rcnn.tune.resources import PROCESS_BYTES, Room, room_for_trials
 from rcnn.tune.screen import SearchScreen
 from rcnn.tune.search import NUM_STARTUP_TRIALS, Run, lost_too_many, repeats_left, result_of, runs_left
 from rcnn.tune.space import require_searchable
@@ -92,6 +93,7 @@ class _Search:
         if self.records:
             say(f"  resuming: {len(self.records)} trials have ended, {len(runs)} are left")
         say(f"  {room.reason}")
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks; a failed trial has a line of ours
         board = new_board()
         with (
             SearchScreen(self.config, self.records.values(), num_runs=len(runs), num_at_once=room.num_trials,
@@ -177,7 +179,8 @@ def _tuner(
     resources = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial, "memory": room.memory_bytes}
     has_workers = settings.workers_per_trial > 1
     if has_workers:
-        resources = {"CPU": 0.01}  # the trial itself only waits; its workers take what they need
+        # The trial itself only waits, and its workers take the cores: a share of one here would keep the last from starting.
+        resources = {"memory": PROCESS_BYTES}
     searcher = _Queue(inputs.config, runs, search.records.values())
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), resources),
@@ -301,7 +304,7 @@ def _fault_of(trial: Any) -> str:
     error = trial.get_pickled_error() if trial.pickled_error_file else None
     lines = [line.strip() for line in str(error or trial.get_error() or "").splitlines() if line.strip()]
     is_own = bool(error) and type(error).__name__.startswith("RayTaskError")
-    return (lines[-1 if is_own else 0] if lines else "the trial failed")[:MAX_FAULT]
+    return (lines[-1 if is_own else 0] if lines else "the trial failed")[:MAX_FAULT].rstrip(".")
 
 
 class _Queue(Searcher):
