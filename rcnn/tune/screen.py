@@ -58,7 +58,8 @@ class SearchScreen:
         """Shows an epoch of a running trial."""
         line = _Line(choice, int(metrics["epoch"]), self.config.tune.epochs, metrics["val/error"])
         line.images_per_second = metrics["perf/images_per_second"]
-        self.lines[name] = line
+        if name not in self.lines or not self.lines[name].outcome:  # the note of the last epoch may come after the end
+            self.lines[name] = line
         if not self.live:
             say(
                 f"  {name}  {choice!s:<32} epoch {line.epoch}/{line.num_epochs}  val error {100 * line.val_error:.2f} %  "

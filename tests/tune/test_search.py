@@ -198,12 +198,15 @@ def test_the_table_on_a_terminal_has_the_best_trial_first() -> None:
     screen = SearchScreen(tuning(epochs=4), [record(0, 0.3)], num_runs=2, num_at_once=1, rows=400)
     screen.show_epoch("trial-01", record(1, 0.2).choice, {"epoch": 1, "val/error": 0.2, "perf/images_per_second": 10.0})
     screen.show_end(record(2, 0.1))
+    late = {"epoch": 4, "val/error": 0.1, "perf/images_per_second": 10.0}
+    screen.show_epoch("trial-02", record(2, 0.1).choice, late)
     console = Console(width=120, file=io.StringIO())
     console.print(screen.table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     names = [line.split("│")[1].strip() for line in text.splitlines() if "trial-0" in line]
     assert names == ["trial-02", "trial-01", "trial-00"]
     assert "2 of 3 trials ended, about 3 s left" in text
+    assert text.count("finished") == 2
     assert "1/4" in text
     assert "2 min left" in text  # 3 epochs of 400 images
 
