@@ -10,12 +10,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rcnn.data.sources import SOURCES, unread_by
 from rcnn.model.networks import NETWORKS, title_of, unread_settings
+from rcnn.ranges import Range, Values, is_continuous, read_space
 from rcnn.section import Given, Section, environment_layer, lay, variable_of
 
 # Bounds of what has no bound of its own: far above any use, and low enough that a slip of the keyboard is refused.
@@ -28,6 +29,7 @@ MAX_MINUTES = 525_600  # a year
 MAX_BATCH = 1_000_000  # images
 MAX_ROWS = 1_000_000_000
 MAX_CPUS = 4096
+MAX_MINUTES = 100_000
 
 
 def _require_no_credentials(setting: str, uri: str) -> None:
@@ -281,37 +283,88 @@ class ExecutionConfig(Section):
         return self
 
 
+SEARCHED_SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "train": TrainConfig, "augment": AugmentConfig}
+NOT_SEARCHED = ("train.epochs", "train.num_rows", "train.max_minutes")  # `tune` has its own
+SEARCHABLE = {
+    f"{section}.{name}": field
+    for section, of in SEARCHED_SECTIONS.items()
+    for name, field in of.model_fields.items()
+    if f"{section}.{name}" not in NOT_SEARCHED
+}
+"""The settings that `tune.space` may name: they change how a trial trains."""
+
+DEFAULT_SPACE: dict[str, Values] = {
+    "model.k": (16, 32),
+    "model.t": (1, 2, 3),
+    "train.learning_rate": Range(min=1e-3, max=1e-1, log=True),
+}
+
+
 class TuneConfig(Section):
-    """The search over K, T and the learning rate: random draws, the worse ones stopped early (ASHA)."""
+    """The search for better settings: what is searched, in which order, and which trials are stopped early."""
 
     enabled: bool = Field(True, description="Whether to search at all; if not, `model` and `train` hold as they are.")
-    num_trials: int = Field(8, ge=1, le=10_000, description="Configurations to draw.")
-    k: tuple[Annotated[int, Field(ge=1, le=2048)], ...] = Field((16, 32), min_length=1, description="K to choose from.")
-    t: tuple[Annotated[int, Field(ge=0, le=32)], ...] = Field((1, 2, 3), min_length=1, description="T to choose from.")
-    learning_rate_min: float = Field(1e-3, gt=0, le=10, description="Lower end of the rate, drawn log-uniformly.")
-    learning_rate_max: float = Field(1e-1, gt=0, le=10, description="Upper end of the rate.")
+    space: dict[str, Values] = Field(
+        DEFAULT_SPACE,
+        description="What is searched: settings of model, train and augment by dotted name, each with a list of values "
+        "or a range {min, max, log, step}.",
+        examples=['{"model.k": [16, 32], "train.learning_rate": {"min": 0.001, "max": 0.1, "log": true}}'],
+    )
+    search: Literal["random", "grid", "tpe"] = Field(
+        "random",
+        description="random: independent draws; grid: every combination; tpe: draws that learn from earlier trials "
+        "(Optuna's tree-structured Parzen estimator).",
+    )
+    early_stopping: Literal["asha", "median", "none"] = Field(
+        "asha",
+        description="asha: successive halving at rungs; median: stop trials that are worse than the median of the "
+        "others; none: all trials run to the end.",
+    )
+    num_trials: int = Field(
+        8, ge=1, le=10_000, description="Configurations to try; raised later, it extends the finished search."
+    )
     epochs: int = Field(3, ge=1, le=MAX_EPOCHS, description="Epochs of a trial that is not stopped.")
     grace_epochs: int = Field(
         1, ge=1, le=MAX_EPOCHS, description="Epochs that each trial gets before it may be stopped."
     )
     reduction_factor: int = Field(2, ge=2, le=100, description="At each rung, ASHA keeps 1 in this many trials.")
     num_rows: int = Field(0, ge=0, le=MAX_ROWS, description="Training rows of a trial; 0: all of them.")
-    max_concurrent_trials: int = Field(
-        0, ge=0, le=10_000, description="Trials at a time; 0: as many as the cluster has room for."
+    seeds: int = Field(
+        1, ge=1, le=100, description="Seeds that the best configurations are trained with; above 1, their mean decides."
     )
-    cpus_per_trial: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each trial.")
-    gpus_per_trial: float = Field(0, ge=0, le=1000, description="GPUs of each trial; 0.5 puts two on one.")
+    num_finalists: int = Field(
+        3, ge=1, le=100, description="Configurations that are trained with every seed, where seeds is above 1."
+    )
+    max_minutes: float = Field(
+        0, ge=0, le=MAX_MINUTES, description="Minutes after which the search ends with its best result so far; 0: none."
+    )
+    trial_minutes: float = Field(
+        0, ge=0, le=MAX_MINUTES, description="Minutes after which a trial ends with its last epoch; 0: no limit."
+    )
+    max_concurrent_trials: int = Field(
+        0, ge=0, le=10_000, description="Trials at a time; 0: as many as the cluster has cores, GPUs and memory for."
+    )
+    workers_per_trial: int = Field(1, ge=1, le=4096, description="Ray Train workers of each trial.")
+    cpus_per_trial: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each worker of a trial.")
+    gpus_per_trial: float = Field(
+        0, ge=0, le=1000, description="GPUs of each worker of a trial; 0.5 puts two on one GPU."
+    )
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _space_is_within_bounds(cls, given: Any) -> dict[str, Values]:
+        return read_space(given, SEARCHABLE)
 
     @model_validator(mode="after")
-    def _ranges_are_ordered(self) -> Self:
-        if self.learning_rate_min >= self.learning_rate_max:
-            raise ValueError(
-                f"learning_rate_min = {self.learning_rate_min} is not below "
-                f"learning_rate_max = {self.learning_rate_max}; lower the one or raise the other"
-            )
+    def _settings_fit_each_other(self) -> Self:
         if self.grace_epochs > self.epochs:
             raise ValueError(
                 f"grace_epochs = {self.grace_epochs} exceeds epochs = {self.epochs}; set it to {self.epochs} or less"
+            )
+        endless = [name for name, values in self.space.items() if is_continuous(values, SEARCHABLE[name])]
+        if self.search == "grid" and endless:
+            raise ValueError(
+                f"search = 'grid' has no end where space gives {endless[0]} a range without a step; give it a step, or a list"
             )
         return self
 
@@ -382,6 +435,11 @@ class PipelineConfig(Section):
         f"train.{name}": f"{section}.{name}"
         for section, of in (("augment", AugmentConfig), ("execution", ExecutionConfig))
         for name in of.model_fields
+    } | {
+        "tune.k": "tune.space.model.k",
+        "tune.t": "tune.space.model.t",
+        "tune.learning_rate_min": "tune.space.train.learning_rate",
+        "tune.learning_rate_max": "tune.space.train.learning_rate",
     }
     """Former names of settings: they are refused, with a pointer to the new one."""
 
@@ -401,6 +459,28 @@ class PipelineConfig(Section):
                 f"set train.batch_size to {num_workers * max(1, batch_size // num_workers)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _network_reads_what_is_searched(self) -> Self:
+        if self.tune.enabled and (fault := self.fault_of_space()):
+            raise ValueError(f"{fault}, or set tune.enabled to false")
+        return self
+
+    def fault_of_space(self) -> str:
+        """Why this network cannot be searched over `tune.space`, and what to do; empty where it can."""
+        space = self.tune.space
+        if not space:
+            return "tune.space is empty; name a setting in it"
+        networks: Any = space.get("model.network", (self.model.network,))
+        for network in networks:
+            unread = unread_settings(network, {name.removeprefix("model."): 0 for name in space})
+            for name in unread:
+                reads = ", ".join(each for each in NETWORKS[network].reads if each in ModelConfig.model_fields)
+                return (
+                    f"tune.space has model.{name}, which model.network = {network!r} does not read "
+                    f"(it reads {reads or 'none of them'}); leave it out"
+                )
+        return ""
 
     def hash(self) -> str:
         """The first 12 hex digits of the SHA-256 of all settings that may shape a result.

@@ -24,7 +24,7 @@ UNCOUNTED = frozenset(
     for name in (
         "config", "data.sources", "errors", "keys", "model.networks", "progress", "ray_board", "ray_session", "recipes",
         "results", "section", "settings",
-        "stages", "storage", "text", "tracking",
+        "ranges", "stages", "storage", "text", "tracking", "tune.plots", "tune.resources", "tune.screen",
     )
 )  # fmt: skip
 

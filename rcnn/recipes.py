@@ -16,6 +16,7 @@ from typing import Any
 from rcnn.config import AugmentConfig, DataConfig, ExecutionConfig, ModelConfig, PipelineConfig, TrainConfig, TuneConfig
 from rcnn.errors import ConfigError
 from rcnn.model.networks import NETWORKS
+from rcnn.ranges import Range
 from rcnn.section import shown
 from rcnn.settings import build_config, read_config_file
 
@@ -45,10 +46,11 @@ def demo() -> PipelineConfig:
         execution=ExecutionConfig(cpus_per_worker=2),
         tune=TuneConfig(
             num_trials=5,
-            k=(16, 32),
-            t=(1, 2),
-            learning_rate_min=0.01,
-            learning_rate_max=0.06,
+            space={
+                "model.k": (16, 32),
+                "model.t": (1, 2),
+                "train.learning_rate": Range(min=0.01, max=0.06, log=True),
+            },
             epochs=3,
             num_rows=1800,
         ),
@@ -66,7 +68,16 @@ def debug_tiny() -> PipelineConfig:
         data=DataConfig(source="mnist-sample", test_fraction=0.1, val_fraction=0.1),
         model=ModelConfig(k=8, t=1, dropout=0.1),
         train=TrainConfig(epochs=2, batch_size=32, learning_rate=0.02, num_rows=320, clip_norm=2.0),
-        tune=TuneConfig(num_trials=2, k=(8,), t=(0, 1), learning_rate_min=0.005, epochs=2, num_rows=160),
+        tune=TuneConfig(
+            num_trials=2,
+            space={
+                "model.k": (8,),
+                "model.t": (0, 1),
+                "train.learning_rate": Range(min=0.005, max=0.1, log=True),
+            },
+            epochs=2,
+            num_rows=160,
+        ),
     )
 
 

@@ -1,12 +1,14 @@
 """What each stage hands to the next: small references that go through JSON, in the order of the pipeline. Never tensors."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, RootModel
 
 from rcnn.config import PipelineConfig
+from rcnn.ranges import Scalar
 from rcnn.scores import written_metrics
+from rcnn.section import as_typed
 from rcnn.text import printable
 
 Locate = Callable[[str], str]
@@ -65,21 +67,29 @@ class IngestResult(StageResult):
         return {"data set": self.folder, "digest": f"`{self.digest[:16]}`", **rows}
 
 
-class Choice(BaseModel):
-    """One point of the search space."""
+class Choice(RootModel[dict[str, Scalar]]):
+    """One point of the search space: values by dotted setting name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    k: int
-    t: int
-    learning_rate: float
+    model_config = ConfigDict(frozen=True)
 
     def applied_to(self, config: PipelineConfig) -> PipelineConfig:
-        """The config with these three settings."""
-        return config.with_settings({"model.k": self.k, "model.t": self.t, "train.learning_rate": self.learning_rate})
+        """The config with these settings."""
+        return config.with_settings(self.root)
 
     def __str__(self) -> str:
-        return f"K={self.k} T={self.t} lr={self.learning_rate:.3g}"
+        return ", ".join(f"{SHORT_NAMES.get(name, name)} {_short(value)}" for name, value in self.root.items())
+
+
+SHORT_NAMES = {"model.k": "K", "model.t": "T", "train.learning_rate": "learning rate"}
+
+
+def _short(value: Scalar) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else as_typed(value)
+
+
+Outcome = Literal["finished", "stopped early", "out of time", "diverged", "failed", "cut off"]
+"""How a trial ended. Out of time: at `tune.trial_minutes`. Cut off: the search ended (`tune.max_minutes`); a longer search
+trains it again."""
 
 
 class Trial(BaseModel):
@@ -89,36 +99,69 @@ class Trial(BaseModel):
 
     name: str
     choice: Choice
+    seed: int = 0
     val_error: float
+    """Of the last epoch; 1.0 where none was finished."""
     epochs: int
-    outcome: str
-    """finished, stopped early, diverged or failed."""
+    outcome: Outcome
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its error says something about its settings."""
+        return self.epochs > 0 and self.outcome not in ("diverged", "failed")
+
+
+MAX_LISTED = 100
+"""Trials that a result lists; it goes through a command line, which has a limit. `trials.parquet` has all of them."""
 
 
 class TuneResult(StageResult):
-    """The best configuration, and all that were tried."""
+    """The best configuration, and the best of those that were tried."""
 
+    folder: str = ""
+    """Holds `trials.parquet` (all trials) and `pictures/`."""
     best: Choice
     best_trial: str
     val_error: float
+    """Of the best trial; with several seeds their mean."""
+    spread: float | None = None
+    """Standard deviation over the seeds, where there are several."""
     trials: tuple[Trial, ...]
+    """The first 100, the repeats of the finalists at the end."""
+    outcomes: dict[str, int] = {}
+    """Number of trials by outcome."""
+    seeds: int = 1
+    num_finalists: int = 0
+    minutes_allowed: float = 0.0
+    """The limit that ended the search, `tune.max_minutes`; 0: it ended by itself."""
+
+    @property
+    def num_trials(self) -> int:
+        """Configurations that were tried."""
+        return sum(self.outcomes.values())
 
     def applied_to(self, config: PipelineConfig) -> PipelineConfig:
         """The config with the best trial's settings."""
         return self.best.applied_to(config)
 
     def highlights(self, locate: Locate) -> dict[str, str]:
-        """The best trial."""
-        stopped = sum(trial.outcome == "stopped early" for trial in self.trials)
-        return {
-            "best trial": f"{self.best_trial} of {len(self.trials)}: {self.best!s}, "
-            f"{100 * self.val_error:.2f} % validation error ({stopped} stopped early)"
-        }
+        """The best trial, and how the others ended."""
+        error = f"{100 * self.val_error:.2f} % validation error"
+        if self.spread is not None:
+            error = f"{100 * self.val_error:.2f} ± {100 * self.spread:.2f} % validation error over {self.seeds} seeds"
+        others = ", ".join(
+            f"{num} {outcome}" for outcome, num in self.outcomes.items() if num and outcome != "finished"
+        )
+        ended = f"; the search ended after {self.minutes_allowed:g} min" if self.minutes_allowed else ""
+        told = f" ({others}{ended})" if others or ended else ""
+        return {"best trial": f"{self.best_trial} of {self.num_trials}: {self.best!s}, {error}{told}"}
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each trial."""
         return [
-            {"trial": trial.name, **trial.choice.model_dump(), **trial.model_dump(exclude={"name", "choice"})}
+            {"trial": trial.name, **trial.choice.root, **trial.model_dump(exclude={"name", "choice"})}
             for trial in self.trials
         ]
 

@@ -8,18 +8,19 @@ It stands left of the schema, which changes itself by it (`with_settings`), and 
 
 import datetime
 import difflib
+import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from rcnn.errors import ConfigError
-from rcnn.text import counted
+from rcnn.text import counted, parse_json
 
 ENV_PREFIX = "RCNN_"
 EXPLAIN = "`rcnn config --explain` lists each setting with its bounds"
@@ -72,17 +73,32 @@ def lay(base: Tree, layers: Sequence[Layer], *, base_origin: str = "") -> Tree:
     tree = base.model_dump()
     for layer in layers:
         for name, given in layer.items():
-            if name not in known:
+            table = "" if name in known else _table_of(type(base), name)
+            if name not in known and not table:
                 raise unknown_setting(type(base), name, given.origin)
-            *path, leaf = name.split(".")
+            *path, leaf = (table or name).split(".")
             branch = tree
             for part in path:
                 branch = branch[part]
-            branch[leaf] = given.value
+            branch[leaf] = _with_item(branch[leaf], name.removeprefix(f"{table}."), given) if table else given.value
     try:
         return type(base).model_validate(tree)
     except ValidationError as error:
         raise _error_of(error, type(base), layers, base_origin) from error
+
+
+def _table_of(tree: type[BaseModel], name: str) -> str:
+    """The setting whose table has an item of this name: `tune.space` for `tune.space.model.k`; empty if none has."""
+    tables = (known for known, field in fields_of(tree) if get_origin(field.annotation) is dict)
+    return next((known for known in tables if name.startswith(f"{known}.")), "")
+
+
+def _with_item(table: Any, item: str, given: Given) -> dict[str, Any]:
+    try:
+        return {**read_table(table), item: given.value}
+    except ValueError as error:
+        fault = f"{item} is set in a table that cannot be read: {shown(table)}"
+        raise ConfigError(fault, where=given.origin, remedy=EXPLAIN) from error
 
 
 def environment_layer(tree: type[Section], environ: Mapping[str, str]) -> dict[str, Given]:
@@ -94,10 +110,12 @@ def environment_layer(tree: type[Section], environ: Mapping[str, str]) -> dict[s
     names = {variable_of(name): name for name in setting_names(tree)}
     layer = {}
     for variable, value in environ.items():
+        name = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
         if variable in names:
             layer[names[variable]] = Given(Text(value), variable)
+        elif variable == variable_of(name) and _table_of(tree, name):
+            layer[name] = Given(Text(value), variable)
         elif variable.startswith(ENV_PREFIX) and variable.upper() not in names:
-            name = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
             raise unknown_setting(tree, name, variable, spell=variable_of)
         elif variable.upper() in names:
             raise ConfigError(
@@ -141,6 +159,8 @@ def as_typed(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return json.dumps(value, default=lambda item: item.model_dump(exclude_defaults=True))
     return str(value) or '""'
 
 
@@ -184,12 +204,32 @@ def unknown_setting(
     return ConfigError(f"there is no setting {shown(name)}", where=origin, remedy=remedy)
 
 
+def value_of(field: FieldInfo, value: Any, name: str) -> Any:
+    """A value for a setting, read by its type and within its bounds.
+
+    Args:
+        field: the setting.
+        value: a value for it, as a user gave it.
+        name: what an error calls it.
+
+    Raises:
+        InsideFault: it is of another type, or out of bounds.
+    """
+    kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation  # type: ignore
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        return adapter.validate_python(_read(field.annotation, value))
+    except ValueError as error:  # pydantic's are ValueErrors too
+        fault = f"{name} is {shown(value)}: should be {_noun(field.annotation)}{limits_of(field)}"
+        raise InsideFault(fault) from error
+
+
 def _read(kind: Any, value: Any) -> Any:
     """The value for a setting of this type. Pydantic would also take true for 1, "3" for 3 and 1 for true."""
     if get_origin(kind) is Annotated:
         return _read(get_args(kind)[0], value)
     if get_origin(kind) is tuple:
-        return tuple(_read(get_args(kind)[0], item) for item in _items(value))
+        return tuple(_read(get_args(kind)[0], item) for item in read_items(value))
     if kind is str or get_origin(kind) is Literal:
         return _text(value)
     if kind is bool:
@@ -201,7 +241,7 @@ def _read(kind: Any, value: Any) -> Any:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _wrong_type("text")
+        raise wrong_type("text")
     if "\0" in value:  # no system takes one in a name
         raise ValueError("should not hold a NUL")
     if any("\ud800" <= sign <= "\udfff" for sign in value):  # bytes of another encoding; they cannot go through JSON
@@ -213,14 +253,14 @@ def _switch(value: Any) -> bool:
     if isinstance(value, Text) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     if not isinstance(value, bool):
-        raise _wrong_type("true or false")
+        raise wrong_type("true or false")
     return value
 
 
 def _number(kind: type, value: Any) -> Any:
     number = _parsed_number(value.strip()) if isinstance(value, Text) else value
     if number is None or isinstance(number, bool | str):
-        raise _wrong_type("a whole number" if kind is int else "a number")
+        raise wrong_type("a whole number" if kind is int else "a number")
     return number
 
 
@@ -232,16 +272,43 @@ def _parsed_number(text: str) -> int | float | None:
     return None
 
 
-def _items(value: Any) -> Sequence[Any]:
+def read_items(value: Any) -> Sequence[Any]:
+    """The items of a list, which `--set` gives as text.
+
+    Raises:
+        PydanticCustomError: it is not a list.
+    """
     if isinstance(value, Text) and re.fullmatch(r"\s*\[.*\]\s*", value, flags=re.DOTALL):
         inside = value.strip()[1:-1].strip().removesuffix(",")
         return [Text(item) for item in inside.split(",")] if inside else []
     if not isinstance(value, list | tuple):
-        raise _wrong_type("a list")
+        raise wrong_type("a list")
     return value
 
 
-def _wrong_type(wanted: str) -> PydanticCustomError:
+def read_table(value: Any) -> Mapping[str, Any]:
+    """A table by name, which `--set` and variables give as JSON.
+
+    Raises:
+        PydanticCustomError: it is not a table.
+    """
+    if isinstance(value, Text):
+        with suppress(ValueError):
+            value = parse_json(value)
+    if not isinstance(value, Mapping):
+        raise wrong_type("a table")
+    return value
+
+
+class InsideFault(PydanticCustomError):
+    """What is wrong inside a setting that holds a table; the text begins with the item's name."""
+
+    def __new__(cls, what: str) -> "InsideFault":
+        """With the text as pydantic wants it: a template, and what fills it."""
+        return super().__new__(cls, "inside", "{what}", {"what": what})
+
+
+def wrong_type(wanted: str) -> PydanticCustomError:
     """What Prefect says of a flow's parameter; `_fault` has more to say."""
     return PydanticCustomError("wrong_type", "should be {wanted}", {"wanted": wanted})
 
@@ -267,6 +334,8 @@ def _error_of(error: ValidationError, tree: type[BaseModel], layers: Sequence[La
 def _fault(first: ErrorDetails, name: str, field: FieldInfo) -> str:
     """What is wrong with the value of one setting."""
     value, kind = first["input"], field.annotation
+    if first["type"] == "inside":
+        return f"{name}.{first['msg']}"
     if first["type"] == "value_error":  # a rule of the setting's own says it
         return f"{name} is {shown(value)}: {first['msg'].removeprefix('Value error, ')}"
     if value is None:
@@ -316,6 +385,8 @@ def _limits(kind: Any, metadata: Sequence[Any], examples: Sequence[Any] | None =
         return "true or false"
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is dict:
+        return "a table: for each name a list of values, or {min, max, log, step}"
     if get_origin(kind) is tuple:
         item, item_metadata = _item_type(kind)
         return f"a list, each {_noun(item)}{_limits(item, item_metadata)}"
@@ -352,13 +423,18 @@ def _settings_in(message: str, tree: type[BaseModel], section: str) -> list[str]
 
 
 def _origin_of(name: str, layers: Sequence[Layer], base_origin: str) -> str:
-    return next((layer[name].origin for layer in reversed(layers) if name in layer), base_origin)
+    return next((origins[-1] for layer in reversed(layers) if (origins := _origins_in(layer, name))), base_origin)
+
+
+def _origins_in(layer: Layer, name: str) -> list[str]:
+    """Who gave the setting, or an item of its table."""
+    return [given.origin for key, given in layer.items() if key == name or key.startswith(f"{name}.")]
 
 
 def _blamed(names: Sequence[str], layers: Sequence[Layer], base_origin: str) -> str:
     """Who gave these values: the last layer that gave any of them."""
     for layer in reversed(layers):
-        origins = [layer[name].origin for name in names if name in layer]
+        origins = [origin for name in names for origin in _origins_in(layer, name)]
         if origins:
             return " and ".join(dict.fromkeys(origins))
     return base_origin

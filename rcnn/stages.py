@@ -119,19 +119,23 @@ STAGES: dict[str, Stage] = {
         replaces_whole=True,
     ),
     "tune": Stage(
-        help="search K, T and the learning rate (after ingest)",
+        help="search for better settings (after ingest)",
         run="rcnn.tune.ray_tuner:run_tune",
         result="rcnn.results:TuneResult",
         takes=("ingest",),
         cost="rcnn.plan.costs:cost_of_tune",
         settings=(
-            "model", "train", "augment", "tune", "seed", "-train.epochs", "-train.max_minutes", "-tune.enabled",
-            "-tune.max_concurrent_trials", "-tune.cpus_per_trial", "-tune.gpus_per_trial",
+            "model", "train", "augment", "seed",
+            "tune.space", "tune.search", "tune.early_stopping", "tune.epochs", "tune.grace_epochs",
+            "tune.reduction_factor", "tune.num_rows", "-train.epochs", "-train.max_minutes",
         ),
         identity=lambda config, results: [results["ingest"].digest],
-        purpose=lambda config: f"{config.tune.num_trials} trials of {config.tune.epochs} epochs at the most",
+        purpose=lambda config: (
+            f"up to {counted(config.tune.num_trials, 'trial')} of up to {counted(config.tune.epochs, 'epoch')}"
+        ),
         folder="runs",
         label=lambda config: "tune",
+        check="rcnn.tune.search:covers",  # raising tune.num_trials extends a finished search
         modules=_network_module,
         always_on_ray=True,
         is_planned=lambda config: config.tune.enabled,

@@ -45,23 +45,30 @@ def test_the_pipeline_starts_from_nothing_and_a_rerun_has_nothing_to_do(tmp_path
     assert "version 1 is now the champion" in finish(command(tmp_path, "registry", "--promote", "1"))
 
 
-def test_a_search_that_was_interrupted_goes_on_with_what_is_left(tmp_path: Path) -> None:
-    settings = ("tune.num_trials=3", "tune.max_concurrent_trials=1", "tune.epochs=8", "tune.grace_epochs=8")
-    search = ["tune", "--recipe", "debug_tiny", "--set", "tune.num_rows=3000"]
-    search += [word for setting in settings for word in ("--set", setting)]
-    killed = command(tmp_path, *search)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.startswith("  trial-01"):
-            break
-    time.sleep(12)  # Tune writes its state every ten seconds, and a trial takes longer than that
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    killed.stdout.close()
+def test_a_search_that_was_killed_at_any_moment_is_resumed_and_repeats_no_trial(tmp_path: Path) -> None:
+    settings = ("tune.num_trials=3", "tune.max_concurrent_trials=1", "tune.epochs=3", "tune.num_rows=1600")
+    search = ["tune", "--recipe", "debug_tiny"] + [word for setting in settings for word in ("--set", setting)]
+
+    def files(pattern: str) -> list[Path]:
+        return sorted((tmp_path / "storage" / "runs").glob(pattern))
+
+    for is_due in (
+        lambda: files("tune-*"),
+        lambda: files("tune-*/ray/*"),
+        lambda: files("tune-*/trials/trial-00.json"),
+    ):
+        killed = command(tmp_path, *search)
+        while not is_due() and killed.poll() is None:
+            time.sleep(0.01)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.communicate()
+    kept = {file: file.stat().st_mtime_ns for file in files("tune-*/trials/*.json")}
+    assert kept
     output = finish(command(tmp_path, *search))
-    assert "resuming the interrupted search" in output
-    assert "trial-00" not in output.split("resuming the interrupted")[1].split("{")[0]
-    assert output.count('"outcome": "finished"') == 3
+    assert f"resuming: {len(kept)} trials have ended, {3 - len(kept)} are left" in output
+    assert "  trial-00 " not in output
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert output.count('"name": "trial-') == 3
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])

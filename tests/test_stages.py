@@ -20,7 +20,10 @@ from rcnn.stages import (
 )
 
 DATA = IngestResult(folder="datasets/x", digest="d", test_digest="t", source="mnist-sample", rows={"test": 1})
-TUNED = TuneResult(best=Choice(k=5, t=4, learning_rate=0.3), best_trial="trial-00", val_error=0.1, trials=())
+TUNED = TuneResult(
+    best=Choice({"model.k": 5, "model.t": 4, "train.learning_rate": 0.3}),
+    best_trial="trial-00", val_error=0.1, trials=(), outcomes={"finished": 2},
+)  # fmt: skip
 MODEL = TrainResult(
     folder="runs/x", weights_sha256="w", val_error=0.1, best_epoch=1, epochs=1, num_parameters=1, images_per_second=1,
     seconds=1,
@@ -58,7 +61,7 @@ def test_how_and_where_a_stage_runs_is_in_no_key() -> None:
         "execution.recompute": True, "execution.triton": True, "execution.loader": "streaming",
         "execution.resident_megabytes": 7, "execution.keep_checkpoints": 9, "execution.max_failures": 9,
         "ray.address": "auto", "ray.num_cpus": 3, "tune.cpus_per_trial": 2, "tune.max_concurrent_trials": 3,
-        "tune.gpus_per_trial": 1,
+        "tune.gpus_per_trial": 1, "tune.workers_per_trial": 2, "tune.max_minutes": 5, "tune.trial_minutes": 1,
     }  # fmt: skip
     assert {name.partition(".")[2] for name in other if name.startswith("execution")} == set(
         ExecutionConfig.model_fields
@@ -71,7 +74,15 @@ def test_how_and_where_a_stage_runs_is_in_no_key() -> None:
 def test_a_search_is_named_by_what_its_trials_read() -> None:
     results: dict[str, object] = {"ingest": DATA}
     tune = folder("tune", results)
-    assert folder("tune", results, train__epochs=7) == tune
+    for setting, value in (
+        ("train__epochs", 7),
+        ("tune__num_trials", 9),
+        ("tune__seeds", 2),
+        ("tune__num_finalists", 9),
+    ):
+        assert folder("tune", results, **{setting: value}) == tune
+    assert folder("tune", results, tune__space={"model.k": [8]}) != tune
+    assert folder("tune", results, tune__search="tpe") != tune
     assert folder("tune", results, tune__epochs=3) != tune
     assert folder("tune", results, augment__flip=True) != tune
 

@@ -94,10 +94,10 @@ def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
     statuses, results = statuses_of(config)
     size = size_of(config, results.get("ingest"))
     storage = Storage(config.storage)
-    found: dict[tuple[Any, ...], list[Calibration]] = {}
+    found: dict[str, list[Calibration]] = {}
 
     def calibrate(jobs: Sequence[Job], num_threads: int, num_copies: int) -> list[Calibration]:
-        asked = (*jobs, num_threads, num_copies)
+        asked = repr((*jobs, num_threads, num_copies))
         if asked not in found:  # train and evaluate ask the same
             how = {"num_threads": num_threads, "num_copies": num_copies}
             found[asked] = calibrations_of(jobs, storage, **how, fresh=fresh)

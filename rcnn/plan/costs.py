@@ -14,8 +14,9 @@ import numpy as np
 
 from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
 from rcnn.plan.calibrate import Calibration, Job
-from rcnn.plan.search import expected_epochs, networks_of, timed_of
+from rcnn.plan.search import expected_epochs, most_epochs, networks_of, timed_of
 from rcnn.plan.size import DataSize
+from rcnn.tune.space import num_trials_wanted
 
 FORWARDS_PER_STEP = 3
 
@@ -96,7 +97,7 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
     settings: dict[str, Any] = {
         "train.epochs": tune.epochs,
         "train.num_rows": tune.num_rows or config.train.num_rows,
-        "execution.num_workers": 1,
+        "execution.num_workers": tune.workers_per_trial,
         "execution.use_gpu": tune.gpus_per_trial > 0,
         "execution.triton": config.execution.triton and tune.gpus_per_trial > 0,
     }
@@ -106,32 +107,32 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
     jobs = [_job(trial.with_settings(point), size, is_timed=point in timed) for point in points]
     num_at_once = _num_trials_at_once(config)
     copies = num_at_once if not tune.gpus_per_trial else 1
-    found = calibrate(jobs, tune.cpus_per_trial, min(copies, max(1, _num_cores(config) // tune.cpus_per_trial)))
-    epochs = expected_epochs(config)
+    num_cpus = tune.cpus_per_trial * tune.workers_per_trial
+    found = calibrate(jobs, tune.cpus_per_trial, min(copies, max(1, _num_cores(config) // num_cpus)))
+    epochs, num_trials = expected_epochs(config), num_trials_wanted(config)
     num_steps = _steps_per_epoch(trial, size)
     macs = sum(_epoch_macs(trial, size, each) for each in found) / len(found)
     cost = Cost(
         num_rows=_num_train_rows(trial, size) + size.rows["val"],
         num_steps=round(epochs * num_steps),
         multiply_adds=round(epochs * macs),
-        disk_bytes=round(tune.num_trials * BYTES_OF_A_TRIAL),
-        notes=_notes(
-            found, [f"trials: {tune.num_trials} of at most {tune.epochs} epochs, {epochs:.0f} epochs expected"]
-        ),
+        disk_bytes=round(num_trials * BYTES_OF_A_TRIAL),
+        notes=_notes(found, [f"trials: {num_trials} of at most {tune.epochs} epochs, {epochs:.0f} epochs expected"]),
     )
     seconds = _epoch_seconds_by_macs(trial, size, found)
     if seconds is None:
         return cost
     mean = sum(seconds) / len(seconds)
     fixed = SECONDS_TO_START_RAY + SECONDS_TO_START_TRIALS
-    whole = fixed + max(epochs * mean / num_at_once, tune.epochs * mean)
+    limit = 60 * tune.max_minutes or math.inf
+    whole = min(limit, fixed + max(epochs * mean / num_at_once, tune.epochs * mean))
     return _with_times(
         cost,
         whole,
         num_processes=num_at_once,
-        cpus=tune.cpus_per_trial,
-        gpus=tune.gpus_per_trial,
-        seconds_at_most=fixed + math.ceil(tune.num_trials / num_at_once) * tune.epochs * max(seconds),
+        cpus=num_cpus,
+        gpus=tune.gpus_per_trial * tune.workers_per_trial,
+        seconds_at_most=min(limit, fixed + math.ceil(most_epochs(config) / num_at_once) * max(seconds)),
         peak_bytes=_process_bytes(trial, size, found),
     )
 
@@ -203,10 +204,10 @@ def _num_train_copies(config: PipelineConfig) -> int:
 
 def _num_trials_at_once(config: PipelineConfig) -> int:
     tune = config.tune
-    room = max(1, _num_cores(config) // tune.cpus_per_trial)
+    room = max(1, _num_cores(config) // (tune.cpus_per_trial * tune.workers_per_trial))
     if tune.gpus_per_trial:
-        room = min(room, max(1, int(1 / tune.gpus_per_trial)))
-    return min(tune.max_concurrent_trials or room, room, tune.num_trials)
+        room = min(room, max(1, int(1 / (tune.gpus_per_trial * tune.workers_per_trial))))
+    return min(tune.max_concurrent_trials or room, room, num_trials_wanted(config))
 
 
 def _num_train_rows(config: PipelineConfig, size: DataSize) -> int:

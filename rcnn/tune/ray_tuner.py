@@ -1,11 +1,15 @@
-"""The tune stage: Ray Tune draws configurations, and ASHA stops the worse ones early.
+"""The tune stage: Ray Tune runs the trials, and stops the worse ones early.
 
-In: a config and a data set. Out: the best K, T and learning rate, and a table of all trials. A trial is one process that
-calls `fit` itself, without checkpoints: it is short, and an interrupted search repeats only the unfinished ones.
+In: a config and a data set. Out: the best point of `tune.space`, and a table of all trials. A trial calls `fit`, without
+checkpoints: it is short, so a trial that was interrupted starts over. What has ended is in the ledger (`ledger.py`), and an
+interrupted or extended search starts Ray Tune with what is left. Tune's own folder is deleted.
 """
 
-import os
-from collections.abc import Callable
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,191 +17,386 @@ from rcnn.ray_session import ensure_ray, require_room  # isort: skip  (sets what
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from rcnn.config import PipelineConfig
-from rcnn.errors import RcnnError, TrainingError
+from rcnn.config import SEARCHABLE, PipelineConfig
+from rcnn.data.manifest import require_manifest
 from rcnn.progress import say
+from rcnn.ranges import Range
 from rcnn.ray_board import following, new_board
-from rcnn.results import Choice, IngestResult, Trial, TuneResult
-from rcnn.storage import StageFolder, Storage
+from rcnn.results import Choice, IngestResult, Outcome, TuneResult
+from rcnn.storage import StageFolder
 from rcnn.tracking import Tracker, finish_failed
-from rcnn.train.loop import Metrics, fit, training_data
-from rcnn.tune.space import own_choice, require_searchable, trial_config
+from rcnn.train.loop import Metrics
+from rcnn.tune.ledger import Record, read_records, write_record, write_table
+from rcnn.tune.plots import write_pictures
+from rcnn.tune.ray_trial import WORST_ERROR, TrialInputs, run_trial
+from rcnn.tune.resources import PROCESS_BYTES, Room, room_for_trials
+from rcnn.tune.screen import SearchScreen
+from rcnn.tune.search import NUM_STARTUP_TRIALS, Run, lost_too_many, repeats_left, result_of, runs_left
+from rcnn.tune.space import require_searchable
 
-WORST_ERROR = 1.0
+METRIC, MODE = "val/error", "min"
+MAX_RETRIES = 2  # of a failed trial
+SCRATCH = "ray"
+MAX_FAULT = 200  # characters of a failed trial's line
 
 
 def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TuneResult:
-    """Searches for the K, T and learning rate with the lowest validation error.
+    """Searches `tune.space` for the point with the lowest validation error.
+
+    Resumes an interrupted search, and extends a finished one: no trial that has ended is trained again.
 
     Raises:
-        ConfigError: the network does not read what is searched.
-        TrainingError: every trial failed.
+        ConfigError: the network does not read what is searched, or a point's settings exclude each other.
+        TrainingError: more than half of the trials failed, or all diverged.
         ClusterError: Ray or the storage is out of reach, or the cluster is too small for one trial.
         DataError: the data set is not what its manifest says.
     """
     require_searchable(config)
-    ensure_ray(config, target.storage)
-    require_room(
-        config,
-        num_cpus=config.tune.cpus_per_trial,
-        num_gpus=config.tune.gpus_per_trial,
-        settings="tune.cpus_per_trial, tune.gpus_per_trial",
-    )
-    board = new_board()
-    runs = _TrialRuns(config, tracker)
+    search = _Search(config, data, target, tracker)
     try:
-        with following(board, {"trial": runs.show}):
-            results = _tuner(config, data, target, board).fit()
-        trials = tuple(sorted((_as_trial(result, config) for result in results), key=lambda trial: trial.name))
-        runs.label(trials)
+        search.run(runs_left(config, search.records), _scheduler(config, search.records.values()))
+        search.run(repeats_left(config, search.records), FIFOScheduler())
+        ended = sorted([*search.records.values(), *search.lost.values()], key=lambda each: (len(each.name), each.name))
+        result = result_of(config, target, ended, was_cut=search.was_cut)
+        search.close()
     except BaseException:
-        for run in runs.open.values():
-            finish_failed(run)
+        search.fail()
         raise
-    runs.finish()
-    return _best_of(trials, results, tracker)
+    write_table(target, ended)
+    write_pictures(config, target, ended, tracker)
+    tracker.set_tags({"best_trial": result.best_trial, "best_choice": str(result.best)})
+    tracker.log_metrics({METRIC: result.val_error})
+    return result
 
 
-class _TrialRuns:
-    """The lines on the screen and the MLflow runs of the trials, one under the tune run for each."""
+class _Search:
+    """One attempt at a search: what has ended, in the ledger and here, and the MLflow run of each trial."""
 
-    def __init__(self, config: PipelineConfig, tracker: Tracker):
-        self.config, self.tracker = config, tracker
-        self.open: dict[str, Tracker] = {}
-        self.failed: set[str] = set()
+    def __init__(self, config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker):
+        self.config, self.data, self.target, self.tracker = config, data, target, tracker
+        self.records = read_records(target)
+        self.lost: dict[str, Record] = {}
+        """Trials that failed or were cut off: not in the ledger, so that the next attempt trains them."""
+        self.ended_now: set[str] = set()
+        self.was_cut = False
+        self.deadline = time.monotonic() + (config.tune.max_minutes * 60 or float("inf"))
+        self.tracked: dict[str, Tracker] = {}
 
-    def show(self, note: tuple[str, Choice, Metrics]) -> None:
-        """Tells of an epoch of a trial."""
-        name, choice, metrics = note
-        epoch, val_error = int(metrics["epoch"]), metrics["val/error"]
-        self._run(name, choice).log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=epoch)
-        say(f"  {name}  {choice!s:<22} epoch {epoch}/{self.config.tune.epochs}  val error {100 * val_error:.2f} %")
+    def run(self, runs: Sequence[Run], scheduler: Any) -> None:
+        """Runs trials to their end, or to the deadline."""
+        if not runs or self.was_cut:
+            return
+        room = self._prepare()
+        if self.records:
+            say(f"  resuming: {len(self.records)} trials have ended, {len(runs)} are left")
+        say(f"  {room.reason}")
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks; a failed trial has a line of ours
+        board = new_board()
+        with (
+            SearchScreen(self.config, self.records.values(), num_runs=len(runs), num_at_once=room.num_trials,
+                         rows=self.rows) as screen,
+            following(board, {"trial": lambda note: self._note_epoch(screen, *note)}),
+            self._scratch() as scratch,
+        ):  # fmt: skip
+            recorder = _Recorder(self, screen, num_runs=len(runs))
+            inputs = TrialInputs(self.config, self.target.storage.root, self.data.folder, scratch, board)
+            _tuner(inputs, room, runs, scheduler, recorder, self).fit()
+            recorder.finish()
+        if self.was_cut:
+            say(
+                f"  the search ends after tune.max_minutes = {self.config.tune.max_minutes:g}, with its best result so far"
+            )
 
-    def label(self, trials: tuple[Trial, ...]) -> None:
-        """Tags each trial's run with how it ended, those that never came to an epoch included."""
-        for trial in trials:
-            if trial.outcome in ("diverged", "failed") or trial.name in self.open:
-                self._run(trial.name, trial.choice).set_tags({"outcome": trial.outcome})
-        self.failed = {trial.name for trial in trials if trial.outcome == "failed"}
+    def keep(self, record: Record) -> None:
+        """Notes how a trial ended: in the ledger, unless the next attempt should train it again."""
+        self.ended_now.add(record.name)
+        if record.outcome in ("failed", "cut off"):
+            self.lost[record.name] = record
+        else:
+            write_record(self.target, record)
+            self.records[record.name] = record
+            self.lost.pop(record.name, None)
 
-    def finish(self) -> None:
-        """Ends all runs."""
-        for name, run in self.open.items():
-            run.finish(failed=name in self.failed)
+    def must_stop(self, num_runs: int) -> bool:
+        """Whether the time is up, or too many trials failed."""
+        self.was_cut = self.was_cut or time.monotonic() > self.deadline
+        num_failed = sum(record.outcome == "failed" for record in self.lost.values())
+        return self.was_cut or lost_too_many(num_failed, len(self.records) + num_runs)
 
-    def _run(self, name: str, choice: Choice) -> Tracker:
-        if name not in self.open:
-            self.open[name] = self.tracker.child(name)
-            self.open[name].log_params(choice.model_dump())
-        return self.open[name]
+    def close(self) -> None:
+        """Labels and ends the MLflow runs of this attempt's trials, those that never came to an epoch included."""
+        for record in (*self.records.values(), *self.lost.values()):
+            if record.name in self.ended_now:
+                run = self._tracked(record.name, record.choice)
+                run.set_tags({"outcome": record.outcome})
+                run.finish(failed=record.outcome == "failed")
 
+    def fail(self) -> None:
+        """Ends the MLflow runs of a search that failed."""
+        for run in self.tracked.values():
+            finish_failed(run)
 
-def _best_of(trials: tuple[Trial, ...], results: Any, tracker: Tracker) -> TuneResult:
-    usable = [trial for trial in trials if trial.outcome in ("finished", "stopped early")]
-    if not usable:
-        faults = [str(result.error).strip().splitlines()[-1] for result in results if result.error]
-        raise TrainingError(
-            f"all {len(trials)} trials failed or diverged" + (f"; the first with: {faults[0]}" if faults else ""),
-            where="tune",
-            remedy="Lower tune.learning_rate_max, or try `rcnn train` alone with --debug",
+    def _prepare(self) -> Room:
+        """Starts Ray, and finds out what there is room for."""
+        tune_, manifest = self.config.tune, require_manifest(self.target.storage, self.data.folder)
+        self.rows = min(tune_.num_rows or self.config.train.num_rows or 10**9, manifest.splits["train"].rows)
+        ensure_ray(self.config, self.target.storage)
+        require_room(
+            self.config,
+            num_cpus=tune_.cpus_per_trial * tune_.workers_per_trial,
+            num_gpus=tune_.gpus_per_trial * tune_.workers_per_trial,
+            settings="tune.cpus_per_trial, tune.gpus_per_trial, tune.workers_per_trial",
         )
-    best = min(usable, key=lambda trial: trial.val_error)
-    tracker.set_tags({"best_trial": best.name, "best_choice": str(best.choice)})
-    tracker.log_metrics({"val/error": best.val_error})
-    return TuneResult(best=best.choice, best_trial=best.name, val_error=best.val_error, trials=trials)
+        return room_for_trials(self.config, manifest, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+    @contextmanager
+    def _scratch(self) -> Iterator[str]:
+        """A folder for what Ray Tune writes, new for each attempt; what killed ones left is deleted."""
+        folder = self.target.path(SCRATCH)
+        self.target.storage.delete(folder)
+        yield f"{folder}/{uuid.uuid4().hex[:8]}"
+        self.target.storage.delete(folder)
+
+    def _note_epoch(self, screen: SearchScreen, name: str, choice: Choice, metrics: Metrics) -> None:
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        self._tracked(name, choice).log_metrics(values, step=int(metrics["epoch"]))
+        screen.show_epoch(name, choice, metrics)  # last: if MLflow is down, this handler is retried
+
+    def _tracked(self, name: str, choice: Choice) -> Tracker:
+        if name not in self.tracked:
+            self.tracked[name] = self.tracker.child(name)
+            self.tracked[name].log_params(choice.root)
+        return self.tracked[name]
 
 
-def _tuner(config: PipelineConfig, data: IngestResult, target: StageFolder, board: Any) -> tune.Tuner:
-    storage, settings = target.storage, config.tune
-    trainable = tune.with_resources(
-        tune.with_parameters(_run_trial, config=config, storage=storage.root, data_folder=data.folder, board=board),
-        {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial},
-    )
-    filesystem = None if storage.is_local else storage.filesystem
-    path = storage.path(target.name)
-    if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
-        say("  resuming the interrupted search")
-        return tune.Tuner.restore(path, trainable, storage_filesystem=filesystem, restart_errored=True)
+def _tuner(
+    inputs: TrialInputs, room: Room, runs: Sequence[Run], scheduler: Any, recorder: "_Recorder", search: _Search
+) -> tune.Tuner:
+    settings, storage = inputs.config.tune, search.target.storage
+    resources = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial, "memory": room.memory_bytes}
+    has_workers = settings.workers_per_trial > 1
+    if has_workers:
+        # The trial itself only waits, and its workers take the cores: a share of one here would keep the last from starting.
+        resources = {"memory": PROCESS_BYTES}
+    searcher = _Queue(inputs.config, runs, search.records.values())
     return tune.Tuner(
-        trainable,
-        param_space={
-            "k": tune.choice(list(settings.k)),
-            "t": tune.choice(list(settings.t)),
-            "learning_rate": tune.loguniform(settings.learning_rate_min, settings.learning_rate_max),
-        },
+        tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), resources),
         tune_config=tune.TuneConfig(
-            metric="val/error",
-            mode="min",
-            num_samples=settings.num_trials,
-            reuse_actors=True,  # a new process would import torch again
-            search_alg=BasicVariantGenerator(
-                points_to_evaluate=[own_choice(config).model_dump()],
-                random_state=config.seed,
-                max_concurrent=settings.max_concurrent_trials,  # Tune ignores its own setting where this class is given
-            ),
-            scheduler=ASHAScheduler(
-                time_attr="epoch",
-                max_t=settings.epochs,
-                grace_period=settings.grace_epochs,
-                reduction_factor=settings.reduction_factor,
-            ),
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
+            num_samples=len(runs),
+            reuse_actors=not has_workers,  # a new process would import torch again
+            search_alg=ConcurrencyLimiter(searcher, max_concurrent=room.num_trials),
+            scheduler=scheduler,
+            trial_name_creator=_name_of,
+            trial_dirname_creator=_name_of,
         ),
         run_config=tune.RunConfig(
-            name=os.path.basename(target.name),
-            storage_path=storage.path(os.path.dirname(target.name)),
-            storage_filesystem=filesystem,
+            name="tune",
+            storage_path=storage.path(inputs.scratch),
+            storage_filesystem=None if storage.is_local else storage.filesystem,
+            failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
+            callbacks=[recorder],
+            stop=_Stopper(search, len(runs)),
             verbose=0,
         ),
     )
 
 
-def _trial_name(trial: Any) -> str:
-    """trial-00, trial-01, ...: the same on a restored search, unlike Ray's own names."""
-    return f"trial-{int(trial.trial_id.rsplit('_', 1)[-1]):02d}"
+def _name_of(trial: Any) -> str:
+    return str(trial.config["name"])
 
 
-def _run_trial(drawn: dict[str, Any], *, config: PipelineConfig, storage: str, data_folder: str, board: Any) -> None:
-    """What a trial's process runs."""
-    import torch
+class _Unsaved:
+    """What Ray Tune writes beside its state, which nobody restores."""
 
-    torch.set_num_threads(config.tune.cpus_per_trial)
-    choice = Choice(**drawn)
-    config = trial_config(config, choice)
-    name = tune.get_context().get_trial_name()
-
-    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
-        board.put.remote("trial", (name, choice, metrics))
-        tune.report(metrics)
-
-    try:
-        data = training_data(config, Storage(storage), data_folder)
-        fit(config, data, report)
-    except TrainingError:
-        # A rate too high is an answer, not a fault: the worst error there is; the search continues.
-        tune.report({"epoch": config.train.epochs, "val/error": WORST_ERROR, "diverged": True})
-    except RcnnError as error:
-        ray.get(board.put.remote("fatal", error))  # it is about the data, which all trials share
-        raise
+    def __reduce__(self) -> tuple:
+        return object, ()
 
 
-def _as_trial(result: Any, config: PipelineConfig) -> Trial:
-    metrics = result.metrics or {}
-    epochs = int(metrics.get("epoch", 0))
-    if result.error or not epochs:
-        outcome = "failed"
-    elif metrics.get("diverged"):
-        outcome = "diverged"
-    else:
-        outcome = "finished" if epochs >= config.tune.epochs else "stopped early"
-    return Trial(
-        name=os.path.basename(result.path),
-        choice=Choice(**result.config),
-        val_error=metrics.get("val/error", WORST_ERROR),
-        epochs=epochs,
-        outcome=outcome,
+class _Stopper(_Unsaved, tune.Stopper):
+    """Ends the search at its deadline, or when too many trials failed."""
+
+    def __init__(self, search: _Search, num_runs: int):
+        self.search, self.num_runs = search, num_runs
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never stops a single trial: that is the scheduler's work."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Asked in each round of Ray Tune's loop."""
+        return self.search.must_stop(self.num_runs)
+
+
+class _Recorder(_Unsaved, tune.Callback):
+    """Makes a record of each trial as it ends."""
+
+    def __init__(self, search: _Search, screen: SearchScreen, *, num_runs: int):
+        self.search, self.screen, self.num_runs = search, screen, num_runs
+        self.running: dict[str, Any] = {}
+        self.val_errors: dict[str, list[float]] = {}
+        self.speeds: dict[str, list[float]] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Remembers it: a retry starts from the first epoch."""
+        name = _name_of(trial)
+        self.running[name], self.val_errors[name], self.speeds[name] = trial, [], []
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Keeps the epoch's error; the report that a trial is out of time or diverged is not an epoch."""
+        if "diverged" not in result and "out_of_time" not in result:
+            self.val_errors[_name_of(trial)].append(float(result[METRIC]))
+            self.speeds[_name_of(trial)].append(float(result["perf/images_per_second"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Writes the record, before anything else is done with the trial."""
+        self._end(trial, _outcome(trial.last_result, len(self.val_errors[_name_of(trial)]), self.search.config))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Says why it failed, after its retries."""
+        self._end(trial, "failed", _fault_of(trial))
+
+    def finish(self) -> None:
+        """Marks the trials that were running when the search ended."""
+        for trial in list(self.running.values()):
+            self._end(trial, "cut off")
+
+    def _end(self, trial: Any, outcome: Outcome, fault: str = "") -> None:
+        name = _name_of(trial)
+        errors, speeds = self.val_errors[name], sorted(self.speeds[name])
+        self.running.pop(name, None)
+        if outcome == "failed":
+            fault = fault or "it ended without a report"
+        record = Record(
+            name=name,
+            choice=Choice(trial.config["choice"]),
+            seed=trial.config["seed"],
+            val_error=errors[-1] if errors and outcome != "diverged" else WORST_ERROR,
+            epochs=len(errors),
+            outcome=outcome,
+            seconds=round(float((trial.last_result or {}).get("time_total_s", 0.0)), 1),
+            images_per_second=round(speeds[len(speeds) // 2], 1) if speeds else 0.0,
+            val_errors=tuple(errors),
+            peak_memory_mb=round(float((trial.last_result or {}).get("peak_memory_mb", 0.0)), 1),
+            fault=fault,
+        )
+        self.search.keep(record)
+        self.screen.show_end(record)
+
+
+def _outcome(last: dict[str, Any] | None, num_epochs: int, config: PipelineConfig) -> Outcome:
+    last = last or {}
+    if last.get("diverged"):
+        return "diverged"
+    if last.get("out_of_time"):
+        return "out of time"
+    if not num_epochs:
+        return "failed"
+    return "finished" if num_epochs >= config.tune.epochs else "stopped early"
+
+
+def _fault_of(trial: Any) -> str:
+    """The last line of the error that ended a trial; Ray's own errors begin with what happened."""
+    error = trial.get_pickled_error() if trial.pickled_error_file else None
+    lines = [line.strip() for line in str(error or trial.get_error() or "").splitlines() if line.strip()]
+    is_own = bool(error) and type(error).__name__.startswith("RayTaskError")
+    return (lines[-1 if is_own else 0] if lines else "the trial failed")[:MAX_FAULT].rstrip(".")
+
+
+class _Queue(Searcher):
+    """Hands the runs to Ray Tune in their order. Those without a choice get one of Optuna's, from what is known then."""
+
+    def __init__(self, config: PipelineConfig, runs: Sequence[Run], records: Iterable[Record]):
+        super().__init__(metric=METRIC, mode=MODE)
+        self.runs = list(runs)
+        needs_optuna = any(run.choice is None for run in runs)
+        self.optuna = _optuna_search(config, runs, list(records)) if needs_optuna else None
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next run."""
+        if not self.runs:
+            return Searcher.FINISHED
+        run = self.runs.pop(0)
+        suggested = self.optuna.suggest(trial_id) if self.optuna else None
+        choice = run.choice or Choice(suggested)
+        return {"name": run.name, "choice": choice.root, "seed": run.seed}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Lets Optuna learn from it."""
+        if self.optuna:
+            self.optuna.on_trial_complete(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Ray Tune wants a file; the ledger holds what the next attempt reads."""
+        Path(checkpoint_path).touch()
+
+
+def _optuna_search(config: PipelineConfig, runs: Sequence[Run], records: Sequence[Record]) -> Any:
+    """Optuna's search over the space, which knows the trials that have ended, and starts with the points that are fixed."""
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Another seed for each number of known trials: the same one would suggest what an earlier attempt has tried.
+    sampler = optuna.samplers.TPESampler(
+        n_startup_trials=NUM_STARTUP_TRIALS, seed=(config.seed * 1_000_003 + len(records)) % 2**32
     )
+    search = OptunaSearch(
+        {name: _distribution(config, name) for name in sorted(config.tune.space)},
+        metric=METRIC,
+        mode=MODE,
+        sampler=sampler,
+        points_to_evaluate=[run.choice.root for run in runs if run.choice is not None],
+    )
+    for record in records:
+        if record.seed == config.seed:
+            search.add_evaluated_point(record.choice.root, record.val_error)
+    return search
+
+
+def _distribution(config: PipelineConfig, name: str) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    values = config.tune.space[name]
+    if not isinstance(values, Range):
+        return CategoricalDistribution(values)
+    if SEARCHABLE[name].annotation is int:
+        return IntDistribution(int(values.min), int(values.max), log=values.log, step=int(values.step) or 1)
+    return FloatDistribution(values.min, values.max, log=values.log, step=values.step or None)
+
+
+def _scheduler(config: PipelineConfig, records: Iterable[Record]) -> Any:
+    """What stops the worse trials, having seen the epochs of those that have ended."""
+    settings = config.tune
+    if settings.early_stopping == "none":
+        return FIFOScheduler()
+    shared = {"time_attr": "epoch", "metric": METRIC, "mode": MODE, "grace_period": settings.grace_epochs}
+    if settings.early_stopping == "asha":
+        scheduler = ASHAScheduler(**shared, max_t=settings.epochs, reduction_factor=settings.reduction_factor)
+    else:
+        # The rule would also pause trials to let others catch up, and without a checkpoint a paused trial starts over.
+        scheduler = MedianStoppingRule(**shared, min_time_slice=float("inf"))
+    for record in records:
+        _replay(scheduler, record)
+    return scheduler
+
+
+class _Past:
+    """A trial of an earlier attempt, as a scheduler knows it."""
+
+    def __init__(self, name: str):
+        self.trial_id = name
+
+
+def _replay(scheduler: Any, record: Record) -> None:
+    past, results = _Past(record.name), []
+    scheduler.on_trial_add(None, past)
+    for epoch, error in enumerate(record.val_errors, start=1):
+        results.append({"epoch": epoch, METRIC: error})
+        scheduler.on_trial_result(None, past, results[-1])
+    if results:
+        scheduler.on_trial_complete(None, past, results[-1])

@@ -18,7 +18,13 @@ def test_the_report_and_the_line_before_training_name_the_network(
 ) -> None:
     shutil.copytree(digits_storage, tmp_path / "storage")
     config = tiny_config.with_settings(
-        {"storage": str(tmp_path / "storage"), "model.network": "wide", "model.k": 8, "model.t": 3}
+        {
+            "storage": str(tmp_path / "storage"),
+            "model.network": "wide",
+            "model.k": 8,
+            "model.t": 3,
+            "tune.enabled": False,
+        }
     )
     storage = Storage(config.storage)
     folder = storage.local_path("runs/train-0")

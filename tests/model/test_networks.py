@@ -409,6 +409,7 @@ from rcnn.train.loop import fit
 
 storage, folder, out = sys.argv[1:]
 settings = {"storage": storage, "model.network": "tiny", "model.k": 12, "model.t": 3, "train.epochs": 1}
+settings |= {"tune.enabled": False}  # it would search T, which the network does not read
 config = debug_tiny().with_settings(settings)
 data = load_training_data(Storage(storage), folder, num_rows=320)
 state = fit(config, data, lambda metrics, save: save(Path(out)))

@@ -49,8 +49,7 @@ def test_the_counts_of_a_training_are_exact(tiny_config: PipelineConfig) -> None
 
 def test_networks_between_those_that_are_timed_are_interpolated(tiny_config: PipelineConfig) -> None:
     space = {
-        "tune.k": (10, 20, 30, 40, 50, 60),
-        "tune.t": (1,),
+        "tune.space": {"model.k": (10, 20, 30, 40, 50, 60)},
         "tune.num_trials": 1,
         "tune.num_rows": 0,
         "train.num_rows": 0,

@@ -42,7 +42,7 @@ def test_the_expected_epochs_are_those_of_rays_scheduler(num_trials: int, epochs
 
 
 def test_a_large_space_is_timed_at_its_ends_and_between_them() -> None:
-    config = PipelineConfig().with_settings({"tune.k": (96, 32, 64), "tune.t": (3, 1, 2)})
+    config = PipelineConfig().with_settings({"tune.space": {"model.k": (96, 32, 64), "model.t": (3, 1, 2)}})
     points = networks_of(config)
     assert len(points) == 9
     timed = timed_of(points)

@@ -121,7 +121,7 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
 def test_a_version_names_its_network_and_the_settings_that_it_reads(
     config: PipelineConfig, digits_storage: Path, digits: IngestResult
 ) -> None:
-    wide = config.with_settings({"model.network": "wide", "model.t": 3})
+    wide = config.with_settings({"model.network": "wide", "model.t": 3, "tune.enabled": False})
     model = trained(wide, digits_storage, digits, 0)
     target = StageFolder(Storage(wide.storage), "runs/register-0")
     run_register(wide, model, evaluated(0.5), target)

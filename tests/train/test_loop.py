@@ -244,7 +244,9 @@ def test_every_network_trains_and_its_stored_model_gives_the_same_logits(
     tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, name: str
 ) -> None:
     unset = {f"model.{key}": value for key, value in unread_settings(name, ModelConfig().model_dump()).items()}
-    config = tiny_config.with_settings(unset | {"model.network": name, "train.epochs": 1, "train.ema_decay": 0.5})
+    config = tiny_config.with_settings(
+        unset | {"model.network": name, "tune.enabled": False, "train.epochs": 1, "train.ema_decay": 0.5}
+    )
     state = fit(config, data, lambda metrics, save: save(tmp_path))
     model, description = load_model(tmp_path)
     images = data.val.images[:7]
@@ -273,7 +275,9 @@ def test_a_model_from_before_there_was_a_choice_of_networks_is_an_rcnn(
 
 
 def test_what_a_network_cannot_take_is_refused(tiny_config: PipelineConfig, data: TrainingData) -> None:
-    nin = tiny_config.with_settings({"model.network": "nin", "model.k": 32, "model.t": 3, "model.dropout": 0.2})
+    nin = tiny_config.with_settings(
+        {"tune.enabled": False, "model.network": "nin", "model.k": 32, "model.t": 3, "model.dropout": 0.2}
+    )
     with pytest.raises(ConfigError, match=r"execution\.recompute = true: is not read by model\.network = 'nin'"):
         fit(nin.with_settings({"execution.recompute": True}), data, ignore)
     with pytest.raises(

@@ -1,26 +1,29 @@
-"""A real search on Ray Tune."""
+"""Real searches on Ray Tune."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rcnn.config import PipelineConfig
-from rcnn.errors import ConfigError, TrainingError
-from rcnn.results import Choice, IngestResult, TuneResult
+from rcnn.errors import DataError
+from rcnn.results import IngestResult, TuneResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
-from rcnn.tune.space import own_choice, require_searchable, trial_config
+from rcnn.tune.ledger import FOLDER, Record, read_records, write_record
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 class Family(NoTracker):
-    """Remembers children by name, with their parameters and epochs."""
+    """Remembers children by name, with their parameters, tags and epochs, and the files of the run above them."""
 
     def __init__(self) -> None:
         self.children: dict[str, Family] = {}
         self.params: dict[str, Any] = {}
+        self.tags: dict[str, str] = {}
         self.epochs: list[int] = []
+        self.files: set[str] = set()
 
     def child(self, name: str) -> "Family":
         return self.children.setdefault(name, Family())
@@ -28,76 +31,138 @@ class Family(NoTracker):
     def log_params(self, params: Any) -> None:
         self.params |= params
 
+    def set_tags(self, tags: Any) -> None:
+        self.tags |= tags
+
     def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
         self.epochs.append(step)
 
+    def log_files(self, folder: Path) -> None:
+        self.files |= {file.name for file in folder.iterdir()}
 
-def tune(config: PipelineConfig, digits: IngestResult, folder: str, tracker: Any) -> TuneResult:
+
+def folder_of(config: PipelineConfig, name: str) -> StageFolder:
+    return StageFolder(Storage(config.storage), f"runs/{name}")
+
+
+def tune(config: PipelineConfig, digits: IngestResult, name: str, tracker: Any = None) -> TuneResult:
     from rcnn.tune.ray_tuner import run_tune
 
-    return run_tune(config, digits, StageFolder(Storage(config.storage), folder), tracker)
+    return run_tune(config, digits, folder_of(config, name), tracker or NoTracker())
 
 
-def test_bad_trials_are_stopped_early_and_the_best_one_wins(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+def kill_after(target: StageFolder, records: dict[str, Record], *kept: str) -> None:
+    """Leaves what a kill -9 leaves: some records, half a record's draft, and Ray Tune's unfinished folder."""
+    target.storage.delete(target.path(FOLDER))
+    for name in kept:
+        write_record(target, records[name])
+    target.storage.write_text(target.path(f"{FOLDER}/trial-09.json.1a2b3c4d.part"), '{"name": "tri')
+    target.storage.write_text(target.path("ray/0a1b2c3d/tune/tuner.pkl"), "half a pick")
+
+
+def test_bad_trials_are_stopped_and_an_interrupted_search_repeats_no_ended_trial_and_is_extended(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> None:
     config = tiny_config.with_settings(
         {
-            "model.k": 16, "model.dropout": 0, "train.learning_rate": 0.03, "train.batch_size": 16,
-            "tune.num_trials": 5, "tune.k": [8], "tune.t": [0, 1], "tune.epochs": 4, "tune.num_rows": 640,
-            "tune.learning_rate_min": 1e-6, "tune.learning_rate_max": 1e-5,
+            "model.dropout": 0, "train.learning_rate": 0.03, "train.batch_size": 16,
+            "tune.num_trials": 4, "tune.epochs": 4, "tune.num_rows": 640, "tune.max_concurrent_trials": 1,
+            # Two settings that no code names: of the values, only the config's own lets the network learn, and 1000 diverges.
+            "tune.space": {"train.weight_decay": [1e-4, 0.5, 1, 2, 4, 1000], "augment.max_shift": [0, 1]},
         }
     )  # fmt: skip
-    family = Family()
-    result = tune(config, digits, "runs/asha", family)
-    stopped = [trial for trial in result.trials if trial.outcome == "stopped early"]
-    assert stopped
-    assert all(1 <= trial.epochs < 4 for trial in stopped)
-    assert result.best == own_choice(config)  # the only one that can learn, and the first
-    assert result.best_trial == "trial-00"
-    assert [trial.name for trial in result.trials] == [f"trial-{number:02d}" for number in range(5)]
-    assert {name: max(child.epochs) for name, child in family.children.items()} == {
+    target, family = folder_of(config, "asha"), Family()
+    result = tune(config, digits, "asha", family)
+    assert result.best.root["train.weight_decay"] == 1e-4
+    assert result.outcomes["stopped early"] >= 1
+    assert (result.trials[2].outcome, result.trials[2].val_error) == ("diverged", 1.0)
+    records = read_records(target)
+    assert list(records) == [f"trial-{number:02d}" for number in range(4)]
+    assert {name: max(child.epochs, default=0) for name, child in family.children.items()} == {
         trial.name: trial.epochs for trial in result.trials
     }
-    assert all(1e-6 <= trial.choice.learning_rate <= 1e-5 for trial in result.trials[1:])
-    assert family.children["trial-03"].params == result.trials[3].choice.model_dump()
+    assert family.children["trial-03"].params == records["trial-03"].choice.root
+    assert family.children["trial-00"].tags == {"outcome": "finished"}
+    assert family.files == {"optimisation_history.png", "importance.png", "parallel_coordinates.png"}
+
+    kill_after(target, records, "trial-00", "trial-02")
+    family = Family()
+    extended = tune(config.with_settings({"tune.num_trials": 5}), digits, "asha", family)
+    assert set(family.children) == {"trial-01", "trial-03", "trial-04"}
+    again = read_records(target)
+    assert {name: again[name].choice for name in records} == {name: records[name].choice for name in records}
+    assert (again["trial-00"], again["trial-02"]) == (records["trial-00"], records["trial-02"])
+    assert [trial.name for trial in extended.trials] == [f"trial-{number:02d}" for number in range(5)]
+    assert not target.storage.exists(target.path("ray"))
+
+    family = Family()
+    assert tune(config.with_settings({"tune.num_trials": 5}), digits, "asha", family).trials == extended.trials
+    assert family.children == {}
 
 
-def test_a_search_in_which_all_diverge_says_so(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+def test_optuna_learns_from_the_ledger_and_the_best_are_repeated_with_other_seeds(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> None:
     config = tiny_config.with_settings(
         {
-            "train.learning_rate": 9.9,
-            "train.weight_decay": 1000,
-            "train.clip_norm": 0,
-            "tune.learning_rate_min": 9,
-            "tune.learning_rate_max": 10,
+            "tune.search": "tpe", "tune.early_stopping": "median", "tune.num_trials": 6, "tune.epochs": 1,
+            "tune.seeds": 2, "tune.num_finalists": 1,
+            "tune.space": {"model.k": {"min": 4, "max": 8}, "train.learning_rate": {"min": 1e-3, "max": 0.1, "log": True}},
         }
-    )
-    with pytest.raises(TrainingError, match=r"all 2 trials failed or diverged.*learning_rate_max"):
-        tune(config, digits, "runs/diverging-search", NoTracker())
-
-
-def test_a_finished_search_is_taken_up_without_new_trials(tiny_config: PipelineConfig, digits: IngestResult) -> None:
-    first = tune(tiny_config, digits, "runs/search", NoTracker())
+    )  # fmt: skip
+    result = tune(config, digits, "tpe")
+    assert result.outcomes == {"finished": 6}
+    assert result.spread is not None
+    assert [trial.seed for trial in result.trials] == [0] * 6 + [1]
+    assert result.trials[-1].name == f"{result.best_trial}-seed-1"
+    assert len({str(trial.choice) for trial in result.trials[:6]}) == 6
+    assert all(4 <= trial.choice.root["model.k"] <= 8 for trial in result.trials)
     family = Family()
-    again = tune(tiny_config, digits, "runs/search", family)
-    assert family.children == {}
-    assert again == first
+    extended = tune(config.with_settings({"tune.num_trials": 7}), digits, "tpe", family)
+    assert "trial-06" in family.children
+    assert extended.trials[:6] == result.trials[:6]
 
 
-def test_trials_without_a_gpu_do_without_its_kernel(tiny_config: PipelineConfig) -> None:
-    config = tiny_config.with_settings({"execution.use_gpu": True, "execution.triton": True})
-    choice = Choice(k=24, t=2, learning_rate=0.5)
-    assert not trial_config(config, choice).execution.triton
-    assert trial_config(config.with_settings({"tune.gpus_per_trial": 0.5}), choice).execution.triton
+class Clock(Family):
+    """A clock that leaps ahead when the first epoch is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def child(self, name: str) -> "Clock":
+        return self
+
+    def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
+        self.now = 3600.0
 
 
-def test_a_choice_changes_three_settings_and_a_trial_its_length(tiny_config: PipelineConfig) -> None:
-    config = trial_config(tiny_config, Choice(k=24, t=2, learning_rate=0.5))
-    assert (config.model.k, config.model.t, config.train.learning_rate) == (24, 2, 0.5)
-    assert (config.train.epochs, config.train.num_rows) == (2, 160)
-    assert config.data == tiny_config.data
+def test_the_search_ends_in_time_and_marks_what_it_cut_off(
+    tiny_config: PipelineConfig, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("rcnn.tune.ray_tuner.time", clock)
+    long = {"tune.epochs": 500, "tune.max_minutes": 1, "tune.early_stopping": "none", "tune.max_concurrent_trials": 1}
+    config = tiny_config.with_settings(long)
+    result = tune(config, digits, "cut", clock)
+    assert result.outcomes == {"cut off": 1}
+    assert 0 < result.trials[0].epochs < 500
+    assert result.minutes_allowed == 1
+    assert read_records(folder_of(config, "cut")) == {}  # the next attempt trains it again
 
 
-def test_a_network_that_does_not_read_what_is_searched_is_refused(tiny_config: PipelineConfig) -> None:
-    unset = {"model.network": "nin", "model.k": 32, "model.t": 3, "model.dropout": 0.2}
-    with pytest.raises(ConfigError, match=r"tune\.enabled = true: searches over K and T, and model\.network = 'nin'"):
-        require_searchable(tiny_config.with_settings(unset))
+def test_a_trial_ends_at_its_own_limit_with_its_last_epoch(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+    config = tiny_config.with_settings({"tune.epochs": 500, "tune.trial_minutes": 0.05, "tune.num_trials": 1})
+    result = tune(config, digits, "short-trials")
+    assert result.outcomes == {"out of time": 1}
+    assert result.val_error == read_records(folder_of(config, "short-trials"))["trial-00"].val_errors[-1] < 1
+
+
+def test_a_fault_that_all_trials_share_ends_the_search_with_its_own_line(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> None:
+    with pytest.raises(DataError, match="fewer than one batch"):
+        tune(tiny_config.with_settings({"train.batch_size": 200, "tune.num_trials": 1}), digits, "too-few-rows")

@@ -1,0 +1,141 @@
+"""One trial, as its process runs it: `fit` with the settings of its point.
+
+In: a point of the search space. Out: a report to Ray Tune after each epoch, and a note on the driver's board.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rcnn import ray_session  # noqa: F401  (sets what Ray reads when it is imported)  # isort: skip
+
+import ray
+import ray.train
+from ray import tune
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import RcnnError, TrainingError
+from rcnn.results import Choice
+from rcnn.storage import Storage
+from rcnn.train.loop import Metrics, fit, training_data
+from rcnn.tune.space import trial_config
+
+WORST_ERROR = 1.0
+Report = Callable[[Metrics], None]
+
+
+@dataclass(frozen=True)
+class TrialInputs:
+    """What all trials of a search share."""
+
+    config: PipelineConfig
+    storage: str
+    data_folder: str
+    scratch: str
+    """A folder in the storage for what Ray writes."""
+    board: Any
+
+
+class _OutOfTime(Exception):
+    """The trial has run for `tune.trial_minutes`."""
+
+
+def run_trial(run: dict[str, Any], *, inputs: TrialInputs) -> None:
+    """Trains with the settings of one point; `run` has its name, choice and seed.
+
+    How it ended is in its last report: a rate too high is an answer, not a fault, and gets the worst error there is.
+    """
+    try:
+        config = trial_config(inputs.config, Choice(run["choice"]), seed=run["seed"])
+        if config.execution.num_workers > 1:
+            _fit_on_workers(config, run, inputs)
+        else:
+            _fit_here(config, run, inputs, tune.report)
+    except RcnnError as error:
+        # What cannot pass is about the data or the settings: the trial ends without a report, and is not retried.
+        ray.get(inputs.board.put.remote("fault" if error.retryable else "fatal", error))
+        if error.retryable:
+            raise
+
+
+def _fit_here(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs, send: Report) -> None:
+    """Trains in this process, as one worker or as one of several."""
+    import torch
+
+    torch.set_num_threads(config.execution.cpus_per_worker)
+    limit = inputs.config.tune.trial_minutes * 60 or float("inf")
+    started = time.monotonic()
+    last: Metrics = {"epoch": 0, "val/error": WORST_ERROR}
+
+    def require_time(epochs_done: float) -> None:
+        if time.monotonic() - started > limit:
+            raise _OutOfTime
+
+    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
+        nonlocal last
+        last = metrics | {"peak_memory_mb": _peak_memory_mb()}
+        inputs.board.put.remote("trial", (run["name"], Choice(run["choice"]), metrics))
+        send(last)
+        require_time(metrics["epoch"])
+
+    try:
+        data = training_data(config, Storage(inputs.storage), inputs.data_folder)
+        fit(config, data, report, on_progress=require_time)
+    except TrainingError:
+        send(last | {"val/error": WORST_ERROR, "epoch": config.train.epochs, "diverged": True})
+    except _OutOfTime:
+        send(last | {"out_of_time": True})
+
+
+def _fit_on_workers(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs) -> None:
+    """Trains on several workers: a trainer inside the trial, which is how Ray's documentation combines Train and Tune."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    storage, gpus = Storage(inputs.storage), inputs.config.tune.gpus_per_trial
+    TorchTrainer(
+        _run_worker,
+        train_loop_config={"config": config, "run": run, "inputs": inputs},
+        scaling_config=ScalingConfig(
+            num_workers=config.execution.num_workers,
+            use_gpu=config.execution.use_gpu,
+            resources_per_worker={"CPU": config.execution.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=f"workers-of-{run['name']}",
+            storage_path=storage.path(inputs.scratch),
+            storage_filesystem=None if storage.is_local else storage.filesystem,
+            callbacks=[TuneReportCallback()],
+        ),
+    ).fit()
+
+
+def _run_worker(settings: dict[str, Any]) -> None:
+    """One worker of a trial with several. Ray Train wants a report of each of them; the first one's goes to Tune."""
+    is_first = ray.train.get_context().get_world_rank() == 0
+    inputs: TrialInputs = settings["inputs"]
+    if not is_first:
+        inputs = TrialInputs(inputs.config, inputs.storage, inputs.data_folder, inputs.scratch, _NoBoard())
+    _fit_here(settings["config"], settings["run"], inputs, ray.train.report)
+
+
+class _NoBoard:
+    """Takes notes of workers that nobody should hear twice."""
+
+    class put:
+        """Drops it."""
+
+        @staticmethod
+        def remote(kind: str, value: Any) -> None:
+            """Drops it."""
+
+
+def _peak_memory_mb() -> float:
+    """Of this process since it started; earlier trials in it count too."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # macOS counts bytes, Linux KiB

@@ -1,0 +1,136 @@
+"""What a person sees of a search: on a terminal a live table, best trial first; elsewhere a line for each epoch.
+
+In: each epoch of each trial, and each record as it ends. Out: standard error.
+"""
+
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from rcnn.config import PipelineConfig
+from rcnn.progress import say
+from rcnn.results import Choice
+from rcnn.tune.ledger import Record
+
+MAX_ROWS = 20
+"""Of the table, so that it fits on a screen."""
+
+
+class SearchScreen:
+    """The trials of one search, as they come.
+
+    Args:
+        config: says how long trials are.
+        records: the trials that ended in earlier attempts.
+        num_runs: trials that this attempt starts.
+        num_at_once: trials that run at a time.
+        rows: training rows of a trial.
+    """
+
+    def __init__(
+        self, config: PipelineConfig, records: Iterable[Record], *, num_runs: int, num_at_once: int, rows: int
+    ):
+        self.config, self.num_left, self.num_at_once, self.rows = config, num_runs, num_at_once, rows
+        self.lines: dict[str, _Line] = {record.name: _Line.of(record, config.tune.epochs) for record in records}
+        self.seconds: list[float] = []
+        self.live: Any = None
+
+    def __enter__(self) -> Self:
+        """Shows the table, if there is a terminal."""
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(
+                get_renderable=self.table, console=Console(stderr=True), refresh_per_second=2, redirect_stdout=False
+            )
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leaves the table as it is."""
+        if self.live:
+            self.live.stop()
+
+    def show_epoch(self, name: str, choice: Choice, metrics: dict[str, float]) -> None:
+        """Shows an epoch of a running trial."""
+        line = _Line(choice, int(metrics["epoch"]), self.config.tune.epochs, metrics["val/error"])
+        line.images_per_second = metrics["perf/images_per_second"]
+        if name not in self.lines or not self.lines[name].outcome:  # the note of the last epoch may come after the end
+            self.lines[name] = line
+        if not self.live:
+            say(
+                f"  {name}  {choice!s:<32} epoch {line.epoch}/{line.num_epochs}  val error {100 * line.val_error:.2f} %  "
+                f"{line.images_per_second:.0f} images/s"
+            )
+
+    def show_end(self, record: Record) -> None:
+        """Shows how a trial ended; a line for those that failed."""
+        self.lines[record.name] = _Line.of(record, self.config.tune.epochs)
+        self.seconds.append(record.seconds)
+        self.num_left -= 1
+        if record.fault:
+            say(f"  {record.name} failed: {record.fault}")
+
+    def table(self) -> Any:
+        """The trials as a table of rich, best first."""
+        from rich.table import Table
+
+        table = Table(title=self._title(), title_justify="left")
+        for heading in ("trial", "settings", "epoch", "val error", "images/s", "state"):
+            table.add_column(heading, justify="right" if heading in ("epoch", "val error", "images/s") else "left")
+        ranked = sorted(self.lines.items(), key=lambda item: item[1].val_error)
+        for name, line in ranked[:MAX_ROWS]:
+            table.add_row(name, *line.cells(self.rows), style="dim" if line.outcome else "")
+        if len(ranked) > MAX_ROWS:
+            table.caption = f"and {len(ranked) - MAX_ROWS} more"
+        return table
+
+    def _title(self) -> str:
+        num_ended = sum(bool(line.outcome) for line in self.lines.values())
+        left = ""
+        if self.seconds and self.num_left > 0:
+            mean = sum(self.seconds) / len(self.seconds)
+            left = f", about {_duration(mean * self.num_left / self.num_at_once)} left"
+        return f"{num_ended} of {num_ended + max(self.num_left, 0)} trials ended{left}"
+
+
+class _Line:
+    """A trial as the table shows it."""
+
+    def __init__(self, choice: Choice, epoch: int, num_epochs: int, val_error: float):
+        self.choice, self.epoch, self.num_epochs, self.val_error = choice, epoch, num_epochs, val_error
+        self.images_per_second = 0.0
+        self.outcome = ""
+        self.since = time.monotonic()
+
+    @classmethod
+    def of(cls, record: Record, num_epochs: int) -> "_Line":
+        """The line of a trial that has ended."""
+        line = cls(record.choice, record.epochs, num_epochs, record.val_error)
+        line.images_per_second, line.outcome = record.images_per_second, record.outcome
+        return line
+
+    def cells(self, rows: int) -> tuple[str, ...]:
+        """Text of each column but the first; `rows` is the number of images in an epoch."""
+        speed = f"{self.images_per_second:,.0f}" if self.images_per_second else ""
+        error = f"{100 * self.val_error:.2f} %"
+        return str(self.choice), f"{self.epoch}/{self.num_epochs}", error, speed, self.outcome or self._time_left(rows)
+
+    def _time_left(self, rows: int) -> str:
+        if not self.images_per_second:
+            return "running"
+        seconds = (self.num_epochs - self.epoch) * rows / self.images_per_second - (time.monotonic() - self.since)
+        return f"{_duration(max(seconds, 0))} left"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,150 @@
+"""Which trials are still to be run, and which one is the best of those that have ended.
+
+In: a config and the records of the ledger. Out: runs to start; the stage's result. Nothing here needs Ray.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import TrainingError
+from rcnn.results import MAX_LISTED, Choice, TuneResult
+from rcnn.storage import StageFolder
+from rcnn.tune.ledger import Record
+from rcnn.tune.space import Space, num_trials_wanted
+
+NUM_STARTUP_TRIALS = 5
+"""Random points before Optuna's estimator decides. Its own default, 10, is more than most searches here have trials."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trial to start. Without a choice, the searcher makes it."""
+
+    name: str
+    choice: Choice | None
+    seed: int
+
+
+def trial_name(number: int) -> str:
+    """trial-00, trial-01, ..."""
+    return f"trial-{number:02d}"
+
+
+def runs_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
+    """The trials of the search that have not ended yet."""
+    tune = config.tune
+    wanted = num_trials_wanted(config)
+    num_fixed = min(wanted, NUM_STARTUP_TRIALS) if tune.search == "tpe" else wanted
+    points = Space(config).first_points(num_fixed, search=tune.search)
+    choices = [Choice(point) for point in points] + [None] * (wanted - num_fixed)
+    runs = [Run(trial_name(number), choice, config.seed) for number, choice in enumerate(choices)]
+    return [run for run in runs if run.name not in records]
+
+
+def searched(config: PipelineConfig, records: Mapping[str, Record]) -> list[Record]:
+    """The records of the search itself: one for each configuration, in order."""
+    return [record for record in records.values() if not _is_repeat(record, config)]
+
+
+def _is_repeat(record: Record, config: PipelineConfig) -> bool:
+    return record.seed != config.seed
+
+
+def finalists(config: PipelineConfig, records: Mapping[str, Record]) -> list[Record]:
+    """The best configurations, to be trained with several seeds; of those that ran to the end, where there are any."""
+    usable = [record for record in searched(config, records) if record.is_usable]
+    complete = [record for record in usable if record.outcome == "finished"] or usable
+    return sorted(complete, key=lambda record: record.val_error)[: config.tune.num_finalists]
+
+
+def repeats_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
+    """The finalists' trainings with further seeds that have not ended yet."""
+    runs = [
+        Run(f"{record.name}-seed-{config.seed + extra}", record.choice, config.seed + extra)
+        for record in finalists(config, records)
+        for extra in range(1, config.tune.seeds)
+    ]
+    return [run for run in runs if run.name not in records]
+
+
+def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Record], *, was_cut: bool) -> TuneResult:
+    """The stage's result: the trial with the lowest error or, with several seeds, the lowest mean.
+
+    Args:
+        config: the whole config.
+        target: the folder of the search.
+        records: all trials, failed ones and those that were cut off included.
+        was_cut: whether `tune.max_minutes` ended the search.
+
+    Raises:
+        TrainingError: more than half of the trials failed, or none has a usable error.
+    """
+    by_name = {record.name: record for record in records}
+    trials = searched(config, by_name)
+    _require_enough(trials)
+    groups = {
+        record.name: [record.val_error] + [run.val_error for run in _repeats_of(record, by_name.values(), config)]
+        for record in (finalists(config, by_name) if config.tune.seeds > 1 else usable_of(trials))
+    }
+    best_name = min(groups, key=lambda name: (-len(groups[name]), statistics.mean(groups[name])))
+    best = groups[best_name]
+    return TuneResult(
+        folder=target.name,
+        best=by_name[best_name].choice,
+        best_trial=best_name,
+        val_error=statistics.mean(best),
+        spread=statistics.stdev(best) if len(best) > 1 else None,
+        trials=tuple(record.trial for record in [*trials, *(r for r in records if _is_repeat(r, config))])[:MAX_LISTED],
+        outcomes=dict(Counter(record.outcome for record in trials)),
+        seeds=config.tune.seeds,
+        num_finalists=config.tune.num_finalists if config.tune.seeds > 1 else 0,
+        minutes_allowed=config.tune.max_minutes if was_cut else 0.0,
+    )
+
+
+def usable_of(trials: Iterable[Record]) -> list[Record]:
+    """The trials whose error says something about their settings."""
+    return [record for record in trials if record.is_usable]
+
+
+def _repeats_of(record: Record, records: Iterable[Record], config: PipelineConfig) -> list[Record]:
+    return [each for each in records if each.name.startswith(f"{record.name}-seed-") and each.is_usable]
+
+
+def lost_too_many(num_failed: int, num_trials: int) -> bool:
+    """Whether so many trials failed that the rest says little."""
+    return num_failed > num_trials / 2
+
+
+def _require_enough(trials: Sequence[Record]) -> None:
+    failed = [record for record in trials if record.outcome == "failed"]
+    if lost_too_many(len(failed), len(trials)):
+        raise TrainingError(
+            f"{len(failed)} of {len(trials)} trials failed; the first with: {failed[0].fault}",
+            where="tune",
+            remedy="Mend the cause and run the same command again: trials that ended well are kept",
+            retryable=False,
+        )
+    if not usable_of(trials):
+        told = ", ".join(f"{num} {outcome}" for outcome, num in Counter(each.outcome for each in trials).items())
+        raise TrainingError(
+            f"no trial has a usable error ({told or 'none was started'})",
+            where="tune",
+            remedy="Lower train.learning_rate in tune.space, allow more minutes, or try `rcnn train` with --debug",
+        )
+
+
+def covers(config: PipelineConfig, result: TuneResult, target: StageFolder) -> bool:
+    """Whether a finished search is as long as this config asks for: raising `tune.num_trials` or `tune.seeds` extends it.
+
+    A search that its time limit ended stands as long as the limit is not raised.
+    """
+    tune = config.tune
+    if result.minutes_allowed and 0 < tune.max_minutes <= result.minutes_allowed:
+        return True
+    num_ended = result.num_trials - result.outcomes.get("cut off", 0)
+    has_seeds = tune.seeds <= result.seeds and (tune.seeds == 1 or tune.num_finalists <= result.num_finalists)
+    return not result.minutes_allowed and num_ended >= num_trials_wanted(config) and has_seeds
