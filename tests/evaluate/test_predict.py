@@ -78,7 +78,7 @@ def test_a_bad_file_is_reported_and_the_others_go_on(
     assert [line.partition(": ")[0] for line in printed.out.splitlines()[1:]] == list(map(str, good))
     bad, absent, summary = printed.err.splitlines()
     assert "bad\\n.png: is " in bad
-    assert "absent.png: is not there" in absent
+    assert "absent.png: does not exist" in absent
     assert summary == "rcnn: 2 of 4 files could not be read"
 
 

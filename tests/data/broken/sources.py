@@ -108,14 +108,14 @@ def overwrite_column(file: Path, number: int) -> None:
 
 
 @source(
-    SourceError, "train.parquet in", "none of its first 2 images is embedded or found", "the path '0.png' is not there"
+    SourceError, "train.parquet in", "none of its first 2 images is embedded or found", "the path '0.png' does not exist"
 )
 def image_column_of_strings_without_the_files(scene: Scene) -> Settings:
     scene.write_table(pa.table({"image": ["0.png", "1.png"], "label": [0, 1]}))
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet in", "none of its first 20 images", "its path '0.png' is not there", "{root}")
+@source(SourceError, "train.parquet in", "none of its first 20 images", "its path '0.png' does not exist", "{root}")
 def images_that_are_all_elsewhere(scene: Scene) -> Settings:
     return scene.table({row: {"bytes": None, "path": f"{row}.png"} for row in range(20)})
 
@@ -209,7 +209,7 @@ def numbers_that_name_rows(scene: Scene) -> Settings:
     return scene.table(labels={row: row for row in range(20)}, names=None)
 
 
-@source(SourceError, "train-2.parquet in", "its labels are int64, and string in train-1.parquet")
+@source(SourceError, "train-2.parquet in", "its labels are int64, but string in train-1.parquet")
 def labels_of_other_types_between_files(scene: Scene) -> Settings:
     text_labels(scene)
     (scene.root / "train.parquet").rename(scene.root / "train-1.parquet")
@@ -627,7 +627,7 @@ def two_names_of_one_part(scene: Scene) -> Settings:
     return scene.tree(parts=("train", "val", "valid"))
 
 
-@source(SourceError, "{root}/train/c", "out of data.root")
+@source(SourceError, "{root}/train/c", "outside data.root")
 def link_to_a_class_outside(scene: Scene) -> Settings:
     settings = scene.tree()
     outside = scene.root.parent / "outside"
@@ -636,7 +636,7 @@ def link_to_a_class_outside(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "{root}/test", "out of data.root")
+@source(SourceError, "{root}/test", "outside data.root")
 def link_to_a_part_outside(scene: Scene) -> Settings:
     settings = scene.tree()
     outside = scene.root.parent / "outside"
