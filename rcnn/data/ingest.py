@@ -38,7 +38,7 @@ from rcnn.tracking import Tracker
 
 SPLITS = ("train", "val", "test")
 DRAFT_PREFIX = ".draft-"
-BYTES_WORTH_A_CLUSTER = 64_000_000  # of encoded images: fewer are decoded in less time than Ray takes to start
+BYTES_WORTH_A_CLUSTER = 64_000_000  # of encoded images: fewer are decoded in less than the 10 to 12 s of a Ray start
 SECONDS_TO_KEEP_A_DRAFT = 7 * 24 * 3600
 NUM_CLASSES_SHOWN = 5
 

@@ -45,7 +45,7 @@ def trained(config: PipelineConfig, data: TrainingData, **settings: object) -> T
         ({}, CPU, False, 10**9, "float32", False, "auto: on a CPU it gains nothing"),
         ({"precision": "bfloat16"}, CPU, False, 10, "bfloat16", False, "on a CPU"),
         ({"compile": "on"}, CPU, False, 10, "float32", True, "execution.compile = on"),
-        ({}, GPU, True, 100, "bfloat16", False, "auto: 100 steps are too few to earn the time that it takes"),
+        ({}, GPU, True, 100, "bfloat16", False, "auto: 100 steps are too few to pay for compiling"),
         ({}, GPU, True, STEPS_WORTH_COMPILING, "bfloat16", True, "steps are enough"),
         ({}, GPU, False, 100, "float32", False, "too few"),
         ({"precision": "float32", "compile": "off"}, GPU, True, 10**9, "float32", False, "execution.compile = off"),
