@@ -284,9 +284,8 @@ def _read_column(file: ParquetFile, root: str) -> Iterator[pa.Array]:
             for batch in opened.iter_batches(ROWS_PER_READ, columns=[file.label.name]):
                 column = batch.column(batch.schema.get_field_index(file.label.name))
                 num_read += len(column)
-                yield (
-                    column.cast(pa.large_binary()) if is_text else column
-                )  # the cast refuses a dictionary's damaged indices
+                # The cast refuses damaged indices of a dictionary.
+                yield column.cast(pa.large_binary()) if is_text else column
         except (OSError, pa.ArrowException) as error:
             raise unreadable(file.name, root, error) from error
         _require_count(opened.metadata, num_read, file, root)

@@ -53,7 +53,7 @@ def test_a_file_that_is_cut_off_between_footer_and_rows_is_named(scene: Scene) -
     scene.patch.setattr("rcnn.data.sources.parquet_files.pq.ParquetFile", open_and_cut)
     with pytest.raises(SourceError) as caught:
         ingest(scene, settings)
-    check_message(caught.value, ["train.parquet", str(scene.root), "not a sound Parquet file"])
+    check_message(caught.value, ["train.parquet", str(scene.root), "not a valid Parquet file"])
     check_nothing_left(scene)
 
 

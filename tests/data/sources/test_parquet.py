@@ -949,7 +949,9 @@ def test_paths_that_datasets_writes_instead_of_images_are_read(root: Path) -> No
     assert origin.classes == ("cat", "dog")
     np.testing.assert_array_equal(read(origin).images, np.stack([pixels_of(0, 0), pixels_of(0, 1)]))
     shutil.copytree(root, root.parent / "moved")
-    with pytest.raises(SourceError, match=r"none of its first 2 images is embedded or found.* leads out of data\.root"):
+    with pytest.raises(
+        SourceError, match=r"none of its first 2 images is embedded or found.* leads outside data\.root"
+    ):
         opened(root.parent / "moved")
 
 
@@ -975,7 +977,7 @@ FAULTS: dict[str, tuple[pa.Table, str]] = {
     "bytes for labels": (replaced(1, [b"cat", b"dog"]), "column 'label' is binary"),
     "dates for labels": (replaced(1, [datetime.date(2024, 1, 1)] * 2), "column 'label' is date32"),
     "one class": (table_of([0, 0], names=["only"]), "names only one class"),
-    "no JSON": (TABLE.replace_schema_metadata({"huggingface": "{"}), "metadata 'huggingface' does not say"),
+    "no JSON": (TABLE.replace_schema_metadata({"huggingface": "{"}), "metadata 'huggingface' does not describe"),
     "other JSON": (TABLE.replace_schema_metadata({"huggingface": "{}"}), r"does not describe 'label' \(KeyError"),
     "no rows": (TABLE[:0], "has no rows"),
     "no rows with names": (table_of([], names=["a", "b"]), "has no rows"),
