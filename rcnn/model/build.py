@@ -35,7 +35,7 @@ def build_network(
         ValueError: there is no such network, or the images are too small for it.
     """
     if name not in NETWORKS:
-        raise ValueError(f"there is no network {name!r}; there are {', '.join(NETWORKS)}")
+        raise ValueError(f"there is no network {name!r}; choose one of {', '.join(NETWORKS)}")
     row = NETWORKS[name]
     chosen = {key: value for key, value in (settings or {}).items() if key in row.reads}
     network = getattr(import_module(row.module), row.build.partition(":")[2])(image_shape, num_classes, **chosen)

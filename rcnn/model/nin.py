@@ -97,6 +97,6 @@ def _built(blocks: tuple[Block, ...], image_shape: tuple[int, int, int], num_cla
     height, width, channels = image_shape
     if min(height, width) < SMALLEST_SIDE:
         raise ValueError(
-            f"images of {width}x{height} are too small; it takes {SMALLEST_SIDE}x{SMALLEST_SIDE} or larger"
+            f"images of {width}x{height} are too small; they must be {SMALLEST_SIDE}x{SMALLEST_SIDE} or larger"
         )
     return NIN(blocks, channels, num_classes)

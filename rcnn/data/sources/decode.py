@@ -37,7 +37,7 @@ PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETI
 ORIENTATION_TAG = 0x0112
 MODES = {1: "L", 3: "RGB"}
 NO_IMAGE = "is not an image that can be read ({})"
-SVG = f"is an SVG file, a vector graphic, and not an image that can be read ({', '.join(FORMATS)})"
+SVG = f"is an SVG file (vector graphics), not an image that can be read ({', '.join(FORMATS)})"
 BYTES_TO_TELL_SVG = 4096  # an XML declaration, a comment and a DOCTYPE can come first
 # Formats without a greyscale mode: an image counts as grey if its pixels are. The colour that encoding adds to grey pixels (the
 # largest difference between a pixel's channels) was 1 of 255 in WebP (libwebp rounds) and up to 4 in AVIF (tiny images, quality

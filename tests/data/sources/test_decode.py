@@ -110,7 +110,7 @@ def test_an_svg_is_said_to_be_one_and_what_is_read_is_listed(tmp_path: Path, sta
     with pytest.raises(BadImage) as caught:
         decode_image(tmp_path / "x.svg" if is_file else io.BytesIO(content), RULE)
     assert str(caught.value) == (
-        f"is an SVG file, a vector graphic, and not an image that can be read ({', '.join(FORMATS)})"
+        f"is an SVG file (vector graphics), not an image that can be read ({', '.join(FORMATS)})"
     )
     assert caught.value.remedy == "Convert it to PNG"
 

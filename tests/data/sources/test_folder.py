@@ -188,7 +188,7 @@ def test_what_is_not_an_image_is_a_bad_row_of_its_class(sound: Path) -> None:
     assert bad_rows(sound) == [
         ("train/a/0.json", "is empty"),
         ("train/a/notes.txt", f"is not an image that can be read ({kinds})"),
-        ("train/b/0.svg", f"is an SVG file, a vector graphic, and not an image that can be read ({kinds})"),
+        ("train/b/0.svg", f"is an SVG file (vector graphics), not an image that can be read ({kinds})"),
     ]
     assert len(read(opened(sound, on_error="skip")).row_ids) == 4
     assert message_of(sound) == (
