@@ -46,7 +46,7 @@ def trained(config: PipelineConfig, data: TrainingData, **settings: object) -> T
         ({"precision": "bfloat16"}, CPU, False, 10, "bfloat16", False, "on a CPU"),
         ({"compile": "on"}, CPU, False, 10, "float32", True, "execution.compile = on"),
         ({}, GPU, True, 100, "bfloat16", False, "auto: 100 steps are too few to pay for compiling"),
-        ({}, GPU, True, STEPS_WORTH_COMPILING, "bfloat16", True, "steps are enough"),
+        ({}, GPU, True, STEPS_WORTH_COMPILING, "bfloat16", True, "steps pay for compiling"),
         ({}, GPU, False, 100, "float32", False, "too few"),
         ({"precision": "float32", "compile": "off"}, GPU, True, 10**9, "float32", False, "execution.compile = off"),
     ],
