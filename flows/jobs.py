@@ -1,7 +1,7 @@
-"""A stage as a Ray job: submitted, followed, taken up again, stopped.
+"""Runs a stage as a Ray job: submits it, follows its log, attaches to it again, stops it.
 
-The job's id is derived from the stage's folder, so a flow that is retried finds the job that is still running and attaches
-to it, and two flows that want the same work share it.
+The job's id is derived from the stage's folder, so a retried flow finds the job that is still running and attaches to it, and
+two flows that need the same result share one job.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ SECONDS_BETWEEN_LOOKS = 2
 def run_as_job(
     config: PipelineConfig, name: str, results: Results, *, fresh: bool = False, parent: Parent | None = None
 ) -> StageResult:
-    """Runs one stage on the cluster at `ray.address`, like `rcnn.stages.run_stage` does here.
+    """Runs one stage on the cluster at `ray.address`, as `rcnn.stages.run_stage` does in this process.
 
     Raises:
-        ClusterError: the cluster is out of reach, or the job was stopped or lost.
-        RcnnError: whatever the stage itself met.
+        ClusterError: the cluster cannot be reached, or the job was stopped or lost.
+        RcnnError: the error of the stage itself.
     """
     parent = parent or Parent()
     target = stage_folder(config, name, results)
@@ -48,7 +48,7 @@ def run_as_job(
     job_id = f"rcnn-{os.path.basename(target.name)}"
     replaces = fresh and STAGES[name].replaces_whole
     if fresh and not replaces:
-        target.storage.delete(target.name)  # before the cluster is asked: a retry must not find the old result
+        target.storage.delete(target.name)  # before the job is submitted: a retry must not find the old result
     with _reachable(config.ray.address):
         client = JobSubmissionClient(config.ray.address)
         if _status(client, job_id) in UNFINISHED:
@@ -62,7 +62,7 @@ def run_as_job(
 
 
 def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
-    """Stops what a cancelled or crashed flow run has running on its cluster (a hook of the flow)."""
+    """Stops the running jobs of a cancelled or crashed flow run (a hook of the flow)."""
     parameters = flow_run.parameters.get("config")
     config = PipelineConfig.model_validate(parameters or {}).placed_by(os.environ)
     if not config.ray.address.startswith("http"):
@@ -77,20 +77,20 @@ def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def _mark_of(job_id: str, flow_run_id: str) -> str:
-    """A file that says that this flow run submitted the job, or attached to it."""
+    """The file that marks that this flow run submitted the job or attached to it."""
     return f"{_result_folder(job_id)}/followed-by-{flow_run_id or 'nobody'}"
 
 
 @contextmanager
 def _reachable(address: str) -> Iterator[None]:
-    """Ray's client raises what its HTTP library and its server make of a fault; all of it may pass."""
+    """Reports errors of Ray's client, which raises those of its HTTP library and server, as a retryable `ClusterError`."""
     try:
         yield
     except (OSError, RuntimeError, AuthenticationError) as error:
         raise ClusterError(
-            f"the Ray cluster does not answer as it should ({' '.join(str(error).split())[:300]})",
+            f"the Ray cluster cannot be used ({' '.join(str(error).split())[:300]})",
             where=f"ray.address = {address}",
-            remedy="Start it with `make up`, or correct the address; RAY_AUTH_MODE=token where it wants a token",
+            remedy="Start it with `make up`, or correct the address; set RAY_AUTH_MODE=token if it requires a token",
             retryable=True,
         ) from error
 
@@ -104,7 +104,7 @@ def _submit(
     client: Any, job_id: str, config: PipelineConfig, name: str, results: Results, parent: Parent, *, fresh: bool
 ) -> None:
     if _status(client, job_id) is not None:
-        client.delete_job(job_id)  # an earlier attempt ended badly; Ray takes each id once
+        client.delete_job(job_id)  # of an earlier attempt that has ended: Ray accepts each id once
     storage = Storage(config.storage)
     storage.delete(_result_folder(job_id))
     inputs = {
@@ -127,7 +127,7 @@ def _result_folder(job_id: str) -> str:
 
 
 async def _follow(client: Any, job_id: str) -> str:
-    """Repeats the job's log until the job has ended, and tells its status; a log that breaks off is taken up again."""
+    """Prints the job's log until the job ends, reconnecting if the connection breaks; returns its status."""
     lines_seen = 0
     while True:
         lines = 0
@@ -138,7 +138,7 @@ async def _follow(client: Any, job_id: str) -> str:
                     if lines > lines_seen:
                         say(f"  | {line}")
         except (RuntimeError, OSError, ClientError) as error:
-            say(f"  the log of {job_id} broke off ({type(error).__name__}); taking it up again")
+            say(f"  lost the connection to the log of {job_id} ({type(error).__name__}); reconnecting")
         lines_seen = max(lines, lines_seen)
         status = _status(client, job_id)
         if status not in UNFINISHED:
@@ -152,11 +152,11 @@ def _outcome(status: str, job_id: str, config: PipelineConfig, name: str) -> Sta
         return results_from_json({name: outcome["result"]})[name]  # type: ignore[no-any-return]
     if "error" in outcome:
         raise _error_from(outcome["error"])
-    what = "left no result that is seen from here" if status == "SUCCEEDED" else f"ended as {status}"
+    what = "succeeded, but its result cannot be seen from here" if status == "SUCCEEDED" else f"ended as {status}"
     raise ClusterError(
         f"Ray job {job_id} {what}",
         where=f"ray.address = {config.ray.address}, storage = {config.storage}",
-        remedy=f"rcnn must be installed there, with the same storage in sight; `ray job logs {job_id}` tells more",
+        remedy=f"rcnn must be installed on the cluster and see the same storage; see `ray job logs {job_id}`",
         retryable=status == "FAILED",
     )
 

@@ -1,1 +1,1 @@
-"""How the flow is deployed. Nothing imports this."""
+"""Deployment of the flow. Nothing in rcnn or flows imports this package."""

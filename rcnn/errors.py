@@ -1,13 +1,13 @@
-"""The errors that a user can mend, each message in three parts: what, where, what to do.
+"""The errors that a user can fix. Each message has three parts: what, where, what to do.
 
     RcnnError
     ├── ConfigError      a setting has a value that cannot work
-    ├── DataError        a file or a row of a data set is not what it should be
+    ├── DataError        a file or a row of a data set is invalid
     ├── SourceError      a data set's origin is missing, unreachable or altered
     ├── TrainingError    training or tuning cannot continue
-    └── ClusterError     Ray, MLflow or the storage that they share is out of reach
+    └── ClusterError     Ray, MLflow or the shared storage cannot be reached
 
-The command line prints them without a traceback and exits with 2. Everything else is a bug of ours and keeps its
+The command line prints them without a traceback and exits with 2. Any other exception is a bug in rcnn and keeps its
 traceback.
 """
 
@@ -15,13 +15,13 @@ from rcnn.text import printable
 
 
 class RcnnError(Exception):
-    """What went wrong, where it was found, and what to do about it, in one line.
+    """What went wrong, where, and what to do about it, in one line.
 
     Args:
         what: the fault, with the value that was found.
-        where: the file, row or setting that holds it.
-        remedy: what the reader can do next.
-        retryable: whether the same call may succeed later (a network that was down, say).
+        where: the file, row or setting at fault.
+        remedy: what the user can do next.
+        retryable: whether the same call can succeed later, e.g. after a network failure.
     """
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "", retryable: bool = False):
@@ -30,10 +30,10 @@ class RcnnError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return printable(f"{head}. {self.remedy}" if self.remedy else head)  # a file name may hold a newline
+        return printable(f"{head}. {self.remedy}" if self.remedy else head)  # a file name can contain a newline
 
     def __reduce__(self) -> tuple:
-        # Ray and Prefect send errors between processes; keyword-only arguments need a hand to be pickled.
+        # Ray and Prefect pickle errors to send them between processes, and pickle cannot pass keyword-only arguments.
         return _rebuild, (type(self), self.what, self.where, self.remedy, self.retryable)
 
 
@@ -46,7 +46,7 @@ class ConfigError(RcnnError):
 
 
 class DataError(RcnnError):
-    """A file or a row of a data set is not what it should be."""
+    """A file or a row of a data set is invalid."""
 
 
 class SourceError(RcnnError):
@@ -58,4 +58,4 @@ class TrainingError(RcnnError):
 
 
 class ClusterError(RcnnError):
-    """Ray, MLflow or the storage that they share is out of reach."""
+    """Ray, MLflow or the shared storage cannot be reached."""

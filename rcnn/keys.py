@@ -1,7 +1,7 @@
-"""What names a result: the settings that its stage reads, the identity of its inputs, and the code that makes it.
+"""The key of a result: a hash of the settings that its stage reads, the identity of its inputs, and the code that makes it.
 
-Code counts by its syntax tree, so comments, docstrings and layout change no key; and only by the modules that the stage
-imports, found by reading their import statements. C counts by its text without comments. Importing this file loads nothing.
+Python code is hashed by its syntax tree, so comments, docstrings and formatting change no key. Only the modules that the stage
+imports count, found by reading import statements. C code is hashed without comments. This file imports no other of the package.
 """
 
 import ast
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "rcnn"
 KEY_LENGTH = 12
 
-# Modules that say, place or check and make no part of a result. The schema counts by the values that a stage reads.
+# Modules that report, store or check, and so do not affect a result. The schema counts by the values that a stage reads.
 UNCOUNTED = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
@@ -33,13 +33,13 @@ Code = dict[str, str]
 
 
 def key_of(settings: Mapping[str, Any], inputs: Iterable[str], code: Code) -> str:
-    """The name of a result: the first 12 hex digits of a SHA-256 over all that it depends on."""
+    """The key of a result: the first 12 hex digits of a SHA-256 over everything that it depends on."""
     depends_on = {"settings": settings, "inputs": list(inputs), "code": code}
     return _digest(json.dumps(depends_on, sort_keys=True))
 
 
 def code_of(modules: Iterable[str]) -> Code:
-    """The digest of each module that these import, themselves included."""
+    """The digests of these modules and of all modules that they import, directly or indirectly."""
     found: Code = {}
     waiting = list(modules)
     while waiting:
@@ -52,13 +52,13 @@ def code_of(modules: Iterable[str]) -> Code:
 
 
 def clear_caches() -> None:
-    """Reads the code again at the next call: a process that edits it, a notebook say, would see the old state."""
+    """Makes the next call read the code again, for processes that outlive an edit of the code, such as notebooks."""
     _digest_of.cache_clear()
     _imports_of.cache_clear()
 
 
 def differing(ours: Code, theirs: Code) -> list[str]:
-    """The modules in which two states of the code differ."""
+    """The modules in which two versions of the code differ."""
     return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
@@ -75,7 +75,7 @@ def _digest_of(module: str) -> str:
 
 @cache
 def _imports_of(module: str) -> tuple[str, ...]:
-    """The modules of ours that a module imports, those inside functions included; those for types alone are not run."""
+    """The modules of this package that a module imports, inside functions too, but not under TYPE_CHECKING."""
     file = _file_of(module)
     assert file is not None, f"{module} has a file"
     return tuple(dict.fromkeys(_imported(ast.parse(file.read_text(encoding="utf-8")))))
@@ -101,16 +101,16 @@ def _file_of(module: str) -> Path | None:
     path = ROOT.joinpath(*module.split("."))
     candidates = (path.with_suffix(".py"), path / "__init__.py")
     found = next((file for file in candidates if file.is_file()), None)
-    if found is None and not _is_ours(module):  # a stage of somebody else's
+    if found is None and not _is_ours(module):  # a stage of another package
         spec = find_spec(module)
         found = Path(spec.origin) if spec and spec.origin else None
     return found
 
 
 def _tokens(node: ast.AST) -> Iterator[str]:
-    """The syntax tree as text, the same in every version of Python: empty fields, which differ, are left out.
+    """The syntax tree as text, equal in every version of Python: empty fields, which differ between versions, are omitted.
 
-    Also left out: docstrings, and imports, whose order is layout; what they bring shows in its use.
+    Docstrings and imports are omitted too: the order of imports is layout, and imported names appear where they are used.
     """
     yield type(node).__name__
     for name, value in ast.iter_fields(node):
@@ -132,7 +132,7 @@ def _is_layout(node: ast.AST) -> bool:
 
 
 def without_comments(code: str) -> str:
-    """C code without comments, its white space as single spaces; what is in quotes stays."""
+    """C code without comments and with white space collapsed; comment marks inside quotes are kept."""
     kept = re.sub(
         r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|/\*.*?\*/|//[^\n]*',
         lambda match: match[0] if match[0][0] in "\"'" else " ",

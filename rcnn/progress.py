@@ -1,6 +1,6 @@
-"""What a person sees while a stage works: lines and bars, on standard error.
+"""Progress reports of a stage: lines and bars, on standard error.
 
-On a terminal there is a bar; in a log file a line now and then, since a bar would fill it.
+On a terminal, a bar; in a log file, a line now and then, because a bar would flood it.
 """
 
 import logging
@@ -17,12 +17,12 @@ _log = logging.getLogger("rcnn")
 
 
 def say(text: str) -> None:
-    """Shows the user a line: on the screen, and in the log of the Prefect run if there is one."""
-    _log.info(printable(text))  # names of classes and files are in it
+    """Reports a line to the user: on the screen, and in the log of the Prefect run if there is one."""
+    _log.info(printable(text))  # it can contain names of classes and files
 
 
 def show_on_screen() -> None:
-    """Sends what `say` says to standard error, above a bar if there is one; a second call does nothing."""
+    """Prints the lines of `say` to standard error, above the progress bar if there is one; a second call does nothing."""
     if not any(isinstance(handler, _Screen) for handler in _log.handlers):
         _log.addHandler(_Screen())
     _log.setLevel(logging.INFO)
@@ -30,7 +30,7 @@ def show_on_screen() -> None:
 
 
 def hand_on(to: Callable[[str], None]) -> None:
-    """Sends what `say` says to a function: from a worker, whose screen nobody sees, to the one that started it."""
+    """Sends the lines of `say` to a function: from a worker, whose output is not shown, to the driver."""
     _log.handlers = [_Elsewhere(to)]
     _log.setLevel(logging.INFO)
 
@@ -46,7 +46,7 @@ class _Elsewhere(logging.Handler):
 
 class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm  # late: training alone does without it
+        from tqdm import tqdm  # late: the training core must run without tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
         sys.stderr.flush()
@@ -56,7 +56,7 @@ class EpochProgress:
     """Progress of a training run, epoch by epoch and within each.
 
     Args:
-        num_epochs: epochs of the whole run.
+        num_epochs: total number of epochs of the run.
     """
 
     def __init__(self, num_epochs: int):
@@ -67,14 +67,14 @@ class EpochProgress:
         self._last_line = time.monotonic()
 
     def advance(self, epochs_done: float) -> None:
-        """Moves the bar to a fraction of epochs."""
+        """Moves the bar to a number of epochs, fractions included; without a terminal, prints a line every 15 s."""
         self._bar.n = round(epochs_done, 2)
         self._bar.refresh()
         if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._line(f"  epoch {epochs_done:.2f} of {self.num_epochs}")
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
-        """Prints the epoch's figures."""
+        """Prints the epoch's metrics."""
         self._bar.n = metrics["epoch"]
         of_val = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
         validation = "  ".join(f"{label} {value}" for label, value in written_metrics(of_val, "val").items())
@@ -84,7 +84,7 @@ class EpochProgress:
         )
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._bar.close()
 
     def _line(self, text: str) -> None:

@@ -1,9 +1,9 @@
-"""What the config is made of: sections that read each value by its type, and one line for each value that is wrong.
+"""The base of the config: sections that parse each value by its type, and one-line errors for invalid values.
 
 In: a tree of settings, and layers of values over it, each value with its origin (a file, a variable, `--set`).
-Out: a checked tree, or a `ConfigError` that names the setting, the value, its bounds and the origin at fault.
+Out: a validated tree, or a `ConfigError` that names the setting, the value, its bounds and the origin at fault.
 
-It stands left of the schema, which changes itself by it (`with_settings`), and knows none of its names but `recipe`.
+The schema imports this module (for `with_settings`), so nothing here refers to a setting by name, except `recipe`.
 """
 
 import datetime
@@ -25,15 +25,15 @@ from rcnn.text import counted, parse_json
 ENV_PREFIX = "RCNN_"
 EXPLAIN = "`rcnn config --explain` lists each setting with its bounds"
 MAX_SHOWN = 80  # characters of a value in an error
-MAX_DIGITS = 400  # of a number; Python refuses to print more than 4,300
+MAX_DIGITS = 400  # per number; Python refuses to print more than 4,300
 
 
 class Text(str):
-    """A value as a user typed it (`--set`, a variable, a YAML scalar): the type of the setting decides how it is read."""
+    """A value as a user typed it (`--set`, a variable, a YAML scalar), to be parsed by the type of its setting."""
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, with no room for a misspelt name or for a value of another type."""
+    """A part of the config: frozen; unknown names and values of another type are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -44,30 +44,30 @@ class Section(BaseModel):
 
 
 class Given(NamedTuple):
-    """A value, and who gave it."""
+    """A value and its origin."""
 
     value: Any
     origin: str
 
 
 Layer = Mapping[str, Given]
-"""Values by the dotted name of their setting."""
+"""Values, by the dotted names of their settings."""
 
 Tree = TypeVar("Tree", bound=Section)
 
 
 def lay(base: Tree, layers: Sequence[Layer], *, base_origin: str = "") -> Tree:
-    """The tree with the layers' values, later ones over earlier ones.
+    """The base with the layers' values applied; later layers override earlier ones.
 
-    All are checked together, since a rule over two settings may need both layers.
+    All layers are validated together, because a rule over two settings can involve values of both.
 
     Args:
-        base: a checked tree.
-        layers: what to change in it.
-        base_origin: what errors call the origin of the base's own values; empty: they do not mention it.
+        base: a validated tree.
+        layers: values to change.
+        base_origin: the origin of the base's own values in errors; empty: errors do not mention it.
 
     Raises:
-        ConfigError: a name is unknown or a value cannot be; the message names the last layer at fault.
+        ConfigError: a name is unknown or a value is invalid; the message names the last layer at fault.
     """
     known = set(setting_names(type(base)))
     tree = base.model_dump()
@@ -105,7 +105,7 @@ def environment_layer(tree: type[Section], environ: Mapping[str, str]) -> dict[s
     """The settings in `RCNN_SECTION__FIELD` variables.
 
     Raises:
-        ConfigError: a variable names no setting, or is not in upper case and so would not be read.
+        ConfigError: a variable does not name a setting, or is not in upper case and so would be ignored.
     """
     names = {variable_of(name): name for name in setting_names(tree)}
     layer = {}
@@ -119,7 +119,7 @@ def environment_layer(tree: type[Section], environ: Mapping[str, str]) -> dict[s
             raise unknown_setting(tree, name, variable, spell=variable_of)
         elif variable.upper() in names:
             raise ConfigError(
-                "is not read, as it is not in upper case", where=variable, remedy=f"Name it {variable.upper()}"
+                "is ignored, because it is not in upper case", where=variable, remedy=f"Rename it to {variable.upper()}"
             )
     return layer
 
@@ -130,7 +130,7 @@ def variable_of(name: str) -> str:
 
 
 def fields_of(tree: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every field that holds a value, by its dotted name, in the tree's order."""
+    """Every field that holds a value, with its dotted name, in the order of the tree."""
     for name, field in tree.model_fields.items():
         if is_section(field):
             yield from fields_of(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
@@ -139,22 +139,22 @@ def fields_of(tree: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fi
 
 
 def is_section(field: FieldInfo) -> bool:
-    """Whether the field holds a table of fields."""
+    """Whether the field is a section."""
     return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
 def setting_names(tree: type[BaseModel]) -> Iterator[str]:
-    """The dotted name of every setting, in the tree's order; `recipe` is the name of where settings start."""
+    """The dotted name of every setting, in the order of the tree; `recipe`, which names the base, is not a setting."""
     return (name for name, _ in fields_of(tree) if name != "recipe")
 
 
 def limits_of(field: FieldInfo) -> str:
-    """The values that a setting may have, in a few words: `1 to 2048`, `true or false`, `crop, pad, stretch`."""
+    """The valid values of a setting, in a few words: `1 to 2048`, `true or false`, `crop, pad, stretch`."""
     return _limits(field.annotation, field.metadata, field.examples)
 
 
 def as_typed(value: Any) -> str:
-    """A setting's value as a user would type it after `--set NAME=`."""
+    """The value of a setting as a user would type it after `--set NAME=`."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -165,7 +165,7 @@ def as_typed(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as errors show it: short, whatever it is."""
+    """A value as shown in errors: short, whatever its type."""
     if value is None:
         return "empty (null)"
     if isinstance(value, bool):
@@ -188,14 +188,14 @@ _repr.maxlevel = 2
 def unknown_setting(
     tree: type[BaseModel], name: str, origin: str, *, spell: Callable[[str], str] = repr
 ) -> ConfigError:
-    """The error for a name that is not a setting's; `spell` writes a name as its origin would."""
+    """The error for a name that is not a setting; `spell` writes a name in the form of its origin."""
     if name == "recipe":
-        return ConfigError("'recipe' chooses where settings start", where=origin, remedy="Use --recipe NAME")
+        return ConfigError("'recipe' cannot be set here", where=origin, remedy="Use --recipe NAME")
     names = list(setting_names(tree))
     inside = [known for known in names if known.startswith(f"{name}.")]
     if inside:
-        remedy = f"Set what is in it, such as {spell(inside[0])}"
-        return ConfigError(f"{name!r} is a section, and takes no value of its own", where=origin, remedy=remedy)
+        remedy = f"Set one of its settings, such as {spell(inside[0])}"
+        return ConfigError(f"{name!r} is a section and has no value of its own", where=origin, remedy=remedy)
     if new_name := getattr(tree, "moved", {}).get(name):
         return ConfigError(f"{name!r} is now called {spell(new_name)}", where=origin, remedy="Use that name")
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
@@ -225,7 +225,7 @@ def value_of(field: FieldInfo, value: Any, name: str) -> Any:
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """The value for a setting of this type. Pydantic would also take true for 1, "3" for 3 and 1 for true."""
+    """Parses a value by the type of its setting. Pydantic would also accept true for 1, "3" for 3 and 1 for true."""
     if get_origin(kind) is Annotated:
         return _read(get_args(kind)[0], value)
     if get_origin(kind) is tuple:
@@ -236,15 +236,15 @@ def _read(kind: Any, value: Any) -> Any:
         return _switch(value)
     if kind in (int, float):
         return _number(kind, value)
-    return value  # a section, which reads its own
+    return value  # a section, which parses its own fields
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise wrong_type("text")
-    if "\0" in value:  # no system takes one in a name
-        raise ValueError("should not hold a NUL")
-    if any("\ud800" <= sign <= "\udfff" for sign in value):  # bytes of another encoding; they cannot go through JSON
+    if "\0" in value:  # no operating system accepts one in a name
+        raise ValueError("should not contain a NUL")
+    if any("\ud800" <= sign <= "\udfff" for sign in value):  # bytes of another encoding, which JSON cannot represent
         raise ValueError("should be UTF-8 text")
     return str(value)
 
@@ -265,7 +265,7 @@ def _number(kind: type, value: Any) -> Any:
 
 
 def _parsed_number(text: str) -> int | float | None:
-    """A number as TOML has it: 3, 1_000, 1e5. Python would also read the digits of every script."""
+    """A number as TOML writes it: 3, 1_000, 1e5. Python would also accept the digits of other scripts."""
     for parse in (int, float):
         with suppress(ValueError):
             return parse(text) if text.isascii() and len(text) <= MAX_DIGITS else None  # type: ignore[no-any-return]
@@ -309,7 +309,7 @@ class InsideFault(PydanticCustomError):
 
 
 def wrong_type(wanted: str) -> PydanticCustomError:
-    """What Prefect says of a flow's parameter; `_fault` has more to say."""
+    """The error that Prefect shows for a flow's parameter; `_fault` writes a more detailed one."""
     return PydanticCustomError("wrong_type", "should be {wanted}", {"wanted": wanted})
 
 
@@ -332,14 +332,14 @@ def _error_of(error: ValidationError, tree: type[BaseModel], layers: Sequence[La
 
 
 def _fault(first: ErrorDetails, name: str, field: FieldInfo) -> str:
-    """What is wrong with the value of one setting."""
+    """Describes what is wrong with the value of one setting."""
     value, kind = first["input"], field.annotation
     if first["type"] == "inside":
         return f"{name}.{first['msg']}"
-    if first["type"] == "value_error":  # a rule of the setting's own says it
+    if first["type"] == "value_error":  # from the setting's own validator
         return f"{name} is {shown(value)}: {first['msg'].removeprefix('Value error, ')}"
     if value is None:
-        return f"{name} is {shown(None)}: give it a value, or leave it out for the recipe's"
+        return f"{name} is {shown(None)}: give it a value, or omit it to use the recipe's"
     index = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
     if get_origin(kind) is tuple and index:
         kind, metadata = _item_type(kind)
@@ -357,7 +357,7 @@ def _fault(first: ErrorDetails, name: str, field: FieldInfo) -> str:
 
 
 def _is_name(part: int | str) -> bool:
-    """Whether a part of an error's place is a name, not the number of a list's element."""
+    """Whether a part of an error's location is a name, not the index of a list element."""
     return isinstance(part, str)
 
 
@@ -372,7 +372,7 @@ def _noun(kind: Any) -> str:
 
 
 def _item_type(kind: Any) -> tuple[Any, Sequence[Any]]:
-    """The type of a tuple's elements, and its bounds."""
+    """The type of a tuple's elements, and their bounds."""
     item = get_args(kind)[0]
     if get_origin(item) is not Annotated:
         return item, ()
@@ -411,12 +411,12 @@ def _range(bounds: Mapping[str, Any]) -> str:
 
 
 def _figure(bound: float) -> str:
-    """With the underscores that may be typed too."""
+    """A bound as text, large ones with underscores, which users may type too."""
     return f"{int(bound):_}" if bound == int(bound) and abs(bound) >= 10_000 else f"{bound:g}"
 
 
 def _settings_in(message: str, tree: type[BaseModel], section: str) -> list[str]:
-    """The settings that the text of a section's rule names, quoted values left out: a rule is about what it names."""
+    """The settings that the message of a section's rule names, ignoring quoted values: these are the settings at fault."""
     words = set(re.findall(r"\w+(?:\.\w+)*", re.sub(r"(?<!\w)(['\"]).*?\1", "", message)))
     prefix = f"{section}." if section else ""
     return [name for name in setting_names(tree) if name in words or name.removeprefix(prefix) in words]
@@ -432,7 +432,7 @@ def _origins_in(layer: Layer, name: str) -> list[str]:
 
 
 def _blamed(names: Sequence[str], layers: Sequence[Layer], base_origin: str) -> str:
-    """Who gave these values: the last layer that gave any of them."""
+    """The origin of these values: the last layer that sets any of them."""
     for layer in reversed(layers):
         origins = [origin for name in names for origin in _origins_in(layer, name)]
         if origins:

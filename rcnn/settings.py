@@ -1,7 +1,7 @@
-"""Where settings come from: a recipe, on it a file, on it environment variables, on it `--set`.
+"""Reads settings in layers: a recipe, overridden by a file, by environment variables, and by `--set`, in this order.
 
-In: text, as a user wrote it. Out: a validated `PipelineConfig`; or one line that names the layer at fault, whether that is
-a file, a variable, `--set` or the recipe.
+In: text, as a user wrote it. Out: a validated `PipelineConfig`, or a one-line error that names the layer at fault: a file, a
+variable, `--set` or the recipe.
 """
 
 import tomllib
@@ -35,7 +35,7 @@ EXAMPLE = "`rcnn config --recipe demo` prints an example, as YAML"
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """What a file sets, and the recipe that it names, which may be of any type."""
+    """The settings in a file, and the recipe that it names, a value of any type, not yet validated."""
 
     path: str
     layer: Layer
@@ -50,10 +50,10 @@ def build_config(
     environ: Mapping[str, str] | None = None,
     overrides: Iterable[str] = (),
 ) -> PipelineConfig:
-    """Lays a file, `RCNN_SECTION__FIELD` variables and `section.field=value` strings over `base`.
+    """Applies a file, `RCNN_SECTION__FIELD` variables and `section.field=value` strings to `base`, in this order.
 
     Raises:
-        ConfigError: a name is unknown or a value out of bounds; the message names the setting and where it was set.
+        ConfigError: a name is unknown or a value is out of bounds; the message names the setting and its origin.
     """
     layers = [
         file.layer if file else {},
@@ -85,10 +85,10 @@ def read_config_file(file: str | Path) -> ConfigFile:
 
 
 def config_from_json(text: str, *, origin: str) -> PipelineConfig:
-    """A config in JSON, as `model_dump_json` writes it.
+    """Parses a config in JSON, as `model_dump_json` writes it.
 
     Raises:
-        ConfigError: it is not JSON, a name is unknown or a value out of bounds.
+        ConfigError: it is not JSON, a name is unknown, or a value is out of bounds.
     """
     try:
         file = _config_file(parse_json(text), origin)
@@ -101,12 +101,12 @@ def config_from_json(text: str, *, origin: str) -> PipelineConfig:
 
 
 def setting_names() -> Iterator[str]:
-    """The dotted name of every setting, in the tree's order."""
+    """The dotted name of every setting, in the order of the tree."""
     return names_in(PipelineConfig)
 
 
 def explain_settings() -> list[dict[str, str]]:
-    """Each setting with its default, its bounds and its meaning."""
+    """Each setting with its default, bounds and meaning."""
     return [
         {
             "setting": name,
@@ -122,7 +122,7 @@ def explain_settings() -> list[dict[str, str]]:
 def _parse_override(text: str) -> tuple[str, Given]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        fault = "has no '='" if not equals else "names no setting"
+        fault = "has no '='" if not equals else "does not name a setting"
         raise ConfigError(f"{shown(text)} {fault}", where="--set", remedy="Write --set section.field=value")
     return name.strip(), Given(Text(value), "--set")
 
@@ -147,16 +147,18 @@ def _flattened(table: Mapping[str, Any], tree: type[BaseModel], prefix: str, whe
             yield from _flattened(value, field.annotation, f"{name}.", where)  # type: ignore[arg-type]
         else:
             inside = next(fields_of(field.annotation))[0]  # type: ignore[arg-type]
-            remedy = f"Set what is in it, such as {name}.{inside}, or leave it out"
-            raise ConfigError(f"{name} is {shown(value)}, and should be a table", where=where, remedy=remedy)
+            remedy = f"Set one of its settings, such as {name}.{inside}, or omit it"
+            raise ConfigError(f"{name} is {shown(value)}, but should be a table", where=where, remedy=remedy)
 
 
 def _misplaced(key: str, prefix: str, where: str) -> ConfigError:
     if key == "<<":
-        return ConfigError("a merge (<<) is not supported", where=where, remedy="Write the settings out")
+        return ConfigError("merge keys (<<) are not supported", where=where, remedy="Write the settings out")
     if not prefix and "." in key and key in setting_names():
         section, _, field = key.rpartition(".")
-        return ConfigError(f"{key!r} is one key with a dot in it", where=where, remedy=f"Put {field} into {section}")
+        return ConfigError(
+            f"{key!r} is a key with a dot in it", where=where, remedy=f"Put {field} into table {section}"
+        )
     return unknown_setting(PipelineConfig, prefix + key, where)
 
 
@@ -169,7 +171,7 @@ def _parse_tree(suffix: str, text: str) -> Any:
         return parse_json(text)
     if suffix in (".yaml", ".yml"):
         return _parse_yaml(text)
-    raise ValueError(f"the ending {suffix!r} is unknown; it may be .toml, .yaml, .yml or .json")
+    raise ValueError(f"the extension {suffix!r} is unknown; use .toml, .yaml, .yml or .json")
 
 
 def _parse_fault(error: ValueError | RecursionError) -> str:
@@ -179,10 +181,10 @@ def _parse_fault(error: ValueError | RecursionError) -> str:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Tables and lists of what stands there: scalars stay text, until the setting's type says how to read them.
+    """Parses YAML to tables and lists. Scalars stay text, to be parsed by the type of their setting.
 
-    PyYAML's own loader would make a number of `name: 1.10`, a date of `2024-01-01` and true of `on`, take the last of
-    two equal keys, and write out aliases of aliases until the memory is full.
+    PyYAML's own loader would turn `name: 1.10` into a number, `2024-01-01` into a date and `on` into true, would use the last
+    of duplicate keys, and would expand aliases of aliases until memory is full.
     """
     import yaml
 
@@ -198,18 +200,18 @@ def _parse_yaml(text: str) -> Any:
 
 
 class _YamlTree:
-    """Values of nodes, each made once: an alias shares its value, so aliases of aliases stay small."""
+    """The values of YAML nodes, each built once: an alias shares the value, so aliases of aliases stay small."""
 
     def __init__(self) -> None:
         self.values: dict[int, Any] = {}
 
     def value_of(self, node: Any) -> Any:
-        """The table, list, text or None that a node stands for."""
+        """The value of a node: a table, list, text or None."""
         if id(node) not in self.values:
             self.values[id(node)] = _Unfinished
             self.values[id(node)] = self._new_value(node)
         if self.values[id(node)] is _Unfinished:
-            raise ValueError(f"{_line(node)} holds an alias of itself")
+            raise ValueError(f"{_line(node)} contains an alias of itself")
         return self.values[id(node)]
 
     def _new_value(self, node: Any) -> Any:
@@ -220,7 +222,7 @@ class _YamlTree:
             return [self.value_of(item) for item in node.value]
         if node.id == "scalar" and kind in ("null", "bool", "int", "float", "timestamp", "str", "merge", "value"):
             return None if kind == "null" else Text(node.value)
-        raise ValueError(f"{_line(node)} has the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}; leave it out")
+        raise ValueError(f"{_line(node)} has the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}; omit it")
 
     def _table(self, node: Any) -> dict[str, Any]:
         lines: dict[str, str] = {}
@@ -229,14 +231,14 @@ class _YamlTree:
             if key.id != "scalar":
                 raise ValueError(f"{_line(key)} has a key that is not a name")
             if key.value in lines:
-                raise ValueError(f"{_line(key)} names {key.value!r}, as {lines[key.value]} did; keep one")
+                raise ValueError(f"{_line(key)} sets {key.value!r} again, after {lines[key.value]}; keep one")
             lines[key.value] = _line(key)
             table[key.value] = self.value_of(value)
         return table
 
 
 class _Unfinished:
-    """Stands for a value that is being made."""
+    """Marks a value that is being built."""
 
 
 def _line(node: Any) -> str:

@@ -1,9 +1,9 @@
-"""One root for all that the pipeline keeps: a folder, or a URI that pyarrow opens (`s3://bucket/prefix`).
+"""One root for everything that the pipeline stores: a folder, or a URI that pyarrow opens (`s3://bucket/prefix`).
 
-In: a root. Out: whole files only. Local files are written under a temporary name and renamed; object stores publish a
-file when it is closed. What marks a piece of work as finished is written last.
+Writes are atomic. Local files are written under a temporary name and renamed; object stores publish a file when it is closed.
+The file that marks a piece of work as finished is written last.
 
-    <root>/datasets/  data sets, one folder each       <root>/runs/     one folder a stage, Ray Train and Tune included
+    <root>/datasets/  data sets, one folder each       <root>/runs/     one folder per stage, Ray Train and Tune included
     <root>/reports/   plots and tables                 <root>/mlflow.db tracking, unless a server is set
 """
 
@@ -22,17 +22,17 @@ from rcnn.text import parse_json
 
 
 class Storage:
-    """Files under one root, by paths relative to it.
+    """Files under one root, addressed by paths relative to it.
 
     Args:
-        root: a folder (created when first written to) or a URI.
+        root: a folder (created by the first write) or a URI.
     """
 
     def __init__(self, root: str):
         self.is_local = "://" not in root
         try:
             self.root = str(Path(root).expanduser().absolute()) if self.is_local else root.rstrip("/")
-        except RuntimeError as error:  # there is no such user
+        except RuntimeError as error:  # ~user, without such a user
             raise ConfigError(f"storage = {root!r}: {error}", remedy="Give another folder") from error
 
     @cached_property
@@ -56,11 +56,11 @@ class Storage:
         return self._filesystem_and_base[0]
 
     def path(self, name: str) -> str:
-        """The path of `name` as `filesystem` wants it."""
+        """The path of `name` for use with `filesystem`."""
         return f"{self._filesystem_and_base[1]}/{name}"
 
     def uri(self, name: str) -> str:
-        """The path of `name` as a person or another process would write it."""
+        """The path or URI of `name`, for messages and other processes."""
         return f"{self.root.partition('?')[0]}/{name}"
 
     def local_path(self, name: str) -> Path:
@@ -71,19 +71,19 @@ class Storage:
         """
         if not self.is_local:
             raise ConfigError(
-                f"storage = {self.root!r} is no local folder, and {name} must be one",
+                f"storage = {self.root!r} is not a local folder, but {name} must be in one",
                 remedy="Set tracking.uri to an MLflow server, or storage to a folder",
             )
         return Path(self.root, name)
 
     def exists(self, name: str) -> bool:
-        """Whether a file or folder is there."""
+        """Whether a file or folder exists."""
         from pyarrow import fs
 
         return bool(self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound)
 
     def make_folder(self, name: str) -> None:
-        """Makes a folder and those above it.
+        """Creates a folder and its parents.
 
         Raises:
             ClusterError: the storage cannot be written.
@@ -92,12 +92,12 @@ class Storage:
             self.filesystem.create_dir(self.path(name), recursive=True)
 
     def read_text(self, name: str) -> str:
-        """The whole of a text file."""
+        """The content of a text file."""
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             return str(stream.read().decode())
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a whole text file or, if that fails, none.
+        """Writes a text file atomically.
 
         Raises:
             ClusterError: the storage cannot be written.
@@ -105,7 +105,7 @@ class Storage:
         self.write_bytes(name, text.encode())
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
-        """Writes a whole file or, if that fails, none.
+        """Writes a file atomically.
 
         Raises:
             ClusterError: the storage cannot be written.
@@ -125,7 +125,7 @@ class Storage:
                 raise
 
     def read_json(self, name: str) -> Any:
-        """The value in a JSON file, or None where there is no such file.
+        """The value in a JSON file, or None if there is no such file.
 
         Raises:
             ValueError: it is not JSON.
@@ -136,11 +136,11 @@ class Storage:
             return None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a whole JSON file, indented for people."""
+        """Writes a JSON file atomically, indented for readers."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def upload(self, local: Path, name: str) -> None:
-        """Copies a folder of this machine to `name`, file by file."""
+        """Copies a local folder to `name`, file by file."""
         from pyarrow import fs
 
         with self.writing(name):
@@ -148,14 +148,14 @@ class Storage:
             fs.copy_files(str(local), self.path(name), destination_filesystem=self.filesystem)
 
     def download(self, name: str, local: Path) -> None:
-        """Copies a folder to this machine, to `local`, which is made if need be."""
+        """Copies a folder to the local folder `local`, which is created if missing."""
         from pyarrow import fs
 
         local.mkdir(parents=True, exist_ok=True)
         fs.copy_files(self.path(name), str(local), source_filesystem=self.filesystem)
 
     def delete(self, name: str) -> None:
-        """Deletes a folder with all that is in it, if it is there."""
+        """Deletes a folder and its contents, if it exists."""
         with self.writing(name):
             if self.exists(name):
                 self.filesystem.delete_dir(self.path(name))
@@ -166,7 +166,7 @@ class Storage:
             self.filesystem.delete_file(self.path(name))
 
     def list_sizes(self, name: str) -> dict[str, int]:
-        """The size in bytes of each file below a folder, by its path in it; empty where there is no such folder."""
+        """The size in bytes of each file below a folder, by its path relative to it; empty if there is no such folder."""
         from pyarrow import fs
 
         base = self.path(name)
@@ -183,22 +183,22 @@ class Storage:
         return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
     def require_size(self, name: str, num_bytes: int) -> None:
-        """Checks that a file is there, whole.
+        """Checks that a file exists with all of its bytes.
 
         Raises:
-            ClusterError: it is not.
+            ClusterError: it does not.
         """
         found = self.filesystem.get_file_info(self.path(name)).size
         if found != num_bytes:
             raise ClusterError(
-                f"has {found} bytes, and {num_bytes:,} were written",
+                f"has {found} bytes, but {num_bytes:,} were written",
                 where=self.uri(name),
-                remedy="Something else removed or changed it: run the same command again",
+                remedy="Another process removed or changed it: run the same command again",
                 retryable=True,
             )
 
     def require_readable(self) -> None:
-        """Checks that a local root, where there is one, is a folder that can be listed.
+        """Checks that a local root can be listed, if it exists.
 
         Raises:
             ClusterError: it is not.
@@ -209,7 +209,7 @@ class Storage:
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Reports a missing permission or an impossible path in the body as what it is.
+        """Reports a missing permission or an impossible path in the body as a `ClusterError`.
 
         Raises:
             ClusterError: `name` cannot be read.
@@ -227,7 +227,7 @@ class Storage:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Tells a full disk or a missing permission in the body as what it is.
+        """Reports a full disk or a missing permission in the body as a `ClusterError`.
 
         Raises:
             ClusterError: `name` cannot be written.
@@ -243,21 +243,21 @@ class Storage:
 
 
 RESULT = "_result.json"
-"""What a finished stage hands on. Readers of Parquet folders skip names that begin with _."""
+"""The result of a finished stage. Readers of Parquet folders skip names that begin with _."""
 MADE_OF = "_made_of.json"
-"""What the key of that result is the hash of, so that `rcnn plan` can say what changed since."""
+"""The parts that the key of that result hashes, so that `rcnn plan` can say what changed since."""
 OLD_RESULT = "result.json"  # until version 0.1
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """The one folder that a stage writes to; its name holds the hash of all that the result depends on."""
+    """The only folder that a stage writes to; its name contains the hash of everything that the result depends on."""
 
     storage: Storage
     name: str
     replaces: bool = False
-    """Whether what is there is to be replaced (`--fresh`)."""
+    """Whether to replace existing contents (`--fresh`)."""
 
     def path(self, file: str) -> str:
-        """The name of a file of this folder within the storage."""
+        """The path of a file in this folder, relative to the storage's root."""
         return f"{self.name}/{file}"

@@ -1,18 +1,18 @@
-"""Text from outside: made safe to print, turned into file names, parsed as JSON.
+"""Untrusted text: made safe to print, turned into file names, parsed as JSON.
 
-Class names, file names and settings come from users and their data. They may hold control characters, be longer than a
-file name can be, or differ only in signs that a file name cannot hold.
+Class names, file names and settings come from users and their data. They can contain control characters, be too long for a
+file name, or differ only in characters that a file name cannot contain.
 """
 
 import json
 import re
 from typing import Any
 
-MAX_STEM_BYTES = 80  # file systems allow 255, and callers add numbers and endings
+MAX_STEM_BYTES = 80  # file systems allow 255, and callers add numbers and extensions
 
 
 def printable(text: str) -> str:
-    """The text with each character that would not print (control, bidirectional, lone surrogate) as its escape."""
+    """The text with each unprintable character (control, bidirectional, lone surrogate) replaced by its escape."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
@@ -22,17 +22,17 @@ def counted(number: int, noun: str) -> str:
 
 
 def file_stem(label: int, name: str) -> str:
-    """A file name without its ending for a class: `007-Ankle boot`. The label keeps it unique."""
+    """A file name for a class, without extension: `007-Ankle boot`. The label keeps it unique."""
     readable = re.sub(r"[^\w.+ -]+", "-", printable(name)).strip()
     shortened = readable.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
     return f"{label:03d}-{shortened}".rstrip("- .")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that a JSON text holds.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply for Python, or names a key of an object twice.
+        ValueError: it is not JSON, is nested too deeply for Python, or has an object with a duplicate key.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)

@@ -470,10 +470,10 @@ def test_sound_tracking_uris_are_left_as_they_are(uri: str) -> None:
         ("RCNN_TRAIN__EPOCH", "3", "there is no setting 'train.epoch'. Did you mean RCNN_TRAIN__EPOCHS?"),
         ("RCNN_MODEL_K", "3", "there is no setting 'model_k'. Did you mean RCNN_MODEL__K?"),
         ("RCNN_", "3", "there is no setting ''. "),
-        ("RCNN_MODEL", "3", "'model' is a section, and takes no value of its own. Set what is in it, such as RCNN_MODEL"),
-        ("rcnn_model__k", "3", "is not read, as it is not in upper case. Name it RCNN_MODEL__K"),
-        ("RCNN_model__k", "3", "is not read, as it is not in upper case. Name it RCNN_MODEL__K"),
-        ("RCNN_RECIPE", "demo", "'recipe' chooses where settings start. Use --recipe NAME"),
+        ("RCNN_MODEL", "3", "'model' is a section and has no value of its own. Set one of its settings, such as RCNN_MODEL"),
+        ("rcnn_model__k", "3", "is ignored, because it is not in upper case. Rename it to RCNN_MODEL__K"),
+        ("RCNN_model__k", "3", "is ignored, because it is not in upper case. Rename it to RCNN_MODEL__K"),
+        ("RCNN_RECIPE", "demo", "'recipe' cannot be set here. Use --recipe NAME"),
         ("RCNN_STORAGE", "caf\udce9", "storage is 'caf\\udce9': should be UTF-8 text"),
         ("RCNN_DATA__ROOT", "caf\udce9", "data.root is 'caf\\udce9': should be UTF-8 text"),
     ],
@@ -494,9 +494,12 @@ def test_a_variable_that_places_a_run_is_named_too() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("=3", "'=3' names no setting. Write --set section.field=value"),
+        ("=3", "'=3' does not name a setting. Write --set section.field=value"),
         ("", "'' has no '='"),
-        ("model=3", "'model' is a section, and takes no value of its own. Set what is in it, such as 'model.network'"),
+        (
+            "model=3",
+            "'model' is a section and has no value of its own. Set one of its settings, such as 'model.network'",
+        ),
         ("model.k=", "model.k is '': should be a whole number, 1 to 2048"),
         ("model.k.x=3", "there is no setting 'model.k.x'. Did you mean 'model.k'?"),
         ("Model.K=3", "there is no setting 'Model.K'. Did you mean 'model.k'?"),
@@ -529,23 +532,23 @@ def test_other_wrong_settings_are_counted_once_each() -> None:
         ("a.json", "{", "cannot be parsed"),
         ("a.json", " ", "cannot be parsed: it is empty; write {} for no settings"),
         ("a.json", '{"seed": %s}' % ("9" * 5000), "Exceeds the limit (4300 digits)"),
-        ("a.ini", "", "the ending '.ini' is unknown; it may be .toml, .yaml, .yml or .json"),
+        ("a.ini", "", "the extension '.ini' is unknown; use .toml, .yaml, .yml or .json"),
         ("a.json", "[1]", "holds a list, not a table of settings"),
         ("a.json", "null", "holds null, not a table of settings"),
         ("a.yaml", "false", "holds 'false', not a table of settings"),
         ("a.yaml", "[]", "holds a list, not a table of settings"),
-        ("a.toml", "model = 3", "model is 3, and should be a table. Set what is in it, such as model.network, or leave it out"),
-        ("a.toml", "[[model]]\nk = 3", "model is [{'k': 3}], and should be a table"),
-        ("a.yaml", "model: [3]", "model is ['3'], and should be a table"),
-        ("a.yaml", "train:\n", "train is empty (null), and should be a table"),
-        ("a.yaml", "train:\n  epochs:\n", "train.epochs is empty (null): give it a value, or leave it out"),
-        ("a.json", '{"data": {"name": null}}', "data.name is empty (null): give it a value, or leave it out"),
+        ("a.toml", "model = 3", "model is 3, but should be a table. Set one of its settings, such as model.network, or"),
+        ("a.toml", "[[model]]\nk = 3", "model is [{'k': 3}], but should be a table"),
+        ("a.yaml", "model: [3]", "model is ['3'], but should be a table"),
+        ("a.yaml", "train:\n", "train is empty (null), but should be a table"),
+        ("a.yaml", "train:\n  epochs:\n", "train.epochs is empty (null): give it a value, or omit it"),
+        ("a.json", '{"data": {"name": null}}', "data.name is empty (null): give it a value, or omit it"),
         ("a.toml", "[modell]\nk = 3", "there is no setting 'modell'"),
         ("a.toml", "[model]\nkk = 3", "there is no setting 'model.kk'. Did you mean 'model.k'?"),
-        ("a.toml", "'train.epochs' = 3", "'train.epochs' is one key with a dot in it. Put epochs into train"),
-        ("a.yaml", "train.epochs: 3", "'train.epochs' is one key with a dot in it. Put epochs into train"),
-        ("a.json", '{"train.epochs": 3}', "'train.epochs' is one key with a dot in it. Put epochs into train"),
-        ("a.json", '{"storage": "a\\u0000b"}', "storage is 'a\\x00b': should not hold a NUL"),
+        ("a.toml", "'train.epochs' = 3", "'train.epochs' is a key with a dot in it. Put epochs into table train"),
+        ("a.yaml", "train.epochs: 3", "'train.epochs' is a key with a dot in it. Put epochs into table train"),
+        ("a.json", '{"train.epochs": 3}', "'train.epochs' is a key with a dot in it. Put epochs into table train"),
+        ("a.json", '{"storage": "a\\u0000b"}', "storage is 'a\\x00b': should not contain a NUL"),
         ("a.json", '{"storage": "\\ud800"}', "should be UTF-8 text"),
         ("a.toml", "seed = 0x" + "f" * 5000, "seed is a number of 20000 bits"),
     ],
@@ -559,9 +562,13 @@ def test_messages_of_wrong_files(read: Any, name: str, text: str, expected: str)
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.yaml", "train:\n  epochs: 3\n  flip: true\n  epochs: 4", "line 4 names 'epochs', as line 2 did; keep one"),
-        ("a.yaml", "train: {epochs: 3}\nmodel: {k: 3}\ntrain: {flip: true}", "line 3 names 'train', as line 1 did"),
-        ("a.yaml", "tune: {space: {a: 1, a: 2}}", "line 1 names 'a', as line 1 did"),
+        (
+            "a.yaml",
+            "train:\n  epochs: 3\n  flip: true\n  epochs: 4",
+            "line 4 sets 'epochs' again, after line 2; keep one",
+        ),
+        ("a.yaml", "train: {epochs: 3}\nmodel: {k: 3}\ntrain: {flip: true}", "line 3 sets 'train' again, after line 1"),
+        ("a.yaml", "tune: {space: {a: 1, a: 2}}", "line 1 sets 'a' again, after line 1"),
         ("a.json", '{"train": {"epochs": 3, "epochs": 4}}', "it names 'epochs' twice"),
         ("a.json", '{"train": {}, "train": {}}', "it names 'train' twice"),
         ("a.toml", "[train]\nepochs = 3\nepochs = 4", "cannot be parsed"),
@@ -600,14 +607,14 @@ def test_aliases_of_aliases_stay_small(read: Any) -> None:
 def test_aliases_are_read_and_loops_and_merges_refused(read: Any) -> None:
     config = read("a.yaml", "tune: {space: {model.k: &few [1, 2], model.t: *few}}")
     assert config.tune.space == {"model.k": (1, 2), "model.t": (1, 2)}
-    assert "line 1 holds an alias of itself" in fault_of(lambda: read("a.yaml", "train: &x {epochs: *x}"))
-    assert "a merge (<<) is not supported" in fault_of(lambda: read("a.yaml", "train: {<<: {epochs: 3}}"))
+    assert "line 1 contains an alias of itself" in fault_of(lambda: read("a.yaml", "train: &x {epochs: *x}"))
+    assert "merge keys (<<) are not supported" in fault_of(lambda: read("a.yaml", "train: {<<: {epochs: 3}}"))
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!mine", "!!set", "!!binary"])
 def test_tags_are_refused_and_not_followed(read: Any, tag: str) -> None:
     message = fault_of(lambda: read("a.yaml", f"data: {{name: {tag} [made]}}"))
-    assert f"a.yaml: cannot be parsed: line 1 has the tag {tag}; leave it out" in message
+    assert f"a.yaml: cannot be parsed: line 1 has the tag {tag}; omit it" in message
     assert not Path("made").exists()
 
 

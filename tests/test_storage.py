@@ -34,7 +34,7 @@ def test_another_kind_of_storage_works_by_its_uri(tmp_path: Path) -> None:
     storage = Storage(tmp_path.as_uri())
     storage.write_json("x.json", 1)
     assert (tmp_path / "x.json").read_text() == "1\n"
-    with pytest.raises(ConfigError, match="no local folder"):
+    with pytest.raises(ConfigError, match="not a local folder"):
         storage.local_path("mlflow.db")
 
 

@@ -1,1 +1,1 @@
-"""The whole stack on one machine, on loopback: `make up` and `make down`."""
+"""The complete stack on one machine, on loopback: `make up` and `make down`."""

@@ -1,7 +1,7 @@
 """Starts and stops the local stack: a Prefect server, an MLflow server, a Ray head and a Prefect worker, on loopback.
 
-`up` runs the Procfile under honcho in the background, waits until each part answers, and deploys `prefect.yaml`. `down`
-ends what carries this stack's mark in its environment, and nothing else.
+`up` runs the Procfile under honcho in the background, waits until each part responds, and deploys `prefect.yaml`. `down`
+ends the processes with this stack's mark in their environment, and their descendants, but no others.
 """
 
 import json
@@ -25,16 +25,16 @@ from rcnn.tracking import has_store
 
 ROOT = Path(__file__).parents[2]
 STORAGE = Path(os.environ.get("RCNN_STORAGE", ROOT / "storage")).absolute()
-# Fixed whatever the settings are: `make down` must find what `make up` started. Tests have one of their own.
+# Independent of the settings: `make down` must find what `make up` started. Tests use their own.
 STATE = Path(os.environ.get("STACK_STATE", ROOT / "storage" / "stack"))
 PORTS = {"PREFECT_PORT": 4200, "MLFLOW_PORT": 5000, "RAY_DASHBOARD_PORT": 8265, "RAY_PORT": 6379}
 MARK = "STACK_MARK"
-SECONDS_TO_START = 180
+SECONDS_TO_START = 180  # on two idle cores the slowest part, MLflow, takes 17 s; a busy machine takes far longer
 SECONDS_TO_STOP = 15
 
 
 def main() -> int:
-    """Runs `up`, `down`, or what the Procfile asks for."""
+    """Runs `up`, `down`, or `worker`, which the Procfile calls."""
     commands = {"up": up, "down": down, "worker": run_worker}
     try:
         commands[sys.argv[1]]()
@@ -45,13 +45,13 @@ def main() -> int:
 
 
 def up() -> None:
-    """Starts the stack, unless it runs; returns when all of it answers.
+    """Starts the stack unless it is running; returns when every part responds.
 
     Raises:
-        ClusterError: a port is taken, or a part does not come up.
+        ClusterError: a port is in use, or a part does not start.
     """
     if _processes():
-        print("the stack is up already; `make down` stops it")
+        print("the stack is already running; `make down` stops it")
         _print_addresses()
         return
     ports = {name: _port(name) for name in PORTS}
@@ -83,12 +83,12 @@ def up() -> None:
 
 
 def down() -> None:
-    """Stops the stack: politely, then what is left after some seconds."""
+    """Stops the stack: SIGTERM first, and SIGKILL for processes that remain after some seconds."""
     processes = _processes()
     if not processes:
         print("the stack is not running")
         return
-    # honcho first: it passes the signal on to its children, each of which closes what it has open.
+    # honcho first: it forwards the signal to its children, so that each can shut down cleanly.
     leaders = [process for process in processes if process.name() == "honcho"] or processes
     _signal(leaders, signal.SIGTERM)
     _, left = psutil.wait_procs(processes, timeout=SECONDS_TO_STOP)
@@ -99,7 +99,7 @@ def down() -> None:
     if left:
         raise ClusterError(f"{len(left)} processes do not end", where=", ".join(str(process.pid) for process in left))
     (STATE / "state.json").unlink()
-    print("the stack is down")
+    print("the stack is stopped")
 
 
 def run_worker() -> None:
@@ -109,7 +109,7 @@ def run_worker() -> None:
 
 
 def _create_store() -> None:
-    """Makes MLflow's store before its server does, which would leave half of one behind if it were stopped meanwhile."""
+    """Creates MLflow's store before its server would: a server that is killed while creating it leaves a broken store."""
     config = PipelineConfig().with_settings({"storage": str(STORAGE)})
     if not has_store(config):
         from rcnn.registry.mlflow_store import create_store  # late: MLflow takes seconds to import
@@ -118,7 +118,7 @@ def _create_store() -> None:
 
 
 def _environment(ports: dict[str, int]) -> dict[str, str]:
-    """What all parts of the stack see; RCNN_... settings tell the flow and the jobs where the others are."""
+    """The environment of all parts of the stack; RCNN_... variables give the flow and the jobs the addresses."""
     return os.environ | {
         **{name: str(port) for name, port in ports.items()},
         MARK: uuid.uuid4().hex,
@@ -131,17 +131,17 @@ def _environment(ports: dict[str, int]) -> dict[str, str]:
         "PREFECT_API_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        # 22 s and eight processes less at the start, for features that nothing here uses.
+        # Saves 5 s of the server's start (22 s to 17 s) and eight processes, for features that are not used here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps Ray on loopback on those systems does it on Linux too
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 0 keeps Ray on loopback, on Linux too
     }
 
 
 def _shell_lines(ports: dict[str, int]) -> str:
-    """What a shell needs to talk to the stack."""
+    """The exports that a shell needs to use the stack."""
     lines = {
         "PATH": f"{Path(sys.executable).parent}:$PATH",
         "PREFECT_API_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}/api",
@@ -155,7 +155,7 @@ def _shell_lines(ports: dict[str, int]) -> str:
 def _port(name: str) -> int:
     text = os.environ.get(name, str(PORTS[name]))
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise ConfigError(f"{text!r} is no port", where=name, remedy="Give a number from 1 to 65535")
+        raise ConfigError(f"{text!r} is not a port", where=name, remedy="Give a number from 1 to 65535")
     return int(text)
 
 
@@ -167,7 +167,7 @@ def _require_free(ports: dict[str, int]) -> None:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
                 raise ClusterError(
-                    f"port {port} is taken", where=name, remedy=f"Free it, or: make up {name}={port + 11}"
+                    f"port {port} is in use", where=name, remedy=f"Free it, or run `make up {name}={port + 11}`"
                 ) from error
 
 
@@ -182,7 +182,7 @@ def _wait_until_all_answer(ports: dict[str, int], honcho: "subprocess.Popen[byte
     started = time.monotonic()
     for name, is_up in parts.items():
         _wait(is_up, name, lambda: honcho.poll() is None)
-        print(f"  {name} answers after {time.monotonic() - started:.0f} s")
+        print(f"  {name} is up after {time.monotonic() - started:.0f} s")
 
 
 def _wait(is_up: Callable[[], bool], name: str, is_alive: Callable[[], bool] = lambda: True) -> None:
@@ -190,7 +190,7 @@ def _wait(is_up: Callable[[], bool], name: str, is_alive: Callable[[], bool] = l
     while not is_up():
         if not is_alive() or time.monotonic() > deadline:
             raise ClusterError(
-                f"{name} did not come up", where=str(STATE / "stack.log"), remedy="The reason is in that file"
+                f"{name} did not start", where=str(STATE / "stack.log"), remedy="See that file for the reason"
             )
         time.sleep(0.3)
 
@@ -199,7 +199,7 @@ def _answers(url: str) -> bool:
     try:
         urllib.request.urlopen(url, timeout=2).close()  # noqa: S310  (our own loopback address)
     except urllib.error.HTTPError:
-        return True  # it wants a token, but it is there
+        return True  # it requires a token, so it is up
     except OSError:
         return False
     return True
@@ -224,7 +224,7 @@ def _deploy(env: dict[str, str]) -> None:
         raise ClusterError(
             f"`{' '.join(command)}` failed with exit code {done.returncode}",
             where="prefect.yaml",
-            remedy=f"Its output stands at the end of {STATE / 'stack.log'}",
+            remedy=f"See its output at the end of {STATE / 'stack.log'}",
         )
 
 
@@ -245,9 +245,9 @@ Next:
 
 
 def _processes() -> list[psutil.Process]:
-    """Every process of this stack: those that carry its mark, orphans included, and all that descend from them.
+    """Every process of this stack: processes with its mark, orphans included, and all of their descendants.
 
-    The mark alone would miss some: Ray's workers write their title over their environment.
+    The mark is not enough: Ray's workers overwrite their environment with their process title.
     """
     state = STATE / "state.json"
     if not state.exists():

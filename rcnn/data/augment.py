@@ -1,7 +1,7 @@
-"""Changes of training images that keep their label, whole batches at a time, on whatever device they lie.
+"""Label-preserving augmentation of training images, a batch at a time, on the device that holds the batch.
 
-In and out: uint8 (N, C, H, W), best channels last in memory. Drawing and doing are apart: all is drawn on the host,
-by a generator that the loader seeds, so that any device and any number of ranks gets the same images.
+In and out: uint8 (N, C, H, W), preferably channels last in memory. Drawing is separate from applying: all random numbers are
+drawn on the host, from a generator that the loader seeds, so that every device and any number of workers gets the same images.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BLACK = 0
 
 @dataclass(frozen=True)
 class Draws:
-    """What happens to each of N images: int64 offsets (N, 2), bool flips (N), int64 cutout centres (N, 2)."""
+    """The random numbers for N images: int64 offsets (N, 2), bool flips (N), int64 cutout centres (N, 2)."""
 
     offsets: np.ndarray
     flips: np.ndarray
@@ -27,7 +27,7 @@ class Draws:
 
     @staticmethod
     def joined(parts: "list[Draws]") -> "Draws":
-        """One after the other."""
+        """The parts, concatenated."""
         return Draws(
             np.concatenate([part.offsets for part in parts]),
             np.concatenate([part.flips for part in parts]),
@@ -37,14 +37,14 @@ class Draws:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to training images.
+    """The augmentations that are applied to training images.
 
     Attributes:
-        max_shift: black pixels put around an image before a window is cut out of it at random ("pad and crop").
-        crop: side of the window, pixels (24 in the paper); 0: as large as the image.
-        flip: mirrors left to right with probability 1/2.
-        cutout: side of a square that is blackened, its centre anywhere in the image (as DeVries and Taylor, 2017, but
-            for the colour: theirs is the mean); 0: none.
+        max_shift: pixels of black padding on each side, before a window is cropped at a random position.
+        crop: side of the window in pixels (24 in the paper); 0: the image size.
+        flip: mirror left to right with probability 1/2.
+        cutout: side in pixels of a black square with its centre anywhere in the image; 0: none. DeVries and Taylor (2017) fill
+            it with the mean instead of black.
     """
 
     max_shift: int = 0
@@ -53,12 +53,12 @@ class Augmentation:
     cutout: int = 0
 
     def window(self, image_shape: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of what comes out for images of (H, W)."""
+        """(H, W) of the augmented images, for images of (H, W)."""
         height, width = image_shape
         return (min(self.crop, height), min(self.crop, width)) if self.crop else (height, width)
 
     def draw(self, rng: np.random.Generator, count: int, image_shape: tuple[int, int]) -> Draws:
-        """What happens to `count` images of (H, W), in the generator's next numbers."""
+        """Draws the random numbers for `count` images of (H, W)."""
         height, width = self.window(image_shape)
         room = (image_shape[0] + 2 * self.max_shift - height, image_shape[1] + 2 * self.max_shift - width)
         offsets = rng.integers(0, np.array(room) + 1, (count, 2))
@@ -67,7 +67,7 @@ class Augmentation:
         return Draws(offsets, flips, cutouts)
 
     def apply(self, images_NCHW: Tensor, draws: Draws) -> Tensor:
-        """The images after what was drawn for each. The given ones stay as they are."""
+        """The augmented images. The input is not modified."""
         height, width = images_NCHW.shape[2:]
         window = self.window((height, width))
         if self.max_shift or window != (height, width):
@@ -82,12 +82,12 @@ class Augmentation:
 
 
 def cut_windows(images_NCHW: Tensor, offsets_N2: np.ndarray, window: tuple[int, int], *, max_shift: int) -> Tensor:
-    """Cuts a window (H, W) out of each image, padded with `max_shift` black pixels on each side.
+    """Cuts a window (H, W) out of each image, after padding it with `max_shift` black pixels on each side.
 
     Args:
         images_NCHW: the images.
-        offsets_N2: the window's upper left corner in the padded image; `max_shift` leaves the image where it is.
-        window: (H, W) of what comes out.
+        offsets_N2: the window's upper left corner in the padded image; (`max_shift`, `max_shift`) does not shift the image.
+        window: (H, W) of the result.
         max_shift: pixels of padding.
     """
     padded_NCHW = functional.pad(images_NCHW, (max_shift,) * 4) if max_shift else images_NCHW
@@ -102,8 +102,8 @@ def cut_windows(images_NCHW: Tensor, offsets_N2: np.ndarray, window: tuple[int, 
 
 
 def _windows_by_copy(padded_NHWC: np.ndarray, offsets_N2: np.ndarray, window: tuple[int, int]) -> np.ndarray:
-    """On the CPU: every possible window is a view, of which numpy copies one an image, row by row. That is 10 times as
-    fast as picking pixel by pixel."""
+    """On the CPU: every possible window is a strided view, and numpy copies one per image, row by row. This is 10 times as
+    fast as indexing pixel by pixel."""
     num_images, height, width, channels = padded_NHWC.shape
     image, row, column, _ = padded_NHWC.strides
     windows = np.lib.stride_tricks.as_strided(
@@ -117,7 +117,7 @@ def _windows_by_copy(padded_NHWC: np.ndarray, offsets_N2: np.ndarray, window: tu
 
 
 def _windows_by_index(padded_NHWC: Tensor, offsets_N2: Tensor, window: tuple[int, int]) -> Tensor:
-    """On a GPU, where picking pixel by pixel is what the device does best."""
+    """On a GPU: indexes pixel by pixel, which a GPU does in parallel."""
     device = padded_NHWC.device
     rows_NH = offsets_N2[:, :1] + torch.arange(window[0], device=device)
     columns_NW = offsets_N2[:, 1:] + torch.arange(window[1], device=device)
@@ -126,9 +126,9 @@ def _windows_by_index(padded_NHWC: Tensor, offsets_N2: Tensor, window: tuple[int
 
 
 def flip_some(images_NCHW: Tensor, flips_N: np.ndarray) -> None:
-    """Mirrors the chosen images, left to right, in place."""
+    """Mirrors the images where `flips_N` is true, left to right, in place."""
     chosen = np.flatnonzero(flips_N)
-    if images_NCHW.device.type == "cpu":  # numpy picks whole images, torch a byte at a time
+    if images_NCHW.device.type == "cpu":  # numpy copies whole images, torch a byte at a time
         images_NHWC = images_NCHW.permute(0, 2, 3, 1).numpy()
         mirrored_NCHW = torch.from_numpy(images_NHWC[chosen]).permute(0, 3, 1, 2).flip(3)
         images_NHWC[chosen] = mirrored_NCHW.permute(0, 2, 3, 1).numpy()
@@ -138,7 +138,7 @@ def flip_some(images_NCHW: Tensor, flips_N: np.ndarray) -> None:
 
 
 def cut_out(images_NCHW: Tensor, centres_N2: np.ndarray, side: int) -> None:
-    """Blackens a square of each image, in place; at the border a part of it."""
+    """Fills a square of each image with black, in place; the square is clipped at the border."""
     height, width = images_NCHW.shape[2:]
     device = images_NCHW.device
     first_N2 = torch.from_numpy(centres_N2 - side // 2).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The data sets of a storage: which there are, and whether one is still what its manifest says."""
+"""The data sets in a storage: lists them, finds one by name, and verifies one against its manifest."""
 
 import sys
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ MIN_DIGEST_PREFIX = 4
 
 
 def list_data_sets(storage: Storage) -> list[dict[str, str]]:
-    """A row for each data set, the unfinished and the damaged ones included."""
+    """A row for each data set, including unfinished and damaged ones."""
     return [_row(storage, name) for name in _names(storage)]
 
 
 def find_data_set(storage: Storage, wanted: str) -> str:
-    """The folder of the data set with this folder name, data set name or beginning of a digest.
+    """The folder of the data set with this folder name, data set name or digest prefix.
 
     Raises:
         ConfigError: there is none, or more than one.
@@ -35,7 +35,7 @@ def find_data_set(storage: Storage, wanted: str) -> str:
     if len(found) == 1:
         return f"{FOLDER}/{found[0]}"
     if found:
-        raise ConfigError(f"{wanted!r} may be {' or '.join(found)}", where="NAME", remedy="Give the folder's name")
+        raise ConfigError(f"{wanted!r} matches {' and '.join(found)}", where="NAME", remedy="Give the folder's name")
     raise ConfigError(
         f"there is no data set {wanted!r}", where=storage.uri(FOLDER), remedy="`rcnn data list` lists them"
     )
@@ -44,14 +44,14 @@ def find_data_set(storage: Storage, wanted: str) -> str:
 def _is_meant(storage: Storage, name: str, wanted: str) -> bool:
     try:
         manifest = read_manifest(storage, f"{FOLDER}/{name}")
-    except DataError:  # a damaged one is found by what its folder was named after
+    except DataError:  # its manifest is damaged: match the folder's name, with or without the key
         return wanted in (name, name.rpartition("-")[0])
     is_digest = manifest and len(wanted) >= MIN_DIGEST_PREFIX and manifest.digest.startswith(wanted)
     return bool(name == wanted or (manifest and manifest.name == wanted) or is_digest)
 
 
 def find_faults(storage: Storage, folder: str) -> Iterator[str]:
-    """Reads all of a data set, and reports whatever differs from the manifest: file, and fault."""
+    """Reads a data set completely and reports each difference from its manifest, as "file: fault"."""
     manifest = require_manifest(storage, folder)
     num_shards = sum(len(split.shards) for split in manifest.splits.values())
     with tqdm(total=num_shards, unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -66,7 +66,7 @@ def find_faults(storage: Storage, folder: str) -> Iterator[str]:
                     yield f"{error.where}: {error.what}"
                 bar.update()
             if is_whole and (f"{content % 2**256:064x}" != split.digest or tuple(counts) != split.rows_per_class):
-                yield f"{storage.uri(folder)}: the rows of {name} are not those of the manifest"
+                yield f"{storage.uri(folder)}: the {name} rows differ from the manifest"
     known = {
         MANIFEST,
         OLD_MANIFEST,
@@ -80,10 +80,10 @@ def find_faults(storage: Storage, folder: str) -> Iterator[str]:
 
 
 def _check_shard(storage: Storage, folder: str, manifest: Manifest, shard: Shard) -> tuple[int, np.ndarray]:
-    """Content sum and rows of each class, of a shard that is what it should be.
+    """The content sum and the rows of each class, from a shard that matches its manifest.
 
     Raises:
-        DataError: it is not.
+        DataError: it does not.
     """
     where = storage.uri(f"{folder}/{shard.file}")
     table = read_shard(storage, folder, shard)
@@ -96,7 +96,7 @@ def _check_shard(storage: Storage, folder: str, manifest: Manifest, shard: Shard
         )
     block = read_block(table)
     if block.labels.min(initial=0) < 0 or block.labels.max(initial=0) >= len(manifest.classes):
-        raise DataError("has a label without a class", where=where, remedy="Ingest again with --fresh")
+        raise DataError("has a label that is not a class", where=where, remedy="Ingest again with --fresh")
     return content_sum(block), np.bincount(block.labels, minlength=len(manifest.classes))
 
 
@@ -115,10 +115,10 @@ def _row(storage: Storage, name: str) -> dict[str, str]:
     except DataError as error:
         return {"folder": name, "data set": "", **row, "state": error.what}
     if manifest is None:
-        is_draft = name.startswith(DRAFT_PREFIX) or not storage.is_local  # an object store has no drafts' folders
+        is_draft = name.startswith(DRAFT_PREFIX) or not storage.is_local  # an object store has no draft folders
         state = "unfinished: the next ingest resumes it" if is_draft else f"damaged: {MANIFEST} is missing"
         return {"folder": name, "data set": "", **row, "state": state}
-    state = f"whole; {len(manifest.skipped):,} rows left out" if manifest.skipped else "whole"
+    state = f"complete; {len(manifest.skipped):,} rows skipped" if manifest.skipped else "complete"
     try:
         require_whole(storage, folder)
     except DataError as error:

@@ -1,6 +1,6 @@
-"""A data set in the layout that Hugging Face gives image data sets, as `datasets.load_dataset` reads it.
+"""Exports a data set in the Hugging Face image layout, which `datasets.load_dataset` reads.
 
-Pixels are kept as they are, as PNG. The splits are called train, validation and test there.
+Images are PNG, so pixels are exact. The splits are named train, validation and test.
 """
 
 import io
@@ -23,20 +23,20 @@ from rcnn.errors import ConfigError
 from rcnn.storage import Storage
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
-PNG_EFFORT = 1  # small images gain little from more
+PNG_EFFORT = 1  # zlib's fastest level: small images gain little from higher ones
 ROWS_PER_GROUP = 1000
 
 
 def export_huggingface(storage: Storage, folder: str, target: Path) -> list[str]:
-    """Writes `<target>/data/<split>-00000-of-00001.parquet`, whole or not at all; returns the files' names.
+    """Writes `<target>/data/<split>-00000-of-00001.parquet` and so on; returns the file names. The export is atomic.
 
     Raises:
-        ConfigError: the target is there already, or cannot be written.
-        DataError: the data set is not whole.
+        ConfigError: the target exists already, or cannot be written.
+        DataError: the data set is incomplete or damaged.
     """
     manifest = require_manifest(storage, folder)
     if target.exists():
-        raise ConfigError("is there already", where=str(target), remedy="Give a folder that does not exist yet")
+        raise ConfigError("exists already", where=str(target), remedy="Give a folder that does not exist yet")
     draft = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.part")
     try:
         (draft / "data").mkdir(parents=True)

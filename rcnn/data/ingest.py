@@ -1,11 +1,11 @@
 """The ingest stage: a source in, a folder of Parquet shards with a manifest out.
 
-Which row is for training, validation or testing is decided here, by seed, and never changes later. Shards are written to a
-draft folder that is renamed when whole: a data set is there with its manifest, or not at all. The next run resumes a
-killed one.
+The split into training, validation and test rows is drawn here, by seed, and never changes later. Shards are written to a
+draft folder that is renamed when it is complete, so a data set appears with its manifest or not at all. A killed run is
+resumed by the next.
 
-    datasets/.draft-<name>/data/      the data set to be           datasets/.draft-<name>/records/   what is in each shard
-    .locks/<name>.lock                held while one is at work    datasets/<name>/                  whole
+    datasets/.draft-<name>/data/      the unfinished data set      datasets/.draft-<name>/records/   a record per shard
+    .locks/<name>.lock                held during ingest           datasets/<name>/                  the complete data set
 """
 
 import errno
@@ -38,20 +38,20 @@ from rcnn.tracking import Tracker
 
 SPLITS = ("train", "val", "test")
 DRAFT_PREFIX = ".draft-"
-BYTES_WORTH_A_CLUSTER = 64_000_000  # of encoded images: fewer are decoded before Ray has started
+BYTES_WORTH_A_CLUSTER = 64_000_000  # of encoded images: fewer are decoded in less than the 10 to 12 s of a Ray start
 SECONDS_TO_KEEP_A_DRAFT = 7 * 24 * 3600
 NUM_CLASSES_SHOWN = 5
 
 Plan = dict[str, tuple[str, np.ndarray]]
-"""For each split the part of the source that it is drawn from, and the row numbers in it."""
+"""For each split, the part of the source that it is drawn from, and the row numbers in that part."""
 
 
 def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) -> IngestResult:
-    """Writes the data set that `config.data` names.
+    """Writes the data set that `config.data` describes, unless it exists.
 
     Raises:
         SourceError: the origin is missing, unreachable or altered.
-        DataError: a row cannot be taken, or the origin cannot be split as asked.
+        DataError: a row cannot be used, or the origin cannot be split as configured.
         ClusterError: the storage cannot be written.
     """
     with _alone(target):
@@ -59,7 +59,7 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
             manifest = _ingest(config, target)
         else:
             manifest = require_whole(target.storage, target.name)
-            target.storage.delete(_Draft(target.storage, target.name).folder)  # a run was killed as it cleaned up
+            target.storage.delete(_Draft(target.storage, target.name).folder)  # of a run killed during clean-up
     tracker.log_params({"source": config.data.source, "digest": manifest.digest})
     tracker.log_metrics({f"rows/{name}": split.rows for name, split in manifest.splits.items()})
     tracker.log_data(manifest.summary(), target.storage.uri(target.name), context="ingest")
@@ -85,7 +85,7 @@ def _alone(target: StageFolder) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            say("  another process ingests the same data set: waiting for it")
+            say("  another process is ingesting the same data set: waiting for it")
             lock.acquire()
     try:
         yield
@@ -117,19 +117,19 @@ def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
             draft.delete()  # not resumable: the source itself is bad
         raise
     except ClusterError:
-        if not draft.has_records():  # a full disk, say: what is finished is kept
+        if not draft.has_records():  # after a full disk, for example, finished shards are kept
             draft.delete()
         raise
     return manifest
 
 
 def _downloads(storage: Storage) -> Path:
-    """Where fetched files stay: in the storage, or where that is no folder, in the user's cache."""
+    """Where downloaded files are kept: in the storage, or in the user's cache if the storage is not a local folder."""
     return storage.local_path("downloads") if storage.is_local else Path.home() / ".cache" / "rcnn" / "downloads"
 
 
 def split_rows(origin: Origin, data: DataConfig) -> Plan:
-    """The rows of each split, ascending; each class keeps its share, and at least one row for training.
+    """The rows of each split, ascending. Splits are stratified by class, and each class keeps at least one training row.
 
     Raises:
         DataError: a split would have no rows.
@@ -152,14 +152,14 @@ def split_rows(origin: Origin, data: DataConfig) -> Plan:
 
 
 def _too_small(split: str, data: DataConfig, origin: Origin) -> DataError:
-    """The error where each class needs its last row for training."""
+    """The error for a split that stays empty because each class needs its last row for training."""
     counts = np.bincount(origin.labels["train"], minlength=len(origin.classes))
     largest = int(counts.argmax())
     num_drawn = sum(name not in origin.labels for name in ("val", "test"))
     is_large_enough = counts[largest] > num_drawn
     return DataError(
         f"the {split} split of {data.dataset} would have no rows: each class keeps one for training, and even the largest, "
-        f"{origin.classes[largest]!r} ({counts[largest]:,} of {counts.sum():,} rows), has no other left",
+        f"{origin.classes[largest]!r} ({counts[largest]:,} of {counts.sum():,} rows), has no other row left",
         where=f"data.val_fraction = {data.val_fraction}, data.test_fraction = {data.test_fraction}",
         remedy="Lower data.test_fraction, or add images"
         if is_large_enough
@@ -178,14 +178,14 @@ def _empty(split: str, data: DataConfig, origin: Origin) -> DataError:
     return DataError(
         f"the {split} split of {data.dataset} would have no rows (of {len(origin.labels['train'])})",
         where=f"data.root = {data.root}",
-        remedy="Fix the rows that were left out, or add images",
+        remedy="Fix the rows that were skipped, or add images",
     )
 
 
 def _hold_out(
     rows: np.ndarray, labels_N: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Parts `rows` in two, the second with `fraction` of each class, drawn at random; both ascending."""
+    """Splits `rows` in two, the second with `fraction` of each class, drawn at random; both ascending."""
     _, counts = np.unique(labels_N[rows], return_counts=True)
     shares = _share_out(counts.tolist(), Fraction(str(fraction)), rng.spawn(1)[0])
     by_class = np.split(rows[np.argsort(labels_N[rows], kind="stable")], np.cumsum(counts)[:-1])
@@ -195,11 +195,11 @@ def _hold_out(
 
 
 def _share_out(counts: list[int], fraction: Fraction, rng: np.random.Generator) -> list[int]:
-    """How many rows each class gives: `fraction` of it, rounded so that all together give `fraction` of all, at least 1.
+    """How many rows each class gives: `fraction` of its rows, rounded so that the total is `fraction` of all rows, at least 1.
 
-    Rounding class by class would take nothing from 10,000 classes of 4. So the rows that rounding down leaves over are taken
-    from the classes with the largest remainders, one each; equal remainders are drawn at random. No class gives its last
-    row, so that data of tiny classes may give fewer. Fractions, since 0.29 * 100 is less than 29.
+    Rounding each class separately would take nothing from 10,000 classes of 4 rows. So the rows that rounding down leaves over
+    are taken from the classes with the largest remainders, one each, with ties broken at random. No class gives its last row,
+    so with tiny classes the total can be smaller. Uses exact fractions, because in floating point 0.29 * 100 is less than 29.
     """
     shares = [count * fraction.numerator // fraction.denominator for count in counts]
     remainders = [count * fraction.numerator % fraction.denominator for count in counts]
@@ -238,23 +238,23 @@ def _plan_shards(origin: Origin, plan: Plan, data: DataConfig, draft: "_Draft") 
 
 
 def _spread(rows: np.ndarray, block_rows: int, seed: int) -> np.ndarray:
-    """The rows in a random order of blocks. Files often come class after class, and streaming shuffles among neighbours:
-    a shard should hold rows from everywhere."""
+    """The rows, in blocks that are shuffled. Sources are often sorted by class, and streaming shuffles only among neighbouring
+    rows, so a shard must hold rows from everywhere."""
     starts = np.arange(0, len(rows), block_rows)
     order = np.random.default_rng(seed).permutation(len(starts))
     return np.concatenate([rows[start : start + block_rows] for start in starts[order]])
 
 
 def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJob]) -> list[ShardRecord]:
-    """Writes the shards that are not there yet: here, or where there is much to decode, on Ray.
+    """Writes the missing shards: in this process, or on Ray if there is much to decode.
 
     Raises:
-        RcnnError: the first that a shard meets.
+        RcnnError: the first error of a shard.
     """
     there = {job.file: record for job in jobs if (record := written_shard(job)) is not None}
     missing = [job for job in jobs if job.file not in there]
     if there:
-        say(f"  {len(there)} of {len(jobs)} shards are there already")
+        say(f"  {len(there)} of {len(jobs)} shards exist already")
     outcomes: Generator[ShardRecord | RcnnError, None, None]
     if missing and origin.encoded_bytes > BYTES_WORTH_A_CLUSTER:
         from rcnn.data.ray_data import map_on_cluster
@@ -262,7 +262,7 @@ def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJo
         outcomes = map_on_cluster(config, write_shard, missing)
     else:
         outcomes = (write_shard(job) for job in missing)
-    # Closed before an error leaves: otherwise Ray tasks keep writing after the driver exits.
+    # Closed before an error propagates: otherwise Ray tasks keep writing after the driver exits.
     with (
         closing(outcomes),
         tqdm(total=len(jobs), initial=len(there), unit="shard", leave=False, disable=not sys.stderr.isatty()) as bar,
@@ -277,7 +277,7 @@ def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJo
 
 
 def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) -> Manifest:
-    """The manifest, from what the shards add up to."""
+    """The manifest, computed from the records of the shards."""
     splits = {}
     for name in SPLITS:
         of_split = [record for record in records if record.shard.file.startswith(f"{name}/")]
@@ -288,7 +288,7 @@ def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) 
     skipped = (*origin.skipped, *itertools.chain.from_iterable(record.skipped for record in records))
     if skipped:
         first = printable(f"{skipped[0].row_id} {skipped[0].reason}")
-        say(f"  {len(skipped):,} rows were left out, as the manifest lists: {first}, ...")
+        say(f"  {len(skipped):,} rows were skipped (the manifest lists them): {first}, ...")
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=data.dataset,
@@ -322,7 +322,7 @@ def _add_up(records: Sequence[ShardRecord]) -> Split:
 
 
 def _statistics(records: Sequence[ShardRecord], splits: Mapping[str, Split], origin: Origin) -> dict[str, object]:
-    """Means and standard deviations of the training rows."""
+    """Pixel means and standard deviations over the training rows."""
     num_rows, num_channels = splits["train"].rows, origin.image_shape[2]
     mean = np.sum([record.pixel_sums for record in records], axis=0) / num_rows
     mean_of_squares = np.sum([record.square_sums for record in records], axis=0) / num_rows
@@ -335,7 +335,7 @@ def _statistics(records: Sequence[ShardRecord], splits: Mapping[str, Split], ori
 
 
 class _Draft:
-    """The data set to be. On an object store, which knows no renaming, its shards are written in their final place."""
+    """An unfinished data set. Object stores cannot rename folders, so there its shards are written to their final place."""
 
     def __init__(self, storage: Storage, name: str):
         self.storage = storage
@@ -344,7 +344,7 @@ class _Draft:
         self.data = f"{self.folder}/data" if storage.is_local else name
 
     def publish(self, manifest: Manifest, target: StageFolder, records: Sequence[ShardRecord]) -> None:
-        """Writes the manifest, and moves all to its place."""
+        """Writes the manifest and moves the data set to its final place."""
         for record in records:
             if record.shard.rows == 0:
                 self.storage.delete_file(f"{self.data}/{record.shard.file}")
@@ -358,13 +358,13 @@ class _Draft:
         self.storage.delete(self.folder)
 
     def _move_to(self, place: Path) -> None:
-        """Renames the old data set away, and this one to its place: there is never half of one."""
+        """Renames the old data set away and this one into its place, so there is never a partial data set."""
         whole, old = self.storage.local_path(self.data), self.storage.local_path(self.folder) / "replaced"
         for leftover in whole.rglob("*.part"):  # of a killed process
             leftover.unlink()
         shutil.rmtree(old, ignore_errors=True)
         if place.is_file():
-            raise NotADirectoryError(errno.ENOTDIR, "a file is in the place of the data set")
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in the place of the data set's folder")
         if place.exists():
             place.rename(old)
         whole.rename(place)
@@ -374,8 +374,8 @@ class _Draft:
         return bool(self.storage.list_sizes(self.records))
 
     def delete(self) -> None:
-        """Removes it. On an object store its shards stay, since a concurrent run may have written them; the next run
-        resumes with them."""
+        """Deletes the draft. On an object store the shards stay, since a concurrent run may have written them; the next run
+        resumes from them."""
         self.storage.delete(self.folder)
 
 

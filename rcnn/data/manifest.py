@@ -1,4 +1,4 @@
-"""The manifest: what a data set holds, written last, so that a data set without one does not exist.
+"""The manifest: what a data set holds. It is written last, so a folder without a manifest is not a data set.
 
 Its digest is the data set's identity everywhere: cache keys, MLflow inputs, registry tags.
 """
@@ -21,7 +21,7 @@ OLD_MANIFEST = "manifest.json"  # until version 0.1; still read
 
 
 class Part(BaseModel):
-    """What all parts of a manifest are: frozen, and with no room for what they do not know."""
+    """Base of all parts of a manifest: frozen, and unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,17 +36,17 @@ class Shard(Part):
 
 
 class Split(Part):
-    """The rows of train, validation or test, and how many each class has."""
+    """The training, validation or test rows, and how many of them each class has."""
 
     rows: int
     rows_per_class: tuple[int, ...]
     shards: tuple[Shard, ...]
     digest: str
-    """Identity of pixels, labels and row ids: the same rows have the same one, however they are packed."""
+    """Identity of pixels, labels and row ids: equal rows have equal digests, however they are divided into shards."""
 
 
 class SourceRecord(Part):
-    """Where the images came from: an address, and a checksum per file that was read."""
+    """Where the images came from: an address, and a checksum for each file that was read."""
 
     name: str
     url: str
@@ -61,14 +61,14 @@ class Skipped(Part):
 
 
 class Manifest(Part):
-    """A whole data set. Images are uint8 of `image_shape` (H, W, C)."""
+    """A complete data set. Images are uint8 of `image_shape` (H, W, C)."""
 
     schema_version: int
     name: str
     source: SourceRecord
     classes: tuple[str, ...]
     coarse_classes: tuple[str, ...]
-    """Names of the coarse labels; empty where there are none."""
+    """Names of the coarse labels; empty if there are none."""
     image_shape: tuple[int, int, int]
     splits: dict[str, Split]
     skipped: tuple[Skipped, ...]
@@ -87,7 +87,7 @@ class Manifest(Part):
         return height * width * channels
 
     def summary(self) -> dict[str, Any]:
-        """What a tracker should know of the data set, without the long lists."""
+        """A short description for trackers, without the long lists."""
         return {
             "name": self.name,
             "digest": self.digest,
@@ -100,13 +100,13 @@ class Manifest(Part):
         }
 
     def with_digest(self) -> "Manifest":
-        """A copy that carries the digest of everything in it."""
+        """A copy with `digest` set to the hash of all other fields."""
         content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
         return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest | None:
-    """The manifest of the data set in `folder`, or None where the data set is not there, or not whole.
+    """The manifest of the data set in `folder`, or None if the data set is missing or incomplete.
 
     Raises:
         DataError: the manifest is of another schema, or damaged.
@@ -155,10 +155,10 @@ def _parse(tree: Any, where: str) -> Manifest:
 
 
 def require_manifest(storage: Storage, folder: str) -> Manifest:
-    """The manifest of a data set that must be there.
+    """The manifest of a data set that must exist.
 
     Raises:
-        DataError: it is not.
+        DataError: it does not.
     """
     manifest = read_manifest(storage, folder)
     if manifest is None:
@@ -169,15 +169,15 @@ def require_manifest(storage: Storage, folder: str) -> Manifest:
 
 
 def require_whole(storage: Storage, folder: str, *, digest: str = "") -> Manifest:
-    """The manifest of a data set whose shards are all there with the manifest's sizes: one listing, nothing is read.
+    """The manifest of a data set, after checking that every shard exists with its size: one listing, no shard is read.
 
     Args:
         storage: where the data set is.
         folder: its folder.
-        digest: identity of the data set that earlier stages read; empty: any.
+        digest: digest of the data set that earlier stages read; empty: any.
 
     Raises:
-        DataError: it is missing, damaged, or another data set than before.
+        DataError: it is missing, damaged, or not the data set that earlier stages read.
     """
     manifest = require_manifest(storage, folder)
     if digest and manifest.digest != digest:
@@ -197,10 +197,10 @@ def require_whole(storage: Storage, folder: str, *, digest: str = "") -> Manifes
 
 
 def is_as_ingested(config: PipelineConfig, data: IngestResult, target: StageFolder) -> bool:
-    """True; a data set that is not what ingest wrote is an error, since running ingest again would not change it.
+    """Always True: a data set that differs from what ingest wrote is an error, since a rerun of ingest would not fix it.
 
     Raises:
-        DataError: it is damaged, or another data set.
+        DataError: it is damaged, or was replaced.
     """
     require_whole(target.storage, data.folder, digest=data.digest)
     return True

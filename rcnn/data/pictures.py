@@ -1,4 +1,4 @@
-"""Stored images as pictures for people: single ones, and contact sheets."""
+"""Stored images as pictures to look at: single pictures and contact sheets."""
 
 from collections.abc import Sequence
 
@@ -16,17 +16,17 @@ SMALLEST_TILE_PIXELS = 56
 
 
 def as_picture(image_HWC: np.ndarray) -> Image.Image:
-    """A uint8 image of 1 or 3 channels."""
+    """A uint8 image (H, W, C) with 1 or 3 channels, as a Pillow image."""
     return Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC)
 
 
 def contact_sheet(
     title: str, images: Sequence[np.ndarray], captions: Sequence[str], *, num_columns: int
 ) -> Image.Image:
-    """Images (H, W, C) in rows, enlarged by a whole factor where they are small.
+    """A grid of images (H, W, C); small images are enlarged by an integer factor.
 
-    Each caption stands below its image, and may extend below those after it in the row that have an empty one; what does
-    not fit is cut, with an ellipsis.
+    Each caption is below its image, and extends below the following images of the row if their captions are empty. Text that
+    does not fit is truncated with an ellipsis.
     """
     height, width = images[0].shape[:2]
     factor = max(1, -(-SMALLEST_TILE_PIXELS // max(height, width)))
@@ -57,7 +57,7 @@ def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: 
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The longest beginning that is at most `width` pixels wide."""
+    """The text, truncated with an ellipsis to at most `width` pixels."""
     if font.getlength(text) <= width:
         return text
     fitting = (f"{text[:length].rstrip()}…" for length in range(len(text) - 1, 0, -1))

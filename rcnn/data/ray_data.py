@@ -1,4 +1,4 @@
-"""The part of ingest that runs on Ray Data: one function over many jobs, on all nodes, in bounded memory."""
+"""The part of ingest that runs on Ray Data: maps one function over many jobs, on all nodes, in bounded memory."""
 
 import logging
 import pickle
@@ -22,21 +22,21 @@ Outcome = TypeVar("Outcome")
 def map_on_cluster(
     config: PipelineConfig, function: Callable[[Job], Outcome], jobs: Sequence[Job]
 ) -> Generator[Outcome, None, None]:
-    """The outcome of `function` for each job, as they come.
+    """Yields the outcome of `function` for each job, as they become available.
 
     Raises:
-        ClusterError: Ray is out of reach, or gives up on a job; or not all nodes see `storage` and `data.root`.
+        ClusterError: Ray cannot be reached, or a job fails; or not all nodes see `storage` and `data.root`.
     """
     ensure_ray(config, Storage(config.storage))
     if "://" not in config.data.root:
         require_seen(without_pattern(config.data.root), setting="data.root")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own lines tell the progress
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` reports the progress
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # As bytes: Ray Data would try to find a column type for our objects first, and complain that there is none.
+    # As bytes: Ray Data would first try to infer a column type for our objects, and warn that it cannot.
     data = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
 
     def apply(row: dict[str, bytes]) -> dict[str, bytes]:
-        return {"outcome": pickle.dumps(function(pickle.loads(row["job"])))}  # noqa: S301  (made a few lines above)
+        return {"outcome": pickle.dumps(function(pickle.loads(row["job"])))}  # noqa: S301  (pickled a few lines above)
 
     try:
         for row in data.map(apply, num_cpus=1).iter_rows():

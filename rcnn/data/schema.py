@@ -1,8 +1,8 @@
-"""The Parquet schema of every data set, written here once.
+"""The Parquet schema of every data set, defined only here.
 
-A row is one image: uint8 pixels of one fixed shape (H, W, C), a label, a coarse label where the source has one, and an id
-that names the row in its source. `fixed_shape_tensor` is Arrow's own extension type: a reader that does not know it sees a
-plain list of uint8.
+A row is one image: uint8 pixels of a fixed shape (H, W, C), a label, a coarse label if the source has one, and an id that
+names the row in its source. `fixed_shape_tensor` is Arrow's canonical extension type: a reader that does not support it sees
+a plain list of uint8.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class Block:
         return len(self.labels)
 
     def take(self, chosen_N: np.ndarray) -> "Block":
-        """The rows of these numbers, in this order."""
+        """The rows with these indices, in this order."""
         return Block(
             self.images[chosen_N],
             self.labels[chosen_N],
@@ -45,7 +45,7 @@ def table_schema(image_shape: Sequence[int], *, has_coarse: bool = False) -> pa.
 
 
 def build_table(block: Block) -> pa.Table:
-    """The rows as a table."""
+    """The rows as an Arrow table."""
     schema = table_schema(block.images.shape[1:], has_coarse=block.coarse is not None)
     flat = pa.array(np.ascontiguousarray(block.images).reshape(-1))
     storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(block.images.shape[1:])))
@@ -71,9 +71,9 @@ def images_of(table: pa.Table) -> np.ndarray:
 
 
 def content_sum(block: Block) -> int:
-    """Identity of rows, to be added up (modulo 2^256) over the parts of a split.
+    """Identity of rows, to be summed (modulo 2^256) over the parts of a split.
 
-    The sum of a SHA-256 per row: the same rows have the same one in whatever order and however they are packed.
+    It is the sum of a SHA-256 per row, so it does not depend on the order of the rows or on how they are divided into shards.
     """
     pixels = np.ascontiguousarray(block.images).reshape(len(block), int(np.prod(block.images.shape[1:])))
     coarse = np.full(len(block), -1) if block.coarse is None else block.coarse

@@ -1,7 +1,7 @@
-"""Shards: Parquet files of some 64 MB, each written whole, with a record of what is in it.
+"""Shards: Parquet files of about 64 MB, each written atomically, with a record of its contents.
 
-Row groups are small (some 3 MB), so that a reader may take them up in any order, and their pages carry checksums, so that
-reading notices what was altered.
+Row groups are small (about 3 MB), so that readers can read them in any order, and their pages have checksums, so that reading
+detects altered bytes.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ ROWS_PER_SUM = 1024
 
 
 class ShardRecord(Part):
-    """A shard, and the sums over its rows from which the manifest is made.
+    """A shard, and the sums over its rows from which the manifest is computed.
 
     Attributes:
-        plan: hash of the rows that were asked for; another plan's shard is not taken for this one.
-        content: see `content_sum`; hexadecimal, since JSON has no large numbers.
+        plan: hash of the requested rows; a shard with another plan is not reused.
+        content: see `content_sum`; hexadecimal, since not every JSON reader keeps 256-bit integers.
         pixel_sums, square_sums: over the rows, for each pixel in (H, W, C) order.
     """
 
@@ -45,17 +45,18 @@ class ShardRecord(Part):
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What a process needs to write one shard.
+    """Everything that a process needs to write one shard.
 
     Attributes:
         storage: root of the storage.
         folder: the data set's folder.
-        file: the shard's name in it.
-        record: the name of the file for the record; written after the shard.
+        file: the shard's name in that folder.
+        record: name of the record's file; written after the shard.
         plan: see `ShardRecord`.
         chunk: the rows.
-        skips_bad_rows: or stops at the first.
-        shuffle_seed: puts the rows in a random order; None: in that of the chunk.
+        num_classes: length of `rows_per_class`.
+        skips_bad_rows: whether bad rows are skipped; otherwise the first one is an error.
+        shuffle_seed: shuffles the rows; None: keeps the chunk's order.
     """
 
     storage: str
@@ -70,7 +71,7 @@ class ShardJob:
 
 
 def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
-    """Reads the rows and writes them. An error comes back as a value, so that it crosses processes as it is."""
+    """Reads the rows and writes the shard. Errors are returned, so that Ray does not wrap them in its own exceptions."""
     try:
         block, skipped = job.chunk.read()
         if skipped and not job.skips_bad_rows:
@@ -96,7 +97,7 @@ def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
 
 
 def written_shard(job: ShardJob) -> ShardRecord | None:
-    """The record of a shard that an earlier run finished, if it is still what it was."""
+    """The record of a shard that an earlier run finished; None if the shard is missing or has changed."""
     storage = Storage(job.storage)
     try:
         record = ShardRecord.model_validate(storage.read_json(job.record))
@@ -107,7 +108,7 @@ def written_shard(job: ShardJob) -> ShardRecord | None:
 
 
 def rows_per_group(image_bytes: int) -> int:
-    """Rows of a row group, for images of so many bytes."""
+    """Rows per row group, for images of `image_bytes` bytes."""
     return int(np.clip(BYTES_PER_GROUP // image_bytes, MIN_ROWS_PER_GROUP, MAX_ROWS_PER_GROUP))
 
 
@@ -122,7 +123,7 @@ def _write(storage: Storage, job: ShardJob, block: Block) -> Shard:
     pq.write_table(
         build_table(block),
         packed,
-        compression="snappy",  # what every reader knows; zstd takes 3 times as long, for little
+        compression="snappy",  # every reader supports it; zstd takes 3 times as long and saves little
         row_group_size=rows_per_group(block.images[:1].nbytes or 1),
         write_page_checksum=True,
     )
@@ -132,7 +133,7 @@ def _write(storage: Storage, job: ShardJob, block: Block) -> Shard:
 
 
 def _sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and sum of squares of each pixel over the rows: whole numbers, so their order does not matter."""
+    """Sum and sum of squares of each pixel over the rows: integers, so the order of addition does not matter."""
     flat = block.images.reshape(len(block), int(np.prod(block.images.shape[1:])))
     sums = np.zeros((2, flat.shape[1]), np.int64)
     for start in range(0, len(flat), ROWS_PER_SUM):
@@ -143,12 +144,12 @@ def _sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_shard(storage: Storage, folder: str, shard: Shard, image_shape: Sequence[int]) -> pq.ParquetFile:
-    """A shard to read row groups from; its pages' checksums are checked as they are read.
+    """Opens a shard for reading row groups; page checksums are verified as pages are read.
 
-    Its SHA-256 is not: that would take reading all of it. `rcnn data verify` does.
+    Its SHA-256 is not checked, because that means reading all of it; `rcnn data verify` does that.
 
     Raises:
-        DataError: it is missing, or not what the manifest says.
+        DataError: it is missing, or differs from the manifest.
     """
     where = storage.uri(f"{folder}/{shard.file}")
     try:
@@ -167,10 +168,10 @@ def open_shard(storage: Storage, folder: str, shard: Shard, image_shape: Sequenc
 
 
 def read_shard(storage: Storage, folder: str, shard: Shard) -> pa.Table:
-    """All rows of a shard, once its SHA-256 is found to be the manifest's.
+    """All rows of a shard, after checking its SHA-256 against the manifest.
 
     Raises:
-        DataError: it is missing, or its checksum is another one.
+        DataError: it is missing, or its checksum differs.
     """
     where = storage.uri(f"{folder}/{shard.file}")
     try:
@@ -180,14 +181,14 @@ def read_shard(storage: Storage, folder: str, shard: Shard) -> pa.Table:
         if found != shard.sha256:
             raise changed_shard(where, f"its SHA-256 begins {found[:12]}, the manifest says {shard.sha256[:12]}")
         # One thread: `pq.read_table` aborted the process in 3 to 6 of 60 to 80 runs of `rcnn data verify` on a busy machine
-        # (pyarrow 25: "terminate called without an active exception"), this in none of 220.
+        # (pyarrow 25: "terminate called without an active exception"); this aborted in none of 220.
         return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise unreadable_shard(where, error) from error
 
 
 def changed_shard(where: str, fault: str) -> DataError:
-    """The error for a shard that is not the one that ingest wrote."""
+    """The error for a shard that differs from what ingest wrote."""
     return DataError(f"the shard was changed: {fault}", where=where, remedy="Ingest again with --fresh")
 
 

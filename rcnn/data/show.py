@@ -1,4 +1,4 @@
-"""A data set for the eye: rows of each class, and contact sheets of its training images."""
+"""Shows a data set: the number of rows per class, and contact sheets of training images."""
 
 import tempfile
 import unicodedata
@@ -20,11 +20,11 @@ IMAGES_PER_ROW = 10
 ROWS_PER_READ = 1000
 OVERVIEW = "all.png"
 MAX_CLASSES = 100
-"""Classes that are drawn unless some are chosen: 10,000 sheets are too many to look at."""
+"""Classes to draw by default: 10,000 sheets are too many to look at."""
 
 
 def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:
-    """For each class its rows in each split."""
+    """The number of rows of each class in each split."""
     manifest = require_whole(storage, folder)
     return [
         {"label": str(label), "class": name}
@@ -34,13 +34,13 @@ def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:
 
 
 def write_sheets(storage: Storage, folder: str, target: str, *, classes: Sequence[str] = ()) -> list[str]:
-    """Draws training images: a sheet of each class, and one with a row of each.
+    """Draws training images: one sheet per class, and one sheet with a row per class.
 
     Args:
         storage: where the data set is.
         folder: its folder.
-        target: the folder for the pictures; what an earlier call left there is replaced.
-        classes: names of those to draw; empty: the first hundred.
+        target: folder for the pictures; its previous contents are replaced.
+        classes: names of the classes to draw; empty: the first hundred.
 
     Returns:
         The names of the files.
@@ -59,7 +59,7 @@ def write_sheets(storage: Storage, folder: str, target: str, *, classes: Sequenc
 
 
 def _labels_of(manifest: Manifest, classes: Sequence[str]) -> list[int]:
-    classes = [unicodedata.normalize("NFC", name) for name in classes]  # as the manifest has them
+    classes = [unicodedata.normalize("NFC", name) for name in classes]  # as in the manifest
     for name in classes:
         if name not in manifest.classes:
             raise ConfigError(
@@ -81,7 +81,7 @@ def _draw(manifest: Manifest, found: dict[int, list[np.ndarray]], draft: Path) -
 
 
 def _row_of(images: list[np.ndarray]) -> list[np.ndarray]:
-    """One row's images; a class with fewer is filled up with blanks, so that each class has a row of its own."""
+    """The images of one row, filled up with blanks, so that each class starts a new row."""
     blanks = [np.full_like(images[0], 255)] * IMAGES_PER_ROW
     return [*images, *blanks][:IMAGES_PER_ROW]
 

@@ -1,8 +1,8 @@
-"""The networks, in torch alone: nothing here knows of configs, files or clusters.
+"""The networks, in plain torch: nothing here depends on the config, on files or on clusters.
 
-The names are imported when they are first used: `rcnn.model.networks`, the table, must stay importable without torch. They
-are for users and tests. Files of this package import from the module itself: what a result depends on is found by reading
-import statements.
+The names below are imported lazily, so that `rcnn.model.networks`, the table, can be imported without torch. They are for
+users and tests. Modules of this package import from the defining module instead, because `rcnn.keys` finds what a result
+depends on by reading import statements.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""From a name in the table to a network, and what the network costs. Images are (H, W, C) here, as in the manifest."""
+"""Builds a network by its name in the table, and counts its cost. Image shapes are (H, W, C) here, as in the manifest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,29 +13,29 @@ from rcnn.model.networks import NETWORKS
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs, exactly."""
+    """The exact cost of a network."""
 
     parameters: int
     multiply_adds: int
-    """Of one image's forward pass, in convolutions and linear layers."""
+    """In the convolutions and linear layers of one image's forward pass."""
 
 
 def build_network(
     name: str, image_shape: tuple[int, int, int], num_classes: int, settings: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """A network with fresh weights: images (N, C, H, W) in, logits (N, num_classes) out.
+    """Builds a network with newly initialised weights: images (N, C, H, W) in, logits (N, num_classes) out.
 
     Args:
         name: a key of `NETWORKS`.
-        image_shape: (H, W, C) of what the network sees.
+        image_shape: (H, W, C) of the network's input.
         num_classes: logits per image.
-        settings: values by name; those that the network does not read are left out.
+        settings: values by name; settings that the network does not read are ignored.
 
     Raises:
         ValueError: there is no such network, or the images are too small for it.
     """
     if name not in NETWORKS:
-        raise ValueError(f"there is no network {name!r}; there are {', '.join(NETWORKS)}")
+        raise ValueError(f"there is no network {name!r}; choose one of {', '.join(NETWORKS)}")
     row = NETWORKS[name]
     chosen = {key: value for key, value in (settings or {}).items() if key in row.reads}
     network = getattr(import_module(row.module), row.build.partition(":")[2])(image_shape, num_classes, **chosen)
@@ -46,10 +46,10 @@ def build_network(
 def cost_of(
     name: str, image_shape: tuple[int, int, int], num_classes: int, settings: Mapping[str, Any] | None = None
 ) -> Cost:
-    """What `build_network` would build, without the memory of building it: on torch's meta device.
+    """The cost of the network that `build_network` would build, counted on torch's meta device, without allocating weights.
 
-    The first call of a process takes a few seconds, since torch imports its compiler to compute shapes; so training does
-    without it.
+    The first call in a process takes a few seconds, because torch imports its compiler to compute shapes. Training therefore
+    does not call this.
 
     Raises:
         ValueError: there is no such network, or the images are too small for it.
@@ -60,17 +60,17 @@ def cost_of(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in the model."""
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
 def count_multiply_adds(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of one image's forward pass, in the `nn.Conv2d` and `nn.Linear` that it calls, each time it does.
+    """Multiply-adds in the `nn.Conv2d` and `nn.Linear` calls of one image's forward pass, counting every call.
 
-    Counted during a pass of one image, on the network's device and in its mode. Biases, normalisations and pools are left
-    out, as in the published counts. torch's `FlopCounterMode` would count LRN's band sum, which is a convolution on devices
-    without a kernel of our own.
+    Runs a forward pass of one image, on the network's device and in its mode. Biases, normalisation and pooling are excluded,
+    as in the published counts. torch's `FlopCounterMode` would include LRN's band sum, which is a convolution on devices for
+    which we have no kernel.
     """
     counted = 0
 

@@ -1,6 +1,6 @@
-"""What is trained, stored and served: raw pixels in, logits out.
+"""The model that is trained, stored and served: raw pixels in, logits out.
 
-The per-pixel mean is a part of the model, so a served model cannot be given the wrong one.
+The per-pixel mean is part of the model, so a served model always uses the mean that it was trained with.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class MeanRemoval(nn.Module):
-    """Subtracts the mean of each pixel (paper section 4) and divides by a standard deviation, one for each channel.
+    """Subtracts the per-pixel mean (paper section 4) and divides by a standard deviation per channel.
 
     Args:
-        mean_HWC: mean of each pixel over the training images, 0 to 255, flat in (H, W, C) order.
-        std_C: what each channel is divided by.
+        mean_HWC: mean of each pixel over the training images, 0 to 255, flattened in (H, W, C) order.
+        std_C: the divisor of each channel.
         image_shape: (H, W, C).
     """
 
@@ -28,18 +28,18 @@ class MeanRemoval(nn.Module):
         self.register_buffer("std", torch.tensor(std_C, dtype=torch.float32).clamp(min=1e-6)[:, None, None])
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 (N, C, H, W); smaller images lose the mean of the centre."""
+        """uint8 (N, C, H, W) -> float32 (N, C, H, W); from smaller images, the centre of the mean is subtracted."""
         height, width = images_NCHW.shape[2:]
         return (images_NCHW - centre(self.mean, height, width)) / self.std
 
 
 class Classifier(nn.Module):
-    """A network behind its own normalisation: uint8 images (N, C, H, W) in, logits (N, classes) out.
+    """Normalisation followed by a network: uint8 images (N, C, H, W) in, logits (N, classes) out.
 
     Args:
-        normalise: what comes before the network.
-        network: one of the table's, or any module from images (N, C, H, W) to logits.
-        crop: the network sees a window of this side, pixels: of larger images the centre; 0: all of them.
+        normalise: applied to the images before the network.
+        network: a network of the table, or any module from images (N, C, H, W) to logits.
+        crop: side, in pixels, of the central window that the network sees; 0: the full image.
     """
 
     def __init__(self, normalise: MeanRemoval, network: nn.Module, *, crop: int = 0):
@@ -56,6 +56,6 @@ class Classifier(nn.Module):
 
 
 def centre(images_CHW: Tensor, height: int, width: int) -> Tensor:
-    """The central window of images (..., H, W); of the two middle ones, the upper left."""
+    """The central window of images (..., H, W); where centring leaves an odd pixel, the window is nearer the upper left."""
     top, left = (images_CHW.shape[-2] - height) // 2, (images_CHW.shape[-1] - width) // 2
     return images_CHW[..., top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""The recurrent convolutional layer (RCL), the paper's idea.
+"""The recurrent convolutional layer (RCL), the paper's central idea.
 
 In: the layer's static input u (N, C, H, W). Out: the state x(T) (N, K, H, W) after T recurrent steps.
 
@@ -13,21 +13,21 @@ from rcnn.model.norms import Norms, local_response_norms
 
 
 class RecurrentConvLayer(nn.Module):
-    """3x3 feed-forward and 3x3 recurrent kernels with one bias per map, all shared over the time steps.
+    """A 3x3 feed-forward and a 3x3 recurrent kernel with one bias per map, all shared over the time steps.
 
     Args:
-        in_maps: C, maps of the input.
-        num_maps: K, maps of the state.
-        num_steps: T, recurrent steps after the feed-forward one; 0 makes it a convolution + ReLU + g, without a
+        in_maps: C, feature maps of the input.
+        num_maps: K, feature maps of the state.
+        num_steps: T, recurrent steps after the feed-forward step; with 0, the layer is convolution + ReLU + g, without a
             recurrent kernel.
         norms: g, the normalisation of each of the T + 1 time steps; see `norms.py`.
-        recompute: trades time for memory: the backward pass computes each step's activations once more, from the state
-            before it, instead of keeping them. Not for batch normalisation, which would count each batch twice.
+        recompute: activation checkpointing: the backward pass recomputes each step's activations from the previous state
+            instead of storing them. Not for batch normalisation, whose statistics would count each batch twice.
     """
 
     RECURRENT_GAIN = 0.25
-    """Deviation of the recurrent kernel's first weights, as a share of He's. Each step adds to what is fed in at every step:
-    at a half, training with a rate above 0.01 collapsed."""
+    """Standard deviation of the recurrent kernel's initial weights, as a fraction of He's. Every step adds to the static
+    input: with 0.5, training at a learning rate above 0.01 collapsed."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class RecurrentConvLayer(nn.Module):
         super().__init__()
         self.num_steps, self.recompute = num_steps, recompute
         self.feed_forward = nn.Conv2d(in_maps, num_maps, kernel_size=3, padding=1)
-        # An unused kernel would count as a parameter and make DDP wait for a gradient that never comes.
+        # An unused kernel would count as parameters, and DDP would wait for a gradient that never arrives.
         self.recurrent = nn.Conv2d(num_maps, num_maps, kernel_size=3, padding=1, bias=False) if num_steps else None
         self.norms = nn.ModuleList(norms(num_maps, num_steps + 1))
         self._initialise()
 
     def _initialise(self) -> None:
-        # The paper does not say how.
+        # The paper does not state its initialisation.
         nn.init.kaiming_normal_(self.feed_forward.weight, nonlinearity="relu")
         nn.init.zeros_(self.feed_forward.bias)  # type: ignore[arg-type]
         if self.recurrent is not None:
@@ -69,9 +69,9 @@ class RecurrentConvLayer(nn.Module):
         return x_NKHW
 
     def _static_input(self, z0_NKHW: Tensor) -> Tensor:
-        """What each recurrent step adds to w_r * x(t-1): w_f * u + b, the same at every step and so computed once."""
+        """The term that each recurrent step adds to w_r * x(t-1): w_f * u + b, constant over t and so computed once."""
         return z0_NKHW
 
     def _step(self, norm: nn.Module, x_NKHW: Tensor, plus_NKHW: Tensor) -> Tensor:
-        assert self.recurrent is not None, "a layer without recurrent steps takes none"
+        assert self.recurrent is not None, "a layer with num_steps = 0 has no recurrent kernel"
         return norm.rectified(self.recurrent(x_NKHW), plus_NKHW)

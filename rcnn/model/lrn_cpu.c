@@ -1,10 +1,10 @@
-/* Sum, ReLU and LRN on the CPU, in one pass over the memory, forward and backward.
+/* Sum, ReLU and LRN on the CPU, in one pass over memory, forward and backward.
  *
- * Compiled by lrn_cpu.py for one network at a time, with these names set, so that the inner loops have known lengths:
+ * Compiled by lrn_cpu.py for one network at a time with these macros, so that the inner loops have constant trip counts:
  *
  *   MAPS       K, feature maps
  *   WINDOW     N, maps in a sum
- *   BFLOAT16   1: the tensors are bfloat16; 0: they are of type REAL
+ *   BFLOAT16   1: the tensors are bfloat16; 0: their type is REAL
  *   REAL       the type of the arithmetic: float or double
  *   RECTIFIED  whether there is a ReLU
  *
@@ -22,7 +22,7 @@ typedef union { uint32_t bits; float value; } word;
 static inline real load(element narrow) {
   return (word){.bits = (uint32_t)narrow << 16}.value;
 }
-static inline element rounded(real wide) { /* to nearest, ties to even; what is not a number stays so */
+static inline element rounded(real wide) { /* to nearest, ties to even; NaN stays NaN */
   uint32_t bits = (word){.value = wide}.bits;
   return wide != wide ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
@@ -33,13 +33,13 @@ static inline element rounded(real same) { return same; }
 #endif
 
 enum {
-  PADDED = MAPS + WINDOW - 1,                /* a row with the zeros around it that its outermost sums take in */
-  ROWS = PADDED < 512 ? 512 / PADDED : 1,    /* rows of a block, which stays in the first-level cache */
-  ROOM = ROWS * PADDED + WINDOW + 64,        /* what sums and vectors read beyond the last row */
-  SMALL = 1 << 14,                           /* elements that are not worth waking other threads for */
+  PADDED = MAPS + WINDOW - 1,                /* a row with the zero padding that its outermost sums read */
+  ROWS = PADDED < 512 ? 512 / PADDED : 1,    /* rows per block; a block stays in the L1 cache */
+  ROOM = ROWS * PADDED + WINDOW + 64,        /* with slack: sums and vector loads read past the last row */
+  SMALL = 1 << 14,                           /* up to this many elements, starting other threads does not pay */
 };
 
-/* A block of padded rows, and the sums of four neighbours in it. */
+/* A block of padded rows, and the sums of each four neighbours in it: overlapping windows share them. */
 typedef struct {
   real values[ROOM] __attribute__((aligned(64)));
   real fours[ROOM] __attribute__((aligned(64)));
@@ -56,7 +56,7 @@ static inline void sum_fours(block *b, long rows) {
   for (long i = 0; i < rows * PADDED; i++) fours[i] = (v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]);
 }
 
-/* The sum of the WINDOW values from `at` on. */
+/* The sum of the WINDOW values that start at `at`. */
 static inline real window_sum(const real *values, const real *fours, long at) {
   real sum = 0;
 #pragma GCC unroll 128
@@ -96,7 +96,7 @@ static inline void forward_block(block *squares, element *z, const element *plus
   }
 }
 
-/* dz = [z > 0] (g d^-3/4 - 3/2 scale x band'(g y / d)), where x = relu(z), y = x d^-3/4; band' leans the other way. */
+/* dz = [z > 0] (g d^-3/4 - 3/2 scale x band'(g y / d)), where x = relu(z), y = x d^-3/4; band' is the mirrored window. */
 static inline void backward_block(block *squares, block *inner, const element *g, const element *z, element *dz, long rows,
                                   real scale) {
   real direct[ROWS * MAPS]; /* g d^-3/4 */
@@ -131,7 +131,7 @@ static inline long rows_from(long first, long rows) {
   return rows - first < ROWS ? rows - first : ROWS;
 }
 
-/* y = g(z), with ReLU and sum where there are any. z: overwritten by z + plus where there is a plus. */
+/* y = g(z), g(relu(z)) or g(relu(z + plus)). With a plus, z is overwritten by z + plus. */
 void lrn_forward(element *z, const element *plus, element *y, long rows, double scale, int threads) {
 #pragma omp parallel num_threads(threads) if (rows * MAPS > SMALL)
   {

@@ -1,10 +1,10 @@
 """z + plus, ReLU and LRN on an NVIDIA GPU, in one pass over channels-last memory, forward and backward.
 
-In and out: (N, K, H, W), seen here as a matrix of M = N H W positions and K maps. Each program takes some positions with all
-their maps: what it reads it reads once, and the band sum is a product with the banded matrix on the tensor cores, in three
-TF32 products that together are as exact as float32. The backward pass keeps x alone, and computes the denominator once more.
+In and out: (N, K, H, W), viewed here as a matrix of M = N H W positions by K maps. Each program processes some positions with
+all their maps, so it reads each element once. The band sum is a product with the banded matrix on the tensor cores, split into
+three TF32 products that together have float32 accuracy. The backward pass saves only x and recomputes the denominator.
 
-Off unless a `LocalResponseNorm` is made with `triton=True`: it was tested in Triton's interpreter alone, no GPU was at hand.
+Off unless a `LocalResponseNorm` is built with `triton=True`: tested only in Triton's interpreter, never run on a GPU.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from rcnn.model.lrn_equation import LARGEST_TRITON_K, band_matrix, reference_lrn
 
 POSITIONS_PER_PROGRAM = 32
-SMALLEST_BLOCK = 16  # of a product on tensor cores
+SMALLEST_BLOCK = 16  # the smallest side of a `tl.dot` operand
 
 
 @triton.jit
@@ -73,13 +73,13 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 class TritonLrn(torch.autograd.Function):
-    """g(relu(z + plus)), or g(z) where nothing is to be rectified; see `lrn_cpu.CompiledLrn`."""
+    """g(relu(z + plus)), or g(z) without the ReLU; see `lrn_cpu.CompiledLrn`."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, z_NKHW: Tensor, plus_NKHW: Tensor | None, band_KK: Tensor, beta: float, is_rectified: bool
     ) -> Tensor:
-        """The value; x is kept for the gradient. The band holds alpha / N, float32."""
+        """Saves x for the backward pass. `band_KK` holds alpha / N, in float32."""
         z = z_NKHW.contiguous(memory_format=torch.channels_last)
         plus = z if plus_NKHW is None else plus_NKHW.to(z.dtype).contiguous(memory_format=torch.channels_last)
         x, y = torch.empty_like(z), torch.empty_like(z)
@@ -95,7 +95,7 @@ class TritonLrn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NKHW: Tensor):  # type: ignore[no-untyped-def]
-        """The gradient with respect to z, and the same for plus."""
+        """The gradient with respect to z, which is also the gradient with respect to plus."""
         x, band_KK = ctx.saved_tensors
         grad = grad_NKHW.contiguous(memory_format=torch.channels_last)
         dz = torch.empty_like(x)
@@ -111,7 +111,7 @@ def _launch(z_NKHW: Tensor) -> tuple[tuple[int, int], dict[str, Any], tuple[int]
 
 
 def largest_error(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of value and gradients against float64, over a few shapes."""
+    """The largest relative error of the output and the gradients against float64, over a few shapes."""
     errors = [0.0]
     for num_maps, beta in ((5, 0.75), (32, 0.5), (96, 0.75), (LARGEST_TRITON_K, 0.75)):
         window = num_maps // 8 + 1

@@ -1,6 +1,6 @@
-"""Maxout networks (Goodfellow et al., ICML 2013): a unit is the largest of several linear ones, its pieces.
+"""Maxout networks (Goodfellow et al., ICML 2013): a unit is the maximum of several linear units, its pieces.
 
-The layouts are those of the authors' configurations, `scripts/papers/maxout/{cifar10,mnist}.yaml` in pylearn2:
+The layouts follow the authors' configurations, `scripts/papers/maxout/{cifar10,mnist}.yaml` in pylearn2:
 
     | layer | CIFAR                                    | MNIST                                   |
     | 1     | 96 x 2 pieces, 8x8 pad 4, pool 4 stride 2  | 48 x 2 pieces, 8x8, pool 4 stride 2       |
@@ -9,17 +9,18 @@ The layouts are those of the authors' configurations, `scripts/papers/maxout/{ci
     | 4     | 500 x 5 pieces, dense                    | none                                    |
     | 5     | linear                                   | linear                                  |
 
-Dropout 0.2 on the image, 0.5 on the input of every other layer, the linear one included. At ten classes: 16,247,830
-parameters at 32x32x3, of which 12 M are in the dense layer (published: above 5 M); 418,714 at 28x28x1.
+Dropout is 0.2 on the image and 0.5 on the input of every other layer, the linear layer included. With ten classes:
+16,247,830 parameters at 32x32x3, 12 M of them in the dense layer (published: above 5 M); 418,714 at 28x28x1.
 
-Different here:
-- The bound on the norm of each kernel (0.9 to 1.94), which is part of the published update step, is not applied: expect a
-  larger error than the published one; weight decay is what is left against large kernels.
-- Weights start normal with deviation 0.3/sqrt(inputs). The published uniform +-0.005 goes with whitened images of a larger
-  scale and with the published rates. At 1/sqrt(inputs), each maximum over pieces and pool multiplies the scale: the loss began
-  at 9, and 1,500 digits were at chance after 6 epochs; at 0.3 they are at 20 % error after 4 (one seed, rate 0.03).
-- Biases are one per map. The MNIST configuration leaves pylearn2's default, one per map and position.
-- Dropout scales what is kept by 1/(1 - rate); the published one leaves the image's pixels unscaled.
+Differences from the published networks:
+- The bound on the norm of each kernel (0.9 to 1.94), part of the published update step, is not applied, so expect a larger
+  error than published. Only weight decay limits large kernels.
+- Weights are drawn from a normal distribution with standard deviation 0.3/sqrt(inputs). The published uniform +-0.005 belongs
+  to whitened images of a larger scale and to the published learning rates. With 1/sqrt(inputs), each maximum over pieces and
+  pool multiplies the scale: the loss started at 9, and on 1,500 digits the error was at chance after 6 epochs. With 0.3 it was
+  20 % after 4 (one seed, learning rate 0.03).
+- There is one bias per map. The MNIST configuration uses pylearn2's default, one per map and position.
+- Dropout scales the kept values by 1/(1 - rate); the published dropout does not scale the image's pixels.
 """
 
 import math
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class MaxoutConvolution:
-    """A convolution of `maps` x `pieces` maps, the largest of the pieces, then a max pool of `pool`, stride 2."""
+    """A convolution to `maps` x `pieces` maps, the maximum over the pieces, then a max pool of `pool`, stride 2."""
 
     maps: int
     pieces: int
@@ -40,7 +41,7 @@ class MaxoutConvolution:
     pool: int
 
     def side_after(self, side: int) -> int:
-        """The side of an image after it, 0 or less if nothing is left. Windows that reach over the border count."""
+        """The output side for an input side; 0 or less if nothing is left. Pooling windows can extend past the border."""
         convolved = side + 2 * self.padding - self.kernel + 1
         return math.ceil((convolved - self.pool) / 2) + 1 if convolved > 0 else 0
 
@@ -56,24 +57,24 @@ WEIGHT_SCALE = 0.3
 
 
 class LargestPiece(nn.Module):
-    """(N, units * pieces, ...) -> (N, units, ...): the largest of each unit's consecutive pieces."""
+    """(N, units * pieces, ...) -> (N, units, ...): the maximum over each unit's consecutive pieces."""
 
     def __init__(self, pieces: int):
         super().__init__()
         self.pieces = pieces
 
     def forward(self, z: Tensor) -> Tensor:
-        """max over the pieces."""
+        """The maximum over the pieces."""
         return z.unflatten(1, (-1, self.pieces)).amax(2)
 
 
 class Maxout(nn.Module):
-    """Maxout convolutions, optionally a dense maxout layer, and a linear one.
+    """Maxout convolutions, an optional dense maxout layer, and a linear layer.
 
     Args:
         convolutions: the layout, e.g. `CIFAR`.
-        dense_units: units of the dense maxout layer; 0: there is none.
-        image_shape: (H, W, C); the linear layers are as wide as what is left of the image.
+        dense_units: units of the dense maxout layer; 0: no such layer.
+        image_shape: (H, W, C); it determines the input width of the dense or linear layer.
         num_classes: logits per image.
 
     Raises:
@@ -124,10 +125,10 @@ def _initialised(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
 
 
 def build(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The CIFAR layout for colour images, the MNIST layout for grey ones.
+    """The CIFAR layout for colour images, the MNIST layout for greyscale images.
 
     Raises:
-        ValueError: the images are too small for it.
+        ValueError: the images are too small.
     """
     if image_shape[2] == 1:
         return Maxout(MNIST, 0, image_shape, num_classes)

@@ -2,14 +2,13 @@
 
 To add a network, write one file in this folder with a function
 
-    build(image_shape, num_classes, *, SETTING, ...) -> nn.Module        image_shape: (H, W, C) of what the network sees
+    build(image_shape, num_classes, *, SETTING, ...) -> nn.Module        image_shape: (H, W, C) of the network's input
 
 that raises a ValueError for images that are too small, and add one row here. The command line, the config, reports and tags
-read the row. The function is also called under `torch.device("meta")`, where a network's cost is counted without its memory
-and time.
+read the row. The function is also called under `torch.device("meta")`, to count a network's cost without allocating it.
 
-The rows are text, so the config can validate `model.network` without importing torch; for the same reason this file imports
-the standard library alone, and `tests/test_layering.py` lets any file import it.
+The rows are text, so that the config can validate `model.network` without importing torch. For the same reason this file
+imports only the standard library, and `tests/test_layering.py` allows any file to import it.
 """
 
 from collections.abc import Mapping
@@ -22,10 +21,10 @@ class Network:
     """One row of the table.
 
     Attributes:
-        build: `module:function`, imported when a network is built.
-        title: what reports call it, with settings of `model` in braces.
-        reads: the keyword arguments of `build`: settings of `model`, and those that only change how it is computed
-            (`recompute`, `triton`).
+        build: `module:function`, imported when the network is built.
+        title: its name in reports, with settings of `model` in braces.
+        reads: the keyword arguments of `build`: settings of `model`, and settings that change only how the network is
+            computed (`recompute`, `triton`).
     """
 
     build: str
@@ -34,7 +33,7 @@ class Network:
 
     @property
     def module(self) -> str:
-        """Where the code is, of this network and of no other one."""
+        """The module that defines this network."""
         return self.build.partition(":")[0]
 
 
@@ -51,11 +50,11 @@ NETWORKS: dict[str, Network] = {
 
 
 def title_of(name: str, settings: Mapping[str, Any]) -> str:
-    """What reports, plots and tags call the network, e.g. `RCNN-96, T = 3`."""
+    """The network's name in reports, plots and tags, e.g. `RCNN-96, T = 3`."""
     return NETWORKS[name].title.format(**settings)
 
 
 def unread_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that belong to other networks only: `name` would ignore them."""
+    """The settings that only other networks read: `name` would ignore them."""
     anybodys = {setting for network in NETWORKS.values() for setting in network.reads}
     return {key: settings[key] for key in settings if key in anybodys and key not in NETWORKS[name].reads}

@@ -1,21 +1,23 @@
-"""Network in Network (Lin, Chen and Yan, ICLR 2014): three blocks of a convolution and two 1x1 convolutions, then the mean
-over the image as logits.
+"""Network in Network (Lin, Chen and Yan, ICLR 2014): three blocks of a convolution and two 1x1 convolutions, then global
+average pooling, whose output is the logits.
 
-The layouts are those of the authors' own definition files, `NIN/*_def` in github.com/mavenlin/cuda-convnet:
+The layouts follow the authors' definition files, `NIN/*_def` in github.com/mavenlin/cuda-convnet:
 
-    block: convolution, 1x1, 1x1, each with a ReLU; behind the first and the second block max pool 3, stride 2, dropout 0.5
+    block: convolution, 1x1, 1x1, each with a ReLU; after the first and the second block, max pool 3, stride 2, dropout 0.5
 
     | layout | block 1        | block 2         | block 3          | parameters, ten classes |
     | CIFAR  | 5x5 192 160 96 | 5x5 192 192 192 | 3x3 192 192 N    | 966,986                 |
     | SVHN   | 5x5 128 96 64  | 5x5 320 256 128 | 5x5 384 256 N    | 1,986,026               |
     | MNIST  | 5x5 96 64 48   | 5x5 128 96 48   | 5x5 128 96 N     | 349,674                 |
 
-They match the published 0.97 and 1.98 M (1,984,384 without biases). The last ReLU is theirs: logits are never negative. Their
-Caffe model averages in the second pool, where these files take the maximum. Pools at the border are cut, as in cuda-convnet.
+They match the published 0.97 and 1.98 M (1,984,384 without biases). The last ReLU is in the authors' files too: logits are
+never negative. Their Caffe model uses an average in the second pool, where these files use the maximum. Pooling windows are
+clipped at the border, as in cuda-convnet.
 
-Different here: He's rule initialises, since the published deviation (0.05 throughout) goes with images that are contrast-
-normalised and whitened. With the last ReLU it starts slowly: on 1,500 digits, six epochs of the MNIST layout came to 67 %
-error at a peak rate of 0.01; at 0.03 it stayed at chance, with the published deviation too (4 to 5 epochs, one seed each).
+Difference from the published network: weights are initialised by He's rule, because the published standard deviation (0.05
+throughout) belongs to contrast-normalised and whitened images. With the last ReLU, training starts slowly: on 1,500 digits,
+six epochs of the MNIST layout reached 67 % error at a peak learning rate of 0.01. At 0.03 the error stayed at chance, with the
+published deviation too (4 to 5 epochs, one seed each).
 """
 
 from itertools import pairwise
@@ -24,22 +26,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Block = tuple[int, tuple[int, ...]]
-"""Side of the first kernel, and the maps of each of the three convolutions; the last block lacks the last of them."""
+"""Side of the first kernel, and the maps of the three convolutions; in the last block, the third has one map per class."""
 
 CIFAR: tuple[Block, ...] = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
 SVHN: tuple[Block, ...] = ((5, (128, 96, 64)), (5, (320, 256, 128)), (5, (384, 256)))
 MNIST: tuple[Block, ...] = ((5, (96, 64, 48)), (5, (128, 96, 48)), (5, (128, 96)))
 SMALLEST_SIDE = 4
-"""Of an image, pixels: a smaller one has nothing left for the second pool."""
+"""In pixels: a smaller image leaves nothing for the second pool."""
 
 
 class NIN(nn.Module):
-    """Three blocks and the global mean.
+    """Three blocks and global average pooling.
 
     Args:
         blocks: the layout, e.g. `CIFAR`.
         in_channels: C, channels of an image.
-        num_classes: maps of the last convolution, logits per image.
+        num_classes: maps of the last convolution, and so logits per image.
     """
 
     def __init__(self, blocks: tuple[Block, ...], in_channels: int, num_classes: int):
@@ -62,7 +64,7 @@ class NIN(nn.Module):
 
 
 def _block(kernel: int, widths: tuple[int, ...]) -> list[nn.Module]:
-    """A convolution that keeps the image's size, then 1x1 convolutions, each with a ReLU."""
+    """A convolution that keeps the image size, then 1x1 convolutions, each with a ReLU."""
     layers: list[nn.Module] = []
     for in_maps, out_maps in pairwise(widths):
         convolution = nn.Conv2d(in_maps, out_maps, kernel_size=kernel, padding=kernel // 2)
@@ -74,7 +76,7 @@ def _block(kernel: int, widths: tuple[int, ...]) -> list[nn.Module]:
 
 
 def build(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The CIFAR layout for colour images, the MNIST layout for grey ones.
+    """The CIFAR layout for colour images, the MNIST layout for greyscale images.
 
     Raises:
         ValueError: the images are smaller than 4x4.
@@ -95,6 +97,6 @@ def _built(blocks: tuple[Block, ...], image_shape: tuple[int, int, int], num_cla
     height, width, channels = image_shape
     if min(height, width) < SMALLEST_SIDE:
         raise ValueError(
-            f"images of {width}x{height} are too small; it takes {SMALLEST_SIDE}x{SMALLEST_SIDE} or larger"
+            f"images of {width}x{height} are too small; they must be {SMALLEST_SIDE}x{SMALLEST_SIDE} or larger"
         )
     return NIN(blocks, channels, num_classes)

@@ -1,13 +1,13 @@
 """The normalisations that a recurrent network can be built with.
 
-A recurrent layer normalises T + 1 times, once per time step. What it is given is a function from (K, T + 1) to that many
-modules, each with
+A recurrent layer normalises T + 1 times, once per time step. It is given a function from (K, T + 1) to T + 1 modules, each
+with a method
 
-    rectified(z, plus=None) -> g(relu(z + plus))        where there is a `plus`, `z` may be overwritten
+    rectified(z, plus=None) -> g(relu(z + plus))        with a `plus`, `z` may be overwritten
 
-in one call, so that LRN can add, rectify and normalise in one pass over the memory. LRN has nothing to learn: the same
-module serves all steps. Batch normalisation needs one module per step, as the statistics of the steps differ: a
-re-implementation that shared it over the steps had 21.8 % error in place of 7.3 (one source).
+in one call, so that LRN can add, rectify and normalise in one pass over memory. LRN has no parameters, so all steps share one
+module. Batch normalisation needs one module per step, because the statistics of the steps differ: a re-implementation that
+shared one over the steps had 21.8 % error instead of 7.3 (one source).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,25 +21,25 @@ Norms = Callable[[int, int], Sequence[nn.Module]]
 
 
 def lrn_window(num_maps: int) -> int:
-    """N, the feature maps in a normalisation sum: K / 8 + 1 (paper section 4.1)."""
+    """N, the number of feature maps in a normalisation sum: K / 8 + 1 (paper section 4.1)."""
     return num_maps // 8 + 1
 
 
 def local_response_norms(
     num_maps: int, num_times: int, *, alpha: float = 0.001, beta: float = 0.75, triton: bool = False
 ) -> Sequence[nn.Module]:
-    """The paper's, with its constants."""
+    """The paper's normalisation, by default with its constants."""
     norm = LocalResponseNorm(num_maps, window=lrn_window(num_maps), alpha=alpha, beta=beta, triton=triton)
     return [norm] * num_times
 
 
 def batch_norms(num_maps: int, num_times: int) -> Sequence[nn.Module]:
-    """A batch normalisation per time step."""
+    """One batch normalisation per time step."""
     return [BatchNorm(num_maps) for _ in range(num_times)]
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` behind a sum and a ReLU, where LRN stands in the paper."""
+    """`nn.BatchNorm2d` after a sum and a ReLU, in the place of the paper's LRN."""
 
     def rectified(self, z_NKHW: Tensor, plus_NKHW: Tensor | None = None) -> Tensor:
         """g(relu(z + plus))."""

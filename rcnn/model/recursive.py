@@ -1,10 +1,10 @@
-"""rCNN, the paper's recursive network: as the RCNN, but the feed-forward input is given at t = 0 only.
+"""rCNN, the paper's recursive network: an RCNN whose feed-forward input is given only at t = 0.
 
     z(0) = w_f * u + b        z(t) = w_r * x(t-1) + b        x(t) = g(relu(z(t)))
 
-Its layers are T + 1 convolutions deep, the last T with one kernel. More steps make it worse on CIFAR-10, where they make the
-RCNN better: this is what the comparison is for. It has the RCNN's parameters. That the bias stays at t > 0 is the paper's
-equation with u = 0 there; no source says otherwise, and none confirms it.
+Its layers are T + 1 convolutions deep; the last T share one kernel. On CIFAR-10 more steps make it worse, while they improve
+the RCNN: the comparison exists to show this. It has as many parameters as the RCNN. Keeping the bias at t > 0 follows from the
+paper's equation with u = 0; no source confirms or contradicts it.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from rcnn.model.rcnn import build as build_rcnn
 
 
 class RecursiveConvLayer(RecurrentConvLayer):
-    """A recurrent layer that sees its input at t = 0 only."""
+    """A recurrent layer that receives its input only at t = 0."""
 
     RECURRENT_GAIN = 1.0
-    """Nothing else comes in at a step: a quarter per step left gradients of 1e-7 at T = 3."""
+    """He's deviation, since the recurrent kernel is a step's only input: a quarter of it left gradients of 1e-7 at T = 3."""
 
     def _static_input(self, z0_NKHW: Tensor) -> Tensor:
         bias_K = self.feed_forward.bias

@@ -1,6 +1,6 @@
-"""WCNN, the paper's wide network: the RCNN without recurrence, wider, so that its size is that of a recurrent one.
+"""WCNN, the paper's wide network: the RCNN without recurrence, widened to the size of a recurrent network.
 
-Each recurrent layer is a convolution + ReLU + LRN. WCNN-128 has 0.60 M parameters on CIFAR-10.
+Each recurrent layer becomes convolution + ReLU + LRN. WCNN-128 has 0.60 M parameters on CIFAR-10.
 """
 
 from typing import Any

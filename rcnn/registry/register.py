@@ -1,4 +1,4 @@
-"""The register stage: a finished, measured model in, a version in the registry out, champion if it is better."""
+"""The register stage: a trained and evaluated model in, a registered version out, which is the champion if it is better."""
 
 import tempfile
 from pathlib import Path
@@ -20,11 +20,11 @@ def run_register(
     target: StageFolder,
     tracker: Tracker = NoTracker(),
 ) -> RegisterResult:
-    """Registers the model, and gives it an alias by `gate.judge`. It goes to its training run: `tracker` is not used.
+    """Registers the model under its training run, and sets the alias that `gate.judge` decides. `tracker` is not used.
 
     Raises:
-        ClusterError: MLflow is out of reach.
-        DataError: the model folder is not whole.
+        ClusterError: MLflow cannot be reached.
+        DataError: the model folder is incomplete.
     """
     with tempfile.TemporaryDirectory() as folder:
         model_folder = Path(folder, mlflow_store.MODEL_FOLDER)
@@ -50,7 +50,7 @@ def run_register(
 
 
 def _training_run(config: PipelineConfig, trained: TrainResult, target: StageFolder) -> str:
-    """The run that the model came from, written from the stored history where MLflow's store was exchanged."""
+    """The run that trained the model; recreated from the stored history if MLflow's store was replaced since."""
     if mlflow_store.has_run(config, trained.mlflow_run_id):
         return trained.mlflow_run_id
     tracker = mlflow_store.open_run(config, "train", key=trained.folder)

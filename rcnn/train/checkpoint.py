@@ -1,7 +1,7 @@
-"""What training keeps on disk: checkpoints to resume from, and the finished model.
+"""What training stores on disk: checkpoints to resume from, and the trained model.
 
 A checkpoint is one file that `torch.load(weights_only=True)` opens: tensors and plain values. A model folder is
-`model.safetensors` with `model.json`, which says how to build the network: no pickle, so it can be passed on.
+`model.safetensors` with `model.json`, which describes how to build the network. It has no pickle, so it is safe to share.
 """
 
 import json
@@ -27,8 +27,8 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 @dataclass
 class TrainState:
-    """Everything that the next step depends on. Dropout and shuffling are seeded again each epoch, by (seed, epoch,
-    rank), so the position is all that randomness needs."""
+    """Everything that the next step depends on. Dropout and shuffling are seeded each epoch by (seed, epoch, rank), so no
+    state of a random generator needs to be saved."""
 
     config: PipelineConfig
     manifest: Manifest
@@ -37,13 +37,13 @@ class TrainState:
     schedule: Schedule
     averaged: AveragedModel | None
     epoch: int = 0
-    """Epochs done."""
+    """Finished epochs."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """The metrics of each epoch done."""
+    """The metrics of each finished epoch."""
 
     @property
     def best_model(self) -> Classifier:
-        """The weights to judge: averaged if averaging is on."""
+        """The model to evaluate: the averaged weights if averaging is on."""
         return self.averaged.module if self.averaged is not None else self.model  # type: ignore[return-value]
 
     @property
@@ -65,20 +65,20 @@ class TrainState:
         }
 
     def save(self, folder: Path, *, position: dict[str, Any] | None = None) -> None:
-        """Writes a checkpoint to resume at `position` (default: here), and the model as it now is, to a folder."""
+        """Writes a checkpoint to resume at `position` (default: here), and the current model, to a folder."""
         torch.save(position or self.position(), folder / CHECKPOINT)
         save_model(self.best_model, self.config, self.manifest, folder)
 
     def load(self, folder: Path) -> None:
-        """Continues where `save` was called.
+        """Restores the state that `save` wrote.
 
         Raises:
-            TrainingError: the checkpoint is damaged, or belongs to another data set.
+            TrainingError: the checkpoint is damaged, or was made with another data set.
         """
         saved = _read_checkpoint(folder)
         if saved["data_digest"] != self.manifest.digest:
             raise TrainingError(
-                "the checkpoint was made on another data set", where=str(folder), remedy="Train again with --fresh"
+                "the checkpoint was made with another data set", where=str(folder), remedy="Train again with --fresh"
             )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -89,7 +89,7 @@ class TrainState:
 
 
 def read_epochs_done(folder: Path) -> int:
-    """The epochs that a checkpoint has behind it."""
+    """The number of finished epochs in a checkpoint."""
     return int(_read_checkpoint(folder)["epoch"])
 
 
@@ -97,14 +97,14 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
     file = folder / CHECKPOINT
     try:
         return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except Exception as error:  # torch raises whatever the damaged bytes lead it to
+    except Exception as error:  # torch raises almost any exception on damaged bytes
         raise TrainingError(
             f"the checkpoint cannot be read ({error})", where=str(file), remedy="Train again with --fresh"
         ) from error
 
 
 def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.device, num_steps: int) -> TrainState:
-    """A model with fresh weights, drawn by the config's seed, and all that trains it for `num_steps` steps."""
+    """A model initialised with the config's seed, and what is needed to train it for `num_steps` steps."""
     torch.manual_seed(config.seed)
     model = build_classifier(config, manifest).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.train, fused=config.execution.use_gpu)
@@ -116,11 +116,11 @@ def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.devic
 
 
 def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
-    """The network that the config and the data set's shape ask for.
+    """Builds the network of the config for the data set's image shape and classes.
 
     Raises:
-        ConfigError: the window that it is to see is larger than the images; the images are too small for the network; or
-            the network does not read a setting.
+        ConfigError: model.crop is larger than the images; the images are too small for the network; or the network does not
+            read a setting.
     """
     height, width, channels = manifest.image_shape
     if config.model.crop > min(height, width):
@@ -140,7 +140,7 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
         return _assembled(config.model.model_dump() | how, normalise, manifest.image_shape, len(manifest.classes))
     except ValueError as error:
         raise ConfigError(
-            f"cannot take the images of {manifest.name}, {width}x{height}: {error}",
+            f"cannot be used with the images of {manifest.name}, {width}x{height}: {error}",
             where=f"model.network = {config.model.network}",
             remedy="Choose another network, larger images, or a larger model.crop",
         ) from error
@@ -156,7 +156,7 @@ def _require_read(network: str, how: dict[str, bool]) -> None:
 def _assembled(
     settings: dict[str, Any], normalise: MeanRemoval, image_shape: tuple[int, int, int], num_classes: int
 ) -> Classifier:
-    """The classifier for the settings of `model`; those of before there was a choice of networks are the RCNN's.
+    """The classifier for the settings of `model`; without `network`, as in older models, it is the RCNN.
 
     Raises:
         ValueError: there is no such network, or the images are too small for it.
@@ -167,8 +167,8 @@ def _assembled(
 
 
 def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
-    """Writes weights and description; `load_model` reads them."""
-    from safetensors.torch import save_file  # late: training without checkpoints does without it
+    """Writes the weights and the description that `load_model` reads."""
+    from safetensors.torch import save_file  # late: the training core must run without safetensors
 
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
@@ -184,10 +184,10 @@ def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, fo
 
 
 def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
-    """A finished model in evaluation mode, and its description (classes, image_shape (H, W, C), config).
+    """A trained model in evaluation mode, and its description (classes, image_shape (H, W, C), config).
 
     Raises:
-        DataError: the folder holds no model, or its files do not belong together.
+        DataError: the folder does not hold a model, or its files do not match each other.
     """
     from safetensors.torch import load_file
 
@@ -196,7 +196,7 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
         description = parse_json((folder / DESCRIPTION).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors has its own error type, json another
-        raise DataError(f"holds no model ({error})", where=str(folder), remedy=remedy) from error
+        raise DataError(f"does not hold a model ({error})", where=str(folder), remedy=remedy) from error
     try:
         _require_keys(description)
         model = _rebuilt(description)
@@ -204,7 +204,7 @@ def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         fault = " ".join(str(error).split())[:300]
         raise DataError(
-            f"weights and description do not fit each other ({fault})", where=str(folder), remedy=remedy
+            f"the weights do not match the description ({fault})", where=str(folder), remedy=remedy
         ) from error
     return model.to(memory_format=torch.channels_last).eval(), description
 
@@ -216,7 +216,7 @@ def _require_keys(description: dict[str, Any]) -> None:
 
 
 def _rebuilt(description: dict[str, Any]) -> Classifier:
-    """A classifier of the described shape, its weights still to be loaded."""
+    """A classifier of the described shape, before its weights are loaded."""
     height, width, channels = description["image_shape"]
     normalise = MeanRemoval([0.0] * (height * width * channels), [1.0] * channels, (height, width, channels))
     return _assembled(description["network"], normalise, (height, width, channels), len(description["classes"]))

@@ -1,6 +1,6 @@
-"""How a step runs on this machine: device, precision, compiled or not, and the process set up for it.
+"""How a step runs on this machine: device, precision and compilation, and the set-up of the process.
 
-In: the settings and a device. Out: an `Execution`, which says what was chosen, and why.
+In: the settings and a device. Out: an `Execution`, which records the choice and the reason.
 """
 
 import ctypes
@@ -15,27 +15,27 @@ from torch import nn
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 
-# glibc gives large blocks back to the system at once, and each new one is then cleared by it, page by page.
+# By default glibc returns freed large blocks to the system at once, which then clears each new one page by page.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 BYTES_TO_KEEP, OLDER_GLIBCS_LIMIT = 2**31 - 1, 2**25
 
-STEPS_WORTH_COMPILING = 5_000
+STEPS_WORTH_COMPILING = 5_000  # on a GPU; an estimate, not measured
 LARGEST_KERNEL_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the steps of a run are carried out, and why."""
+    """How the steps of a run are executed, and why."""
 
     device: torch.device
     precision: torch.dtype
-    """Of the arithmetic: float32, or bfloat16 under autocast. Weights, gradients of weights and LRN's sums are float32."""
+    """Precision of the arithmetic: float32, or bfloat16 by autocast. Weights, their gradients and LRN's sums are float32."""
     is_compiled: bool
     reason: str
-    """Why the step is compiled, or is not."""
+    """Why the step is or is not compiled."""
 
     def compiled(self, network: nn.Module) -> nn.Module:
-        """The network, compiled if it is to be."""
+        """The network, compiled if `is_compiled`."""
         return torch.compile(network) if self.is_compiled else network  # type: ignore[return-value]
 
     def __str__(self) -> str:
@@ -62,11 +62,11 @@ def choose_device(use_gpu: bool) -> torch.device:
 
 
 def choose_execution(config: PipelineConfig, device: torch.device, *, num_steps: int) -> Execution:
-    """What `train.precision` and `execution.compile` come to on a device, for a run of `num_steps` steps.
+    """Resolves `train.precision` and `execution.compile` for a device and a run of `num_steps` steps.
 
     Raises:
-        ClusterError: there is no compiler, and compiling is on; or the Triton kernel is asked for, and does not agree with
-            the equation on this GPU.
+        ClusterError: compiling is on, but there is no compiler; or the Triton kernel is on, but does not agree with the
+            equation on this GPU.
     """
     how, wanted = config.execution, config.train.precision
     is_narrow = wanted == "bfloat16" or (wanted == "auto" and _has_bfloat16(device))
@@ -82,18 +82,19 @@ def choose_execution(config: PipelineConfig, device: torch.device, *, num_steps:
 
 
 def _is_worth_compiling(device: torch.device, num_steps: int) -> tuple[bool, str]:
-    """The answer, and why."""
+    """Whether to compile, and the reason."""
     if device.type == "cpu":
+        # Measured at K = 96, T = 3: 0.87 of the floor compiled, 0.96 not compiled (tests/bench/NOTES.md).
         return False, "auto: on a CPU it gains nothing"
     if num_steps < STEPS_WORTH_COMPILING:
-        return False, f"auto: {num_steps:,} steps are too few to earn the time that it takes"
+        return False, f"auto: {num_steps:,} steps are too few to pay for compiling"
     if not _compiler():
         return False, "auto: there is no C++ compiler"
-    return True, f"auto: {num_steps:,} steps are enough to earn the time that it takes"
+    return True, f"auto: {num_steps:,} steps pay for compiling"
 
 
 def _compiler() -> str | None:
-    """What torch compiles with, where it is."""
+    """The path of the compiler that torch uses, if it is installed."""
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
@@ -112,10 +113,10 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def _check_kernel(device: torch.device, precision: torch.dtype) -> None:
     try:
-        from rcnn.model.lrn_triton import largest_error  # there is no Triton on every machine
+        from rcnn.model.lrn_triton import largest_error  # Triton is not installed on every machine
 
         error = largest_error(device, precision)
-    except Exception as fault:  # whatever its compiler or the driver raises
+    except Exception as fault:  # Triton's compiler and the driver raise many types
         raise _kernel_error(f"cannot run ({fault})") from fault
     if not error < LARGEST_KERNEL_ERROR[precision]:
         raise _kernel_error(f"has a relative error of {error:.1e}")
@@ -132,10 +133,11 @@ def prepare(device: torch.device, *, deterministic: bool = False) -> None:
 
     Args:
         device: where the model is.
-        deterministic: two runs on one machine give the same bits; operations that cannot are refused by torch.
+        deterministic: whether two runs on one machine give identical bits; torch then refuses operations that cannot. On the
+            CPU this costs nothing (1.01 of the floor against 0.96, within the noise; `tests/bench/NOTES.md`).
     """
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # guards against bugs, costs a pass over all memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs that costs a pass over memory
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     if deterministic:
@@ -145,7 +147,7 @@ def prepare(device: torch.device, *, deterministic: bool = False) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets activations reuse memory instead of fetching it from the system: a fifth of a CPU step, where glibc is used."""
+    """Makes glibc keep freed memory, so that activations reuse it: saves a fifth of a CPU step (`tests/bench/NOTES.md`)."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, BYTES_TO_KEEP) or libc.mallopt(M_MMAP_THRESHOLD, OLDER_GLIBCS_LIMIT)

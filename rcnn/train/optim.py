@@ -1,4 +1,4 @@
-"""SGD with momentum, and the two schedules of its learning rate."""
+"""SGD with momentum, and its two learning-rate schedules."""
 
 import inspect
 from typing import Any
@@ -11,11 +11,10 @@ from rcnn.config import TrainConfig
 
 
 class SGD(torch.optim.SGD):
-    """`torch.optim.SGD`, without the 7 s that each process pays to import torch's compiler at the first step.
+    """`torch.optim.SGD` without importing torch's compiler at the first step, which takes 7 s per process.
 
-    Torch imports it only to mark `step` and four more methods as not to be compiled. This class has the same methods
-    without that mark: `step` under `no_grad`, which is all that its wrapper does beyond. Torch's own classes stay as they
-    are.
+    Torch imports it only to exclude `step` and four other methods from compilation. This class has the same methods without
+    that wrapper; `step` keeps `no_grad`, the only other thing that its wrapper does. Torch's own classes are not changed.
     """
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
@@ -26,7 +25,7 @@ class SGD(torch.optim.SGD):
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, *, fused: bool = False) -> torch.optim.SGD:
-    """SGD over all parameters (paper section 4); `fused`: one kernel updates them all, on a GPU."""
+    """SGD over all parameters (paper section 4). `fused`: one kernel updates all parameters, on a GPU (not measured)."""
     return SGD(
         model.parameters(),
         lr=train.learning_rate,
@@ -38,15 +37,15 @@ def build_optimizer(model: nn.Module, train: TrainConfig, *, fused: bool = False
 
 
 class Schedule:
-    """The learning rate over time, one interface for both kinds.
+    """A learning-rate schedule, with one interface for both kinds.
 
-    `plateau` is the paper's: a cut when validation error stalls, decided after each epoch. `one_cycle` rises and falls
-    once over the whole run, step by step, which suits short runs.
+    `plateau` is the paper's: the rate is cut when the validation error stops improving, checked after each epoch. `one_cycle`
+    rises and falls once over the run, step by step, which suits short runs.
 
     Args:
-        optimizer: whose rate is set.
+        optimizer: the optimizer whose learning rate is set.
         train: the settings.
-        num_steps: steps of the whole run.
+        num_steps: total number of steps of the run.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, train: TrainConfig, *, num_steps: int):
@@ -61,30 +60,30 @@ class Schedule:
             self._one_cycle = OneCycleLR(
                 optimizer,
                 max_lr=train.learning_rate,
-                total_steps=num_steps + 1,  # OneCycleLR takes one step of its own when it is built
+                total_steps=num_steps + 1,  # OneCycleLR takes one step in its constructor
                 pct_start=train.one_cycle_warmup,
                 cycle_momentum=False,
             )
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """The learning rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:
-        """To be called after each optimizer step."""
+        """Call after each optimizer step."""
         if self._one_cycle is not None:
             self._one_cycle.step()
 
     def after_epoch(self, val_error: float) -> None:
-        """To be called after each epoch, with the validation error (0 to 1)."""
+        """Call after each epoch, with the validation error (0 to 1)."""
         if self._plateau is not None:
             self._plateau.step(val_error)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next rate depends on, in plain values."""
+        """The state of the schedule, in plain values."""
         return (self._plateau or self._one_cycle).state_dict()  # type: ignore[union-attr,no-any-return]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
+        """Restores a state from `state_dict`."""
         (self._plateau or self._one_cycle).load_state_dict(state)  # type: ignore[union-attr,no-any-return]

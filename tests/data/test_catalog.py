@@ -71,7 +71,7 @@ def test_rows_that_are_not_those_of_the_manifest_are_found_although_checksums_fi
         manifest.model_copy(update={"splits": splits}).with_digest().model_dump(mode="json"),
     )
     [fault] = find_faults(copy, digits.folder)
-    assert "the rows of val are not those of the manifest" in fault
+    assert "the val rows differ from the manifest" in fault
     assert pq.read_metadata(folder / shards["val"].file).num_rows == shards["val"].rows
 
 
@@ -81,7 +81,7 @@ def test_the_list_names_whole_unfinished_and_damaged_ones(copy: Storage, digits:
     copy.write_text("datasets/bare/train/train-00000.parquet", "")
     states = {row["folder"]: (row["data set"], row["state"]) for row in list_data_sets(copy)}
     name = digits.folder.removeprefix("datasets/")
-    assert states[name] == ("mnist-sample", "whole")
+    assert states[name] == ("mnist-sample", "complete")
     assert "resumes it" in states[".draft-other"][1]
     assert "not JSON" in states["broken"][1]
     assert "_manifest.json is missing" in states["bare"][1]
@@ -94,7 +94,7 @@ def test_a_data_set_is_found_by_folder_name_and_digest(copy: Storage, digits: In
     with pytest.raises(ConfigError, match="there is no data set 'nothing'"):
         find_data_set(copy, "nothing")
     shutil.copytree(copy.local_path(digits.folder), copy.local_path("datasets/twin"))
-    with pytest.raises(ConfigError, match=f"may be {name} or twin"):
+    with pytest.raises(ConfigError, match=f"matches {name} and twin"):
         find_data_set(copy, "mnist-sample")
 
 

@@ -82,7 +82,7 @@ def test_a_data_set_is_kept_on_s3(endpoint: str, digits: IngestResult) -> None:
     manifest = require_manifest(storage, "datasets/x")
     assert result.rows == {"train": 3600, "val": 400, "test": 1000}
     assert list(find_faults(storage, "datasets/x")) == []
-    assert [row["state"] for row in list_data_sets(storage)] == ["whole"]
+    assert [row["state"] for row in list_data_sets(storage)] == ["complete"]
     for engine in ("resident", "streaming"):
         assert len(load_training_data(storage, "datasets/x", engine=engine).train) == 3600
     [shard] = manifest.splits["test"].shards

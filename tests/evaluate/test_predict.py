@@ -78,7 +78,7 @@ def test_a_bad_file_is_reported_and_the_others_go_on(
     assert [line.partition(": ")[0] for line in printed.out.splitlines()[1:]] == list(map(str, good))
     bad, absent, summary = printed.err.splitlines()
     assert "bad\\n.png: is " in bad
-    assert "absent.png: is not there" in absent
+    assert "absent.png: does not exist" in absent
     assert summary == "rcnn: 2 of 4 files could not be read"
 
 
@@ -146,11 +146,11 @@ def test_a_description_that_lacks_a_key_is_named(model: Path, tmp_path: Path) ->
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(DataError, match="holds no model"):
+    with pytest.raises(DataError, match="does not hold a model"):
         Predictor(tmp_path)
     [image] = write_images(tmp_path, 1)
     for wanted in (str(tmp_path), "runs/absent/model"):
         assert main(["predict", "--model", wanted, str(image)]) == 2
         error = capsys.readouterr().err
-        assert f"{wanted}: holds no model" in error
+        assert f"{wanted}: does not hold a model" in error
         assert error.count("\n") == 1

@@ -100,5 +100,5 @@ def test_a_cluster_that_does_not_answer_is_named() -> None:
     from flows.jobs import run_as_job
 
     config = PipelineConfig().with_settings({"ray.address": "http://127.0.0.1:9"})
-    with pytest.raises(ClusterError, match=r"ray\.address = http://127\.0\.0\.1:9.*does not answer.*make up"):
+    with pytest.raises(ClusterError, match=r"ray\.address = http://127\.0\.0\.1:9.*cannot be used.*make up"):
         run_as_job(config, "ingest", {})

@@ -26,7 +26,7 @@ def test_a_taken_port_is_named_with_the_way_out() -> None:
         port = taken.getsockname()[1]
         done = stack("up", MLFLOW_PORT=str(port))
     assert done.returncode == 2
-    assert f"MLFLOW_PORT: port {port} is taken. Free it, or: make up MLFLOW_PORT={port + 11}" in done.stderr
+    assert f"MLFLOW_PORT: port {port} is in use. Free it, or run `make up MLFLOW_PORT={port + 11}`" in done.stderr
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_the_stack_comes_up_runs_the_flow_and_a_job_and_leaves_nothing(tmp_path:
     try:
         assert up.returncode == 0, up.stderr
         assert up.stdout.count("http://127.0.0.1:") == 3
-        assert "is up already" in stack("up", **env).stdout
+        assert "is already running" in stack("up", **env).stdout
         config = subprocess.run(["rcnn", "config", "--recipe", "debug_tiny", "--json"], capture_output=True, check=True)
         flow = in_shell(
             "prefect deployment run rcnn/full-pipeline --watch --watch-timeout 400 --param config='"
@@ -51,7 +51,7 @@ def test_the_stack_comes_up_runs_the_flow_and_a_job_and_leaves_nothing(tmp_path:
         assert "train: nothing to do" in job.stdout + job.stderr
     finally:
         down = stack("down")
-    assert "the stack is down" in down.stdout, down.stderr
+    assert "the stack is stopped" in down.stdout, down.stderr
     left = [process for process in psutil.process_iter() if process.pid not in before and is_of_the_stack(process)]
     assert left == []
     assert "is not running" in stack("down").stdout

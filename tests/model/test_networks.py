@@ -359,12 +359,12 @@ def test_dropout_works_in_training_only(name: str) -> None:
 
 
 def test_unknown_networks_and_images_that_are_too_small_are_refused() -> None:
-    with pytest.raises(ValueError, match="there is no network 'resnet'; there are rcnn, recursive, wide"):
+    with pytest.raises(ValueError, match="there is no network 'resnet'; choose one of rcnn, recursive, wide"):
         build_network("resnet", CIFAR, 10)
     with pytest.raises(ValueError, match="images of 9x8 are too small; layer 1 leaves nothing"):
         build_network("maxout", (8, 9, 1), 10)
     for name in ("nin", "nin_svhn"):
-        with pytest.raises(ValueError, match="images of 3x9 are too small; it takes 4x4 or larger"):
+        with pytest.raises(ValueError, match="images of 3x9 are too small; they must be 4x4 or larger"):
             build_network(name, (9, 3, 3), 10)
         assert built(name, (4, 4, 3)).eval()(images_of((4, 4, 3), 1)).shape == (1, 10)
 

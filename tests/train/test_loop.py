@@ -282,7 +282,7 @@ def test_what_a_network_cannot_take_is_refused(tiny_config: PipelineConfig, data
         fit(nin.with_settings({"execution.recompute": True}), data, ignore)
     with pytest.raises(
         ConfigError,
-        match=r"model\.network = nin: cannot take the images of mnist-sample, 28x28: images of 3x3 are too small",
+        match=r"model\.network = nin: cannot be used with the images of mnist-sample, 28x28: images of 3x3 are too small",
     ):
         fit(nin.with_settings({"model.crop": 3}), data, ignore)
 
@@ -306,7 +306,7 @@ def test_wrong_batch_device_and_checkpoints_are_named(
         fit(tiny_config, data, ignore, resume_from=tmp_path)
     fit(tiny_config.with_settings({"train.epochs": 1}), data, lambda metrics, save: save(tmp_path))
     other = TrainingData(data.manifest.model_copy(update={"digest": "other"}), data.train, data.val)
-    with pytest.raises(TrainingError, match="made on another data set"):
+    with pytest.raises(TrainingError, match="made with another data set"):
         fit(tiny_config, other, ignore, resume_from=tmp_path)
-    with pytest.raises(DataError, match="holds no model"):
+    with pytest.raises(DataError, match="does not hold a model"):
         load_model(tmp_path / "nowhere")

@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100: an archive of Python pickles, read by an unpickler that admits arrays and plain containers alone.
+"""CIFAR-10 and CIFAR-100: an archive of Python pickles, read by an unpickler that admits only arrays and plain containers.
 
-Nothing is unpacked to disk: members are read out of the archive, or from the folder that somebody unpacked.
+Nothing is extracted to disk: members are read from the archive, or from a folder with the extracted files.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ BYTES_PER_IMAGE = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """An official archive, and what is in it.
+    """An official archive and its contents.
 
     Attributes:
         parts: the members of each part, with their MD5.
         meta: the member with the class names, and its MD5.
-        labels, coarse: names of a batch's label lists; `coarse` may be empty.
-        label_names, coarse_names: names of the lists in `meta`.
+        labels, coarse: keys of a batch's label lists; `coarse` is empty if there are no coarse labels.
+        label_names, coarse_names: keys of the lists of class names in `meta`.
     """
 
     name: str
@@ -90,7 +90,7 @@ def open_cifar10(data: DataConfig, downloads: Path) -> Origin:
 
 
 def open_cifar100(data: DataConfig, downloads: Path) -> Origin:
-    """CIFAR-100 with fine labels, the coarse ones beside them, from `data.root`, or downloaded."""
+    """CIFAR-100 with fine and coarse labels, from `data.root`, or downloaded."""
     return _open(CIFAR100, data, downloads)
 
 
@@ -163,7 +163,7 @@ def _read_archive(files: CifarFiles, archive: Path) -> Iterator[tuple[str, bytes
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
-                tarfile.data_filter(member, "/nowhere")  # refuses ../, links that lead out, and devices
+                tarfile.data_filter(member, "/nowhere")  # refuses ../, links out of the folder, and devices
                 folder, _, name = member.name.rpartition("/")
                 if folder == files.folder and name in _members(files) and member.isreg():
                     stream = tar.extractfile(member)
@@ -178,12 +178,12 @@ def _unpickled(members: dict[str, bytes], name: str, where: Path) -> dict[str, A
         raise SourceError(f"{name} is missing", where=str(where), remedy="Fetch the archive again")
     try:
         tree = PlainUnpickler(io.BytesIO(members[name]), encoding="latin1").load()
-    except Exception as error:  # broken bytes make pickle raise anything
+    except Exception as error:  # pickle raises almost any exception on damaged bytes
         raise SourceError(
             f"{name} is not a plain pickle ({error})", where=str(where), remedy="Do not use this file: fetch it again"
         ) from error
     if not isinstance(tree, dict):
-        raise SourceError(f"{name} holds no table", where=str(where), remedy="Fetch the archive again")
+        raise SourceError(f"{name} does not hold a dictionary", where=str(where), remedy="Fetch the archive again")
     return tree
 
 
@@ -214,7 +214,7 @@ def _joined(batches: list[Arrays]) -> Arrays:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; whatever else a pickle asks for, a function to call say, is refused."""
+    """Reads numpy arrays and plain containers, and refuses everything else, such as functions to call."""
 
     ADMITTED = frozenset(
         {
@@ -227,7 +227,7 @@ class PlainUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle names, if it is admitted."""
+        """The object that the pickle names, if it is admitted."""
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)

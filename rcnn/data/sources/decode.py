@@ -1,6 +1,6 @@
-"""One encoded image (PNG, JPEG, ...) to uint8 pixels of a stated shape, by a stated rule.
+"""Decodes one encoded image (PNG, JPEG, ...) to uint8 pixels of a given shape, by a given rule.
 
-Ingest and `rcnn predict` both come here, so a model is asked about images made the way it was trained on.
+Ingest and `rcnn predict` both use it, so a model predicts on images that were decoded like its training images.
 """
 
 import errno
@@ -17,8 +17,8 @@ from PIL import Image, ImageChops, ImageOps, features
 from rcnn.config import DataConfig
 from rcnn.errors import SourceError
 
-# What is read, by content and not by file name (JPEG includes MPO), with the usual endings of file names. Not EPS: Pillow
-# hands it to another program. AVIF and JPEG 2000 need libraries that Pillow's own wheels have, and some builds lack.
+# The formats that are read, detected by content and not by file name (JPEG includes MPO), with their usual extensions. Not EPS:
+# Pillow runs an external program for it. AVIF and JPEG 2000 need libraries that Pillow's wheels include and some builds lack.
 ENDINGS_OF = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -32,22 +32,22 @@ ENDINGS_OF = {
 }
 FORMATS = tuple(ENDINGS_OF)
 ENDINGS = tuple(ending for endings in ENDINGS_OF.values() for ending in endings)
-# Not the image's fault: to leave it out for good would be wrong.
+# Transient errors, not the image's fault: skipping the image for good would be wrong.
 PASSING_FAULTS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 ORIENTATION_TAG = 0x0112
 MODES = {1: "L", 3: "RGB"}
 NO_IMAGE = "is not an image that can be read ({})"
-SVG = f"is an SVG file, a vector graphic, and not an image that can be read ({', '.join(FORMATS)})"
-BYTES_TO_TELL_SVG = 4096  # an XML declaration, a comment and a DOCTYPE may come first
-# Formats without a grey mode: in them an image is grey if its pixels are. What encoding grey pixels adds in colour, the
-# largest difference of a pixel's channels, was 1 of 255 in WebP (libwebp rounds) and up to 4 in AVIF (tiny images, quality 30
-# and below), over noise, gradients and flat areas of 1x1 to 130x100 pixels at quality 0 to 100.
+SVG = f"is an SVG file (vector graphics), not an image that can be read ({', '.join(FORMATS)})"
+BYTES_TO_TELL_SVG = 4096  # an XML declaration, a comment and a DOCTYPE can come first
+# Formats without a greyscale mode: an image counts as grey if its pixels are. The colour that encoding adds to grey pixels (the
+# largest difference between a pixel's channels) was 1 of 255 in WebP (libwebp rounds) and up to 4 in AVIF (tiny images, quality
+# 30 and below), measured on noise, gradients and flat areas of 1x1 to 130x100 pixels at quality 0 to 100.
 FORMATS_WITHOUT_GREY = ("WEBP", "AVIF")
 MAX_COLOUR_OF_GREY = 4
 
 
 class BadImage(Exception):
-    """Why an image cannot be taken, and what the user can do about it."""
+    """Why an image cannot be used, and what the user can do about it."""
 
     def __init__(self, reason: str, *, remedy: str = "Fix or delete it"):
         super().__init__(reason)
@@ -56,12 +56,12 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class ImageRule:
-    """What images are made into.
+    """How images are converted.
 
     Attributes:
-        image_shape: (H, W, C) that comes out.
-        resize: how another size is brought to it; None where another size is an error.
-        is_grey_required: whether a colour image is an error, although C is 1.
+        image_shape: (H, W, C) of the result.
+        resize: how images of another size are resized; None: another size is an error.
+        is_grey_required: whether a colour image is an error; otherwise it is converted where C is 1.
         max_pixels: larger images are refused before they are decoded.
     """
 
@@ -72,7 +72,7 @@ class ImageRule:
 
 
 def find_rule(data: DataConfig, first: IO[bytes] | Path) -> ImageRule:
-    """The rule that the settings ask for; what they leave open is taken from the first image.
+    """The rule that the settings ask for; size and colour that they do not fix are those of the first image.
 
     Raises:
         BadImage: the first image cannot be read.
@@ -95,54 +95,55 @@ def find_rule(data: DataConfig, first: IO[bytes] | Path) -> ImageRule:
 def decode_image(source: IO[bytes] | Path, rule: ImageRule) -> np.ndarray:
     """The pixels, uint8 (H, W, C).
 
-    Turned upright as EXIF says; 16-bit greys are scaled to 8; transparency is dropped; of an animation the first picture.
+    The EXIF orientation is applied; 16-bit greyscale is scaled to 8 bits; transparency is dropped; animations give their first
+    frame.
 
     Raises:
-        BadImage: it cannot be read, or is not one that the rule takes.
+        BadImage: it cannot be read, or the rule does not admit it.
     """
     height, width, channels = rule.image_shape
     with _opened(source, rule.max_pixels) as opened:
         image = _loaded(opened)
     if rule.is_grey_required and not _is_grey(image, opened.format):
-        raise BadImage("is in colour, and the first image is grey", remedy="Set data.color to grey or rgb")
+        raise BadImage("is in colour, but the first image is grey", remedy="Set data.color to grey or rgb")
     if image.mode != MODES[channels]:
         with _decoding():
             image = image.convert(MODES[channels])
     if image.size != (width, height):
         if rule.resize is None:
             found = f"{image.width}x{image.height}"
-            raise BadImage(f"is {found}, and the first image is {width}x{height}", remedy="Set data.image_size")
+            raise BadImage(f"is {found}, but the first image is {width}x{height}", remedy="Set data.image_size")
         image = _resized(image, (width, height), rule.resize)
     return np.asarray(image).reshape(rule.image_shape)
 
 
 def require_header(source: IO[bytes] | Path, data: DataConfig) -> None:
-    """Checks that a file begins like an image, without decoding it: a file name may say nothing about that.
+    """Checks that a file has the header of an image, without decoding it; for files whose names do not say so.
 
     Raises:
-        BadImage: it does not.
+        BadImage: it has none.
     """
     _opened(source, data.max_megapixels * 1_000_000).close()
 
 
 def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
-    """An image whose header has been read, and nothing else."""
+    """The image, with only its header read."""
     try:
         image = Image.open(source, formats=FORMATS)
     except FileNotFoundError as error:
-        raise BadImage("is not there") from error
+        raise BadImage("does not exist") from error
     except OSError as error:
         if error.errno in PASSING_FAULTS:
             raise SourceError(
-                f"cannot be read for now ({error.strerror})",
+                f"cannot be read at the moment ({error.strerror})",
                 where=str(source),
-                remedy="Run the same command again: what is finished is kept",
+                remedy="Run the same command again: finished work is kept",
                 retryable=True,
             ) from error
         if error.errno:
             raise BadImage(f"cannot be read ({error.strerror})") from error
         raise _unknown_kind(source) from error
-    except Image.DecompressionBombError as error:  # Pillow's own limit, above any of ours
+    except Image.DecompressionBombError as error:  # Pillow's own limit, higher than any of ours
         fault = f"is larger than data.max_megapixels = {max_pixels // 1_000_000} allows ({_line(error)})"
         raise BadImage(fault, remedy="Make it smaller") from error
     except Exception as error:  # on broken bytes Pillow raises almost anything
@@ -158,7 +159,7 @@ def _opened(source: IO[bytes] | Path, max_pixels: int) -> Image.Image:
 
 
 def _unknown_kind(source: IO[bytes] | Path) -> BadImage:
-    """What is wrong with a file that none of the formats claims."""
+    """The error for a file that is in none of the formats."""
     if isinstance(source, Path):
         with source.open("rb") as stream:
             start = stream.read(BYTES_TO_TELL_SVG)
@@ -183,14 +184,14 @@ def _decoding() -> Iterator[None]:
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """Silences Pillow's warning about large images: the limit is ours. Around many images, since it is slow."""
+    """Silences Pillow's warning about large images, since we check our own limit. Slow, so used once around many images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
 
 
 def _loaded(opened: Image.Image) -> Image.Image:
-    """The whole image, decoded, upright, with 8 bits a channel."""
+    """The image, decoded, upright, with 8 bits per channel."""
     with _decoding():
         image = _eight_bits(_upright(opened))
         image.info.pop("transparency", None)  # Pillow would warn that it is dropped
@@ -199,14 +200,14 @@ def _loaded(opened: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image, turned if EXIF asks for it; otherwise it is not copied."""
+    """The image with its EXIF orientation applied; not copied if there is none."""
     return image if image.getexif().get(ORIENTATION_TAG, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def _is_grey(image: Image.Image, kind: str | None) -> bool:
     """Whether a loaded image of this format counts as grey.
 
-    A format that has a grey mode says it by that: a JPEG of three channels is meant in colour, whatever its pixels.
+    In formats with a greyscale mode, the mode decides: a JPEG with three channels counts as colour, whatever its pixels.
     """
     if image.mode in ("1", "L", "LA", "La"):
         return True
@@ -224,7 +225,7 @@ def _largest_colour(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit greys scaled to 8 bits; Pillow's own conversion would clip them to white. Deeper pixels are refused."""
+    """16-bit greyscale scaled to 8 bits; Pillow's own conversion would clip it to white. Deeper pixels are refused."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
     if not image.mode.startswith("I"):

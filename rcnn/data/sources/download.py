@@ -1,6 +1,6 @@
-"""Official files: fetched with progress, resumed after a broken connection, and checked before anything reads them.
+"""Downloads official files with progress, resumes after a broken connection, and checks them before anything reads them.
 
-torchvision's own download starts over when a connection breaks, which for SVHN's 1.3 GB is a pity: hence this one.
+torchvision's download starts over when a connection breaks, which is costly for SVHN's 1.3 GB; this one resumes.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ BYTES_PER_READ = 1 << 18
 
 
 def fetch(file: str, *, md5: str, mirrors: Sequence[str], folder: Path) -> Path:
-    """Fetches a file from the first mirror that has it, unless it is there already.
+    """Downloads a file from the first mirror that has it, unless it exists already.
 
-    What a broken connection left is kept as `<file>.part`, and the next call resumes behind it.
+    A partial download is kept as `<file>.part`, and the next call resumes it.
 
     Raises:
-        SourceError: no mirror has the file with this checksum; or the folder cannot be written.
+        SourceError: no mirror has the file with this checksum, or the folder cannot be written.
     """
     target = folder / file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{file}.lock"):  # two ingests at once share one download
+        with FileLock(folder / f".{file}.lock"):  # concurrent ingests share one download
             if not (target.exists() and md5_of(target) == md5):
                 _fetch_from_any(file, md5, mirrors, target)
     except OSError as error:
@@ -61,7 +61,7 @@ def md5_of(file: Path) -> str:
             return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
         raise SourceError(
-            f"cannot be read ({error.strerror})", where=str(file), remedy="Give a file that can be"
+            f"cannot be read ({error.strerror})", where=str(file), remedy="Give a readable file"
         ) from error
 
 
@@ -79,8 +79,8 @@ def _fetch_from_any(file: str, md5: str, mirrors: Sequence[str], target: Path) -
             draft.replace(target)
             return
         draft.unlink()  # not resumable
-        faults.append(f"{url}: the file's MD5 is {found}, the official one {md5}")
-    kept = f"; {draft.stat().st_size / 1e6:.1f} MB are kept, the next try resumes there" if draft.exists() else ""
+        faults.append(f"{url}: the file's MD5 is {found}, the official file's is {md5}")
+    kept = f"; {draft.stat().st_size / 1e6:.1f} MB are kept, and the next run resumes there" if draft.exists() else ""
     raise SourceError(
         f"could not be downloaded ({'; '.join(faults)}{kept})",
         where=file,
@@ -90,11 +90,11 @@ def _fetch_from_any(file: str, md5: str, mirrors: Sequence[str], target: Path) -
 
 
 class _DownloadFailed(Exception):
-    """This address does not give the file, for now."""
+    """This mirror does not serve the file at the moment."""
 
 
 def _fetch_resuming(url: str, draft: Path) -> None:
-    """Appends to the draft until it is whole; attempts that bring nothing are numbered."""
+    """Appends to the draft until it is complete; gives up after `NUM_ATTEMPTS` consecutive attempts without progress."""
     if not url.startswith(("http://", "https://")):
         raise _DownloadFailed("is not an http address")
     fruitless = 0
@@ -119,7 +119,7 @@ def _fetch_resuming(url: str, draft: Path) -> None:
 
 
 def _append(url: str, draft: Path) -> None:
-    """Fetches what is missing in one request; raises if the connection ends before the file does."""
+    """Downloads the missing bytes in one request; raises if the connection closes too early."""
     there = draft.stat().st_size if draft.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})  # noqa: S310  (checked)
     try:
@@ -128,12 +128,12 @@ def _append(url: str, draft: Path) -> None:
         if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
         if error.headers.get("Content-Range", "").endswith(f"/{there}"):
-            return  # all of it was there
+            return  # the draft was already complete
         draft.unlink()
         raise ConnectionError("the kept part is longer than the file; starting over") from error
     with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
-            there = 0  # this server does not resume
+            there = 0  # this server does not support range requests
         missing = -1 if response.length is None else response.length
         with draft.open("ab" if there else "wb") as stream:
             received = _copy(response, stream, there, missing, draft.stem)
@@ -158,7 +158,7 @@ def _copy(response: IO[bytes], stream: IO[bytes], there: int, missing: int, name
 
 
 def _received(response: IO[bytes]) -> bytes:
-    """The next bytes. What the network does is told from what the disk does: a route that is gone is a mere OSError."""
+    """The next bytes. A lost route is a plain OSError, made a ConnectionError here to tell it from a fault of the disk."""
     try:
         return response.read(BYTES_PER_READ)
     except OSError as error:

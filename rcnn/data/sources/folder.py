@@ -1,8 +1,8 @@
 """A tree of image files: `train/<class>/*.png`, with or without `val/` and `test/`; or just `<class>/*.png`.
 
-Classes are the folders' names (in Unicode's composed form, NFC), in alphabetical order. A row's id is its path below
-`data.root`. Every file in a class folder is a row, whatever its name: what cannot be read as an image is a bad row, and
-`data.on_error` decides. Only hidden files (.name) and `LEFTOVERS` are passed over.
+Classes are the folder names (in Unicode's composed form, NFC), in alphabetical order. A row's id is its path below
+`data.root`. Every file in a class folder is a row, whatever its name: a file that cannot be read as an image is a bad row, and
+`data.on_error` decides whether it is skipped. Only hidden files (.name) and `LEFTOVERS` are ignored.
 """
 
 import os
@@ -35,10 +35,10 @@ from rcnn.errors import SourceError
 from rcnn.progress import say
 from rcnn.text import counted, printable
 
-NUM_SHOWN = 3  # names in a line about many
+NUM_SHOWN = 3  # names to list in a message
 
 ClassFolders = dict[str, list[Path]]
-"""The folders of each class: more than one where their names differ only in Unicode's composition."""
+"""The folders of each class: more than one if their names differ only in their Unicode normalisation."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FileChunk:
 
     @unwarned()
     def read(self) -> tuple[Block, list[Skipped]]:
-        """Decodes the files; those that cannot be are left out and named."""
+        """Decodes the files; returns those that cannot be decoded as skipped rows."""
         images = np.empty((len(self.row_ids), *self.rule.image_shape), np.uint8)
         kept: list[int] = []
         skipped: list[Skipped] = []
@@ -68,13 +68,13 @@ class FileChunk:
 
 @dataclass(frozen=True)
 class _Tree:
-    """Where the files are, and whether links may lead out of there."""
+    """The root folder, and whether links are followed out of it."""
 
     root: Path
     follow_links: bool
 
     def row_id(self, entry: os.DirEntry[str]) -> str:
-        """The path below the root, as found: links are not resolved."""
+        """The path below the root, with links unresolved."""
         return entry.path.removeprefix(self._prefix)
 
     @cached_property
@@ -91,7 +91,7 @@ class _Fault(NamedTuple):
 
 @dataclass
 class _Listing:
-    """The files of a tree, class by class, and what was found wrong with some."""
+    """The files of a tree, class by class, and the bad files."""
 
     tree: _Tree
     data: DataConfig
@@ -140,13 +140,15 @@ def _existing(text: str) -> Path:
 
 
 def _part_folders(tree: _Tree) -> dict[str, Path]:
-    """The folder of each part; a root that holds the classes itself is all training rows."""
+    """The folder of each part; a root that directly holds the class folders is the training part."""
     folders = {entry.name: entry for entry in _subfolders(tree.root)}
     found: dict[str, Path] = {}
     for name, entry in folders.items():
         part = PARTS.get(name.lower())
         if part in found:
-            raise SourceError(f"{found[part].name}/ and {name}/ are one part", where=str(tree.root), remedy="Keep one")
+            raise SourceError(
+                f"{found[part].name}/ and {name}/ are the same part", where=str(tree.root), remedy="Keep one"
+            )
         if part:
             found[part] = _sound_folder(tree, entry)
     if "train" not in found:
@@ -156,12 +158,12 @@ def _part_folders(tree: _Tree) -> dict[str, Path]:
             )
         return {"train": tree.root}
     if beside := [entry.name for entry in _entries(tree.root) if entry.name.lower() not in PARTS]:
-        say(f"  files and folders beside train/ stay out: {_some(beside)}")
+        say(f"  ignoring files and folders beside train/: {_some(beside)}")
     return found
 
 
 def _classes(tree: _Tree, parts: dict[str, Path]) -> tuple[tuple[str, ...], dict[str, ClassFolders]]:
-    """The classes, which are those of the training part, and their folders in each part."""
+    """The classes, defined by the training part, and their folders in each part."""
     folders = {part: _class_folders(tree, folder) for part, folder in parts.items()}
     classes = tuple(sorted(folders["train"]))
     if len(classes) < 2:
@@ -182,23 +184,23 @@ def _classes(tree: _Tree, parts: dict[str, Path]) -> tuple[tuple[str, ...], dict
 
 
 def _class_folders(tree: _Tree, part: Path) -> ClassFolders:
-    """The folders of each class of a part. A Mac writes ü as u and a mark (NFD), others as one sign (NFC): one class."""
+    """The folders of each class of a part. macOS writes ü as two code points (NFD), others as one (NFC): the same class."""
     folders: ClassFolders = {}
     for entry in _subfolders(part):
         folder = _sound_folder(tree, entry)
         folders.setdefault(unicodedata.normalize("NFC", entry.name), []).append(folder)
     if doubled := [name for name, of_class in folders.items() if len(of_class) > 1]:
-        say(f"  classes of {part.name}/ with two folders, in NFC and NFD: {_some(doubled)}")
+        say(f"  merging folders of {part.name}/ that are the same class in NFC and NFD: {_some(doubled)}")
     return folders
 
 
 def _subfolders(folder: Path) -> list[os.DirEntry[str]]:
-    """Folders, links to folders, and links to nothing: a folder may have been there."""
+    """Folders, links to folders, and broken links, which may have led to a folder."""
     return [entry for entry in _entries(folder) if not _is_file(entry)]
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    """What is in a folder, in alphabetical order, but for hidden files and leftovers."""
+    """The entries of a folder, in alphabetical order, without hidden files and leftovers."""
     try:
         found = [entry for entry in os.scandir(folder) if entry.name[0] != "." and entry.name.lower() not in LEFTOVERS]
     except OSError as error:
@@ -209,7 +211,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a file or leads to one. A link may lead in circles, at which `DirEntry.is_file` raises."""
+    """Whether it is a file or a link to one. `DirEntry.is_file` would raise on a circular link."""
     return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file(follow_symlinks=False)
 
 
@@ -220,7 +222,7 @@ def _sound_folder(tree: _Tree, entry: os.DirEntry[str]) -> Path:
 
 
 def _fault_of(tree: _Tree, entry: os.DirEntry[str], kind: Literal["file", "folder"]) -> _Fault | None:
-    """Why an entry cannot be taken for a file, or a folder, of the tree."""
+    """Why an entry cannot be used as a file, or a folder, of the tree."""
     if not _is_utf8(entry.path):
         return _Fault("its name is not UTF-8", "Rename it")
     if not entry.is_symlink():
@@ -229,12 +231,12 @@ def _fault_of(tree: _Tree, entry: os.DirEntry[str], kind: Literal["file", "folde
     target = os.path.realpath(entry.path)
     leads_to = f"is a link to {printable(target)}"
     if not os.path.exists(target):
-        return _Fault(f"{leads_to}, where nothing can be found")
+        return _Fault(f"{leads_to}, which does not exist")
     found = "folder" if os.path.isdir(target) else "file"
     if not tree.follow_links and not Path(target).is_relative_to(tree.root):
-        return _Fault(f"{leads_to}, out of data.root", f"Copy the {found}, or set data.follow_links=true")
+        return _Fault(f"{leads_to}, outside data.root", f"Copy the {found}, or set data.follow_links=true")
     if found == "folder" and Path(os.path.realpath(os.path.dirname(entry.path))).is_relative_to(target):
-        return _Fault(f"{leads_to}, which holds the link: it leads in circles", "Delete it")
+        return _Fault(f"{leads_to}, which contains the link: it is circular", "Delete it")
     if kind == "file" and found == "folder":
         return _Fault(f"{leads_to}, which is not a file", "Copy the folder, or set data.follow_links=true")
     is_one = os.path.isfile(target) if kind == "file" else found == "folder"
@@ -250,7 +252,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _list_part(listing: _Listing, part: str, folder: Path, class_folders: list[list[Path]]) -> None:
-    """The files of one part, class by class; a part that is there and holds no images is refused."""
+    """Lists the files of one part, class by class; refuses a part without images."""
     listing.row_ids[part], listing.labels[part] = [], []
     num_bad = len(listing.bad)
     _list_files_without_class(listing, folder)
@@ -265,17 +267,17 @@ def _list_part(listing: _Listing, part: str, folder: Path, class_folders: list[l
 
 
 def _list_files_without_class(listing: _Listing, part: Path) -> None:
-    """Files beside the class folders: images are bad rows, since they have no class; others are said to stay out."""
+    """Files beside the class folders: images are bad rows, because they have no class; other files are ignored and named."""
     files = [entry for entry in _entries(part) if _is_file(entry)]
     for entry in files:
         if _looks_like_image(entry.name):
-            _add_bad(listing, entry, _Fault("is in no class folder", "Move it into one"))
+            _add_bad(listing, entry, _Fault("is not in a class folder", "Move it into one"))
     if others := [entry.name for entry in files if not _looks_like_image(entry.name)]:
-        say(f"  files beside the class folders stay out: {_some(others)}")
+        say(f"  ignoring files beside the class folders: {_some(others)}")
 
 
 def _list_class(listing: _Listing, part: str, folders: list[Path], label: int) -> None:
-    """The files of one class in one part; a class without training images is refused."""
+    """Lists the files of one class in one part; refuses a class without training images."""
     num_rows, num_bad = len(listing.row_ids[part]), len(listing.bad)
     entered = {os.path.realpath(folder) for folder in folders}
     for folder in folders:
@@ -298,10 +300,10 @@ def _list_class(listing: _Listing, part: str, folders: list[Path], label: int) -
 
 
 def _files_below(tree: _Tree, folder: str, entered: set[str]) -> Iterator[tuple[os.DirEntry[str], _Fault | None]]:
-    """Files in alphabetical order, those of folders below included; folders that cannot be entered, with the reason.
+    """Files below a folder, recursively, in alphabetical order; folders that cannot be entered, with the reason.
 
     Args:
-        entered: the real paths of the folders so far, to which this adds: links may lead to one of them again.
+        entered: real paths of the folders listed so far, to which this adds: a link can lead to the same folder again.
     """
     for entry in _entries(folder):
         if not _is_folder_to_enter(tree, entry):
@@ -309,7 +311,7 @@ def _files_below(tree: _Tree, folder: str, entered: set[str]) -> Iterator[tuple[
         elif fault := _fault_of(tree, entry, "folder") if entry.is_symlink() else None:
             yield entry, fault
         elif tree.follow_links and (real := os.path.realpath(entry.path)) in entered:
-            yield entry, _Fault(f"leads to {printable(real)}, which is in this class already", "Delete it")
+            yield entry, _Fault(f"leads to {printable(real)}, which this class contains already", "Delete it")
         else:
             entered.update([real] if tree.follow_links else [])
             yield from _files_below(tree, entry.path, entered)
@@ -322,7 +324,7 @@ def _is_folder_to_enter(tree: _Tree, entry: os.DirEntry[str]) -> bool:
 
 
 def _fault_of_unnamed(entry: os.DirEntry[str], data: DataConfig) -> _Fault | None:
-    """Why a file cannot be an image, if its name does not say that it is one: only then it is opened while listing."""
+    """Why a file is not an image. Listing opens only files whose names do not have an image extension."""
     if _looks_like_image(entry.name):
         return None
     try:
@@ -338,22 +340,22 @@ def _looks_like_image(name: str) -> bool:
 
 def _add_bad(listing: _Listing, entry: os.DirEntry[str], fault: _Fault) -> None:
     row_id = listing.tree.row_id(entry)
-    storable = row_id if _is_utf8(row_id) else printable(row_id)  # a manifest holds no other names
+    storable = row_id if _is_utf8(row_id) else printable(row_id)  # the manifest is JSON, which is UTF-8
     listing.bad.append(BadRow(row_id=storable, reason=fault.reason, remedy=fault.remedy))
 
 
 def _first_of(bad: list[BadRow]) -> str:
-    return f" (files that cannot be taken: {len(bad):,}, the first {bad[0].row_id}: {bad[0].reason})" if bad else ""
+    return f" (unusable files: {len(bad):,}, the first {bad[0].row_id}: {bad[0].reason})" if bad else ""
 
 
 def _some(names: list[str]) -> str:
-    """The first names, to be shown, and how many more there are."""
+    """The first names, printable, and the number of the others."""
     more = f" and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
     return ", ".join(printable(name) for name in names[:NUM_SHOWN]) + more
 
 
 def _rule_of_first(listing: _Listing) -> ImageRule:
-    """The rule by the first image that can be read."""
+    """The rule, from the first image that can be read."""
     data, faults = listing.data, []
     for row_id in listing.row_ids["train"][:NUM_FIRST_IMAGES]:
         try:

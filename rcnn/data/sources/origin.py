@@ -1,6 +1,6 @@
-"""What every source hands to ingest: an `Origin`, which knows labels before any pixel is read, and cuts out `Chunk`s.
+"""What every source returns to ingest: an `Origin`, which knows the labels before any pixel is read and cuts out `Chunk`s.
 
-A chunk is small enough to be sent to another process, and reads its own pixels there.
+A chunk is small enough to be sent to another process, where it reads its own pixels.
 """
 
 import os
@@ -18,23 +18,23 @@ from rcnn.errors import DataError, SourceError
 
 
 class BadRow(Skipped):
-    """A row that cannot be taken, and what the user can do about it. A manifest lists it as a plain `Skipped`."""
+    """A row that cannot be used, and what the user can do about it. A manifest lists it as a plain `Skipped`."""
 
     remedy: str = "Fix or delete it"
 
 
 def bad_row(skipped: Skipped, *, num_rows: int = 1) -> DataError:
-    """The error for a row that cannot be taken, the first of `num_rows`."""
+    """The error for the first of `num_rows` bad rows."""
     remedy = skipped.remedy if isinstance(skipped, BadRow) else BadRow.model_fields["remedy"].default
     return DataError(
         skipped.reason + (f" (the first of {num_rows:,} bad rows)" if num_rows > 1 else ""),
         where=skipped.row_id,
-        remedy=f"{remedy}, or set data.on_error=skip to leave such rows out",
+        remedy=f"{remedy}, or set data.on_error=skip to skip such rows",
     )
 
 
 def expanded(root: str) -> Path:
-    """`data.root` as a path, with the home folder for ~.
+    """`data.root` as an absolute path, with ~ expanded.
 
     Raises:
         SourceError: the user after ~ does not exist, or the text cannot be a path.
@@ -49,20 +49,20 @@ def expanded(root: str) -> Path:
 
 
 def without_pattern(root: str) -> Path:
-    """The part of a local `data.root` that is a path: what stands before the first * or ?."""
+    """The folder of a local `data.root` that may be a glob: the path before the first part with a * or ?."""
     plain = re.split(r"[*?]", root)[0]
     return expanded(plain if plain == root else plain.rpartition("/")[0] or ("/" if plain.startswith("/") else "."))
 
 
-NUM_FIRST_IMAGES = 100  # tried, until one can be read, to find out size and colour
+NUM_FIRST_IMAGES = 100  # tried in order, until one can be read, to find out size and colour
 
-# Words that name a part, in a folder's or a file's name.
+# Words in folder or file names that name a part.
 PARTS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 
-# Files that Windows adds to folders of pictures by itself; never images. In lower case.
+# Files that Windows adds to folders of pictures; never images. In lower case.
 LEFTOVERS = frozenset({"thumbs.db", "desktop.ini"})
 
 
@@ -70,27 +70,27 @@ class Chunk(Protocol):
     """Rows of a source that become one shard."""
 
     def read(self) -> tuple[Block, list[Skipped]]:
-        """The rows, in order, and those that could not be read, with the reason.
+        """Reads the rows, in order; returns rows that could not be read separately, with the reason.
 
         Raises:
-            SourceError: the origin is out of reach, or damaged as a whole.
+            SourceError: the origin cannot be reached, or a file of many rows is damaged.
         """
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A source, listed and not yet read.
+    """A source whose rows are listed but not yet read.
 
     Attributes:
-        labels: int64 labels (N) of each part: "train", and "val" and "test" where the source has them.
+        labels: int64 labels (N) of each part: "train", and "val" and "test" if the source has them.
         classes: names of the labels.
-        image_shape: (H, W, C) of every image that comes out.
-        record: where it came from.
-        cut: a part's name and row numbers -> the chunk with these rows.
-        coarse_classes: names of the coarse labels, where there are any.
-        skipped: rows that listing already found to be bad; with data.on_error=fail the source has raised `bad_row` instead.
-        encoded_bytes: size of files that have to be decoded, row by row; 0 for arrays in memory.
-        block_rows: rows that are best read together. Training rows are stored in random order, by blocks of so many.
+        image_shape: (H, W, C) of every image that ingest gets.
+        record: where the images came from.
+        cut: returns the chunk with the given row numbers of a part.
+        coarse_classes: names of the coarse labels; empty if there are none.
+        skipped: rows that were found to be bad during listing; with data.on_error=fail the source raises `bad_row` instead.
+        encoded_bytes: total size of the encoded images; 0 for arrays in memory.
+        block_rows: number of consecutive rows that are best read together; training rows are shuffled in such blocks.
     """
 
     labels: dict[str, np.ndarray]
@@ -115,14 +115,14 @@ class Arrays:
 
 @dataclass(frozen=True)
 class ArrayChunk:
-    """Some rows of a part in memory; copied when they are read, so that not all chunks hold pixels at once."""
+    """Some rows of a part in memory; copied only when read, so that the chunks do not all hold pixels at once."""
 
     part: str
     arrays: Arrays
     rows: np.ndarray
 
     def read(self) -> tuple[Block, list[Skipped]]:
-        """The rows; nothing can be wrong with them any more."""
+        """The rows; none is bad, because arrays were checked when the source was opened."""
         arrays, rows = self.arrays, self.rows
         coarse = None if arrays.coarse is None else arrays.coarse[rows]
         row_ids = [f"{self.part}/{row}" for row in rows.tolist()]
@@ -136,7 +136,7 @@ def origin_of_arrays(
     *,
     coarse_classes: tuple[str, ...] = (),
 ) -> Origin:
-    """The origin of a source that fits in memory; a row's id is its part and number."""
+    """The origin of a source that is in memory; a row's id is its part and number."""
 
     def cut(part: str, rows: np.ndarray) -> ArrayChunk:
         return ArrayChunk(part, parts[part], rows)

@@ -1,11 +1,11 @@
-"""Parquet files of images, as people have them: local, a glob, or on S3.
+"""Parquet files of images in the usual layouts: a local file or folder, a glob, or on S3.
 
     image (or img, or data.image_column)                     struct<bytes: binary, path: string>, binary, or paths as text
     label (or labels, fine_label, or data.label_column)      integers, booleans or text; or a folder `label=cat/`
 
 `parquet_files` finds the files, `parquet_columns` their columns, `parquet_labels` the classes, `parquet_images` the images.
-Which part a file belongs to is said by a word in its path: train, val (valid, validation, dev) or test. A row's id is its
-file's path below the root, and its number in it.
+A word in a file's path names its part: train, val (valid, validation, dev) or test. A row's id is its file's path below the
+root and its row number in the file.
 """
 
 import re
@@ -32,7 +32,7 @@ BLOCKS_PER_SHARD = 32
 
 @dataclass(frozen=True)
 class ParquetChunk:
-    """Rows of some files that become one shard: for each file the row numbers, ascending, and their labels."""
+    """Rows of some files that become one shard: for each file, ascending row numbers and their labels."""
 
     root: str
     picks: list[tuple[ParquetFile, np.ndarray, np.ndarray]]
@@ -40,7 +40,7 @@ class ParquetChunk:
 
     @unwarned()
     def read(self) -> tuple[Block, list[Skipped]]:
-        """Decodes the rows; those that cannot be are left out and named."""
+        """Decodes the rows; returns those that cannot be decoded as skipped rows."""
         count = sum(len(rows) for _, rows, _ in self.picks)
         images = np.empty((count, *self.rule.image_shape), np.uint8)
         labels: list[int] = []
@@ -61,7 +61,7 @@ class ParquetChunk:
 
 
 def open_parquet(data: DataConfig, downloads: Path) -> Origin:
-    """Reads footers and labels, and the first image."""
+    """Reads all footers and labels, and the first image."""
     files = [read_footer(data, name, info) for name, info in list_paths(data.root)]
     found = read_labels(files, data)
     labels = found.of_file
@@ -72,7 +72,7 @@ def open_parquet(data: DataConfig, downloads: Path) -> Origin:
         )
     num_bytes = sum(file.num_bytes for file in files) + measure_external(files, labels, data)
     rule = _rule_of_first(parts["train"], labels, data)
-    # A part's row numbers count the good rows of its files, one after the other.
+    # A part's row numbers count the good rows of its files, file after file.
     good = {file.name: np.flatnonzero(labels[file.name] >= 0) for file in files}
     first = {part: np.cumsum([0, *(len(good[file.name]) for file in of)]) for part, of in parts.items()}
 
@@ -105,13 +105,13 @@ def open_parquet(data: DataConfig, downloads: Path) -> Origin:
 
 
 def _block_rows(rule: ImageRule, data: DataConfig) -> int:
-    """Neighbours that stay together: as many as are well read at once, and few enough that a shard mixes 32 places."""
+    """Rows per shuffled block: enough to read efficiently, but few enough that a shard mixes at least 32 blocks."""
     rows_per_shard = data.shard_megabytes * 1_000_000 // int(np.prod(rule.image_shape))
     return max(1, min(BLOCK_ROWS, rows_per_shard // BLOCKS_PER_SHARD))
 
 
 def _part_of(file: ParquetFile) -> str:
-    """The part that a file's path names; the last word that does decides. A folder `label=train/` names a class."""
+    """The part that a file's path names, by the last such word. A folder such as `label=train/` names a class instead."""
     folders = [
         folder
         for folder in file.name.split("/")
@@ -135,7 +135,5 @@ def _rule_of_first(files: list[ParquetFile], labels: dict[str, np.ndarray], data
                 if data.on_error == "fail":
                     raise bad_row(faults[0]) from error
     first = faults[0] if faults else None
-    fault = (
-        f"none of the first {len(faults)} images can be read ({first.row_id}: {first.reason})" if first else "no rows"
-    )
-    raise SourceError(f"its training part: {fault}", where=f"data.root = {data.root}", remedy="Fix or delete them")
+    fault = f"no readable image among the first {len(faults)} ({first.row_id}: {first.reason})" if first else "no rows"
+    raise SourceError(f"its training part has {fault}", where=f"data.root = {data.root}", remedy="Fix or delete them")

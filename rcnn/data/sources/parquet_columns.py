@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file hold images and labels, by its footer: their names, their types, and the classes' names.
+"""Finds the image and label columns of a Parquet file from its footer: their names, types, and class names.
 
 images    binary, struct<bytes: binary, path: string>, or text: paths of image files
 labels    integers, whole floating-point numbers, booleans or text (categories included); or a folder `label=cat/`
@@ -26,17 +26,17 @@ MAX_NAMES_IN_MESSAGE = 10
 MAX_TEXT_IN_MESSAGE = 100
 
 LabelKind = Literal["whole numbers", "fractions", "true or false", "text", "nothing"]
-"""`fractions` are floating-point numbers; `nothing` is Arrow's null type: a column whose rows are all null."""
+"""`fractions` are floating-point numbers; `nothing` is Arrow's null type, for a column whose rows are all null."""
 
 
 @dataclass(frozen=True)
 class ImageColumn:
-    """Where a row's image is: its bytes in the column, or in a file of its own (an external image).
+    """Where a row's image is: its bytes in the column, or a separate file (an external image).
 
     Attributes:
-        name: the column's.
-        content: Parquet path of the encoded bytes; empty where no row has any.
-        path: Parquet path of the image files' paths; empty where there are none.
+        name: the column's name.
+        content: Parquet path of the encoded bytes; empty if the column has none.
+        path: Parquet path of the image files' paths; empty if the column has none.
     """
 
     name: str
@@ -49,11 +49,11 @@ class LabelColumn:
     """Where a row's label is.
 
     Attributes:
-        name: the column's, or the key of a folder such as `label=cat`.
-        kind: what its values are.
-        type: Arrow's name for that.
-        classes: the names that the metadata gives to the numbers 0, 1, ...; often empty.
-        folder_value: the label of all rows, where a folder states it; None where a column does.
+        name: the column's name, or the key of a folder such as `label=cat`.
+        kind: the kind of its values.
+        type: Arrow's name of its type.
+        classes: the metadata's names for the numbers 0, 1, ...; often empty.
+        folder_value: the label of all rows if a folder states it; None if a column holds the labels.
     """
 
     name: str
@@ -65,7 +65,7 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """One file, from its footer; `name` is the path below the root."""
+    """One file, as described by its footer; `name` is its path below the root."""
 
     path: str
     name: str
@@ -76,7 +76,7 @@ class ParquetFile:
 
 
 def read_footer(data: DataConfig, name: str, info: fs.FileInfo) -> ParquetFile:
-    """What a file says of itself.
+    """Reads a file's footer.
 
     Raises:
         SourceError: it is damaged, or its columns do not hold images and labels.
@@ -84,7 +84,7 @@ def read_footer(data: DataConfig, name: str, info: fs.FileInfo) -> ParquetFile:
     place = f"{name} in data.root = {data.root}"
     if data.image_column and data.image_column == data.label_column:
         raise SourceError(
-            f"is {data.label_column!r}, and data.image_column is too",
+            f"is {data.label_column!r}, and so is data.image_column",
             where="data.label_column",
             remedy="Name two different columns",
         )
@@ -95,13 +95,13 @@ def read_footer(data: DataConfig, name: str, info: fs.FileInfo) -> ParquetFile:
 
 
 def folder_labels(name: str) -> dict[str, str]:
-    """What the folders of a path state, as Hive and Spark lay files out: `label=cat/part-0.parquet` -> {"label": "cat"}."""
+    """The keys and values of a Hive-partitioned path: `label=cat/part-0.parquet` -> {"label": "cat"}."""
     pairs = [folder.partition("=") for folder in name.split("/")[:-1]]
     return {unquote(key): unquote(value) for key, equals, value in pairs if equals}
 
 
 def shortened(text: str, length: int = MAX_TEXT_IN_MESSAGE) -> str:
-    """Text from a file, cut to what fits into a message."""
+    """Text from a file, truncated to fit into a message."""
     return text if len(text) <= length else f"{text[:length]}..."
 
 
@@ -128,7 +128,7 @@ def _find_image_column(schema: pa.Schema, data: DataConfig, place: str) -> Image
 
 
 def _image_leaves(field: pa.Field) -> tuple[str, str] | None:
-    """The Parquet paths of bytes and paths, each empty where there is none; None if the column cannot hold images."""
+    """The Parquet paths of bytes and of paths, empty if absent; None if the column cannot hold images."""
     if not pa.types.is_struct(field.type):
         return (field.name, "") if _is_binary(field.type) else ("", field.name) if _is_text(field.type) else None
     names = [child.name for child in field.type]
@@ -168,7 +168,7 @@ def _find_label_column(
 
 
 def _label_kind(kind: pa.DataType) -> LabelKind | None:
-    """What labels of an Arrow type are; None if they cannot be labels."""
+    """The kind of labels of an Arrow type; None if it cannot hold labels."""
     if pa.types.is_integer(kind):
         return "whole numbers"
     if pa.types.is_floating(kind):
@@ -206,12 +206,12 @@ def _find_name(
     otherwise: str,
     folders: Container[str] = (),
 ) -> str:
-    """The column that a setting names, or else the first of the usual names.
+    """The column that a setting names, or otherwise the first of the usual names that exists.
 
     Args:
-        names: of all columns, and of `folders` that serve as one.
-        fitting: the columns to offer where there is none of the names.
-        otherwise: the remedy where none fits.
+        names: names of all columns, and of the `folders` that serve as columns.
+        fitting: columns to suggest if none of the names exists.
+        otherwise: the remedy if no column is suitable.
     """
     for name in (chosen,) if chosen else usual:
         if names.count(name) > 1:
@@ -238,18 +238,20 @@ def _listed(names: Sequence[str], last: str = ", ") -> str:
 
 
 def _class_names(schema: pa.Schema, label: str, kind: LabelKind, place: str) -> tuple[str, ...]:
-    """The names that the schema's metadata gives to the classes, in Unicode's composed form (NFC), or none."""
+    """The class names in the schema's metadata, in Unicode's composed form (NFC); empty if there are none."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return ()
     try:
         features = parse_json(text)["info"]["features"]
-        if label not in features and kind == "text":  # text names its classes itself: a column that was added later
+        if (
+            label not in features and kind == "text"
+        ):  # a column of text that was added later: it names its classes itself
             return ()
         given = _names_of(features[label])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
-            f"its metadata 'huggingface' does not say what {label!r} is "
+            f"its metadata 'huggingface' does not describe {label!r} "
             f"({type(error).__name__}: {shortened(' '.join(str(error).split()))})",
             where=place,
             remedy="Remove the metadata, or write it as the datasets library does",
@@ -273,5 +275,5 @@ def _names_of(feature: dict[str, Any]) -> list[str]:
         raise ValueError(f"names are {names!r}, not a list")
     texts = [str(name) for name in names]
     for text in texts:
-        text.encode()  # JSON may hold half of a surrogate pair, which no file or log takes
+        text.encode()  # JSON can hold lone surrogates, which no file or log accepts
     return texts

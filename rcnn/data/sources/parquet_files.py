@@ -1,4 +1,4 @@
-"""Finding and opening Parquet files: a file, a folder, a glob, or a URI in, the files' names in order out."""
+"""Finds and opens Parquet files: a file, a folder, a glob or a URI in; the files' names, sorted, out."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from pyarrow import fs
 from rcnn.data.sources.origin import expanded
 from rcnn.errors import SourceError
 
-ENDINGS = (".parquet", ".pq")  # in any case: TRAIN.PARQUET is what some exports are called
+ENDINGS = (".parquet", ".pq")  # in any case: some tools export TRAIN.PARQUET
 MAX_ENDINGS_IN_MESSAGE = 3
 
 
 def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
-    """The Parquet files that a file, folder, glob or URI names: their names below it, in order.
+    """The Parquet files that a file, folder, glob or URI names: their names below it, sorted, with their file infos.
 
     Raises:
         SourceError: there are none, or the root cannot be opened.
@@ -52,7 +52,7 @@ def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:
 
 
 def local_folder(root: str) -> Path | None:
-    """The folder below which images may lie beside the Parquet files, links resolved; None for a remote root."""
+    """The folder in which external images are looked up, with links resolved; None for a remote root."""
     filesystem, base, _ = _resolved(root)
     if not isinstance(filesystem, fs.LocalFileSystem):
         return None
@@ -61,39 +61,39 @@ def local_folder(root: str) -> Path | None:
 
 
 def open_file(root: str, path: str, name: str) -> pq.ParquetFile:
-    """A Parquet file, to be read in small pieces.
+    """Opens a Parquet file for reading in small pieces.
 
     Raises:
         SourceError: it cannot be read, or is damaged.
     """
     filesystem = _resolved(root)[0]
     try:
-        # Column by column in small reads: a row group may be larger than the memory.
+        # Small reads, column by column: a row group can be larger than memory.
         return pq.ParquetFile(
             filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         )
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last from damaged column names
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: damaged column names
         raise unreadable(name, root, error) from error
 
 
 def unreadable(name: str, root: str, error: Exception) -> SourceError:
-    """The error for a Parquet file that cannot be read: the network's fault, or the file's."""
+    """The error for a Parquet file that cannot be read, because of the network or because it is damaged."""
     if "://" in root and isinstance(error, OSError):
         return SourceError(
             f"cannot be read ({_line(error)})",
             where=f"{name} in data.root = {root}",
-            remedy="Check the network, and run the same command again: what is finished is kept",
+            remedy="Check the network, and run the same command again: finished work is kept",
             retryable=True,
         )
     return SourceError(
-        f"is not a sound Parquet file ({_line(error)})",
+        f"is not a valid Parquet file ({_line(error)})",
         where=f"{name} in data.root = {root}",
         remedy="Write or fetch it again",
     )
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a path below the root is meant: * and ? stay within a folder, ** goes through any number of them."""
+    """Whether a path below the root matches the pattern: * and ? match within a folder, ** any number of folders."""
     if not pattern:
         return name.lower().endswith(ENDINGS)
     parts = [
@@ -108,7 +108,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _nothing_found(root: str, pattern: str, names: list[str]) -> SourceError:
-    """The error for a root without Parquet files, with what it holds instead: often it is the wrong folder, or CSV."""
+    """The error for a root without Parquet files. Names what it holds instead, often a wrong folder or CSV files."""
     fault = f"there is no Parquet file that matches {pattern!r}" if pattern else "there is no Parquet file"
     return SourceError(
         f"{fault}{_holdings(names)}", where=f"data.root = {root}", remedy="Give a .parquet file, a folder or a glob"
@@ -134,7 +134,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _resolved(root: str) -> tuple[Any, str, str]:
-    """(filesystem, folder or file in it, pattern below that; empty for none)."""
+    """(filesystem, folder or file in it, glob pattern below that, empty if none)."""
     plain, mark, query = root.partition("?") if "://" in root else (root, "", "")
     pattern = ""
     if wild := re.search(r"[*?]", plain):

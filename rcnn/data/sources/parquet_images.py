@@ -1,7 +1,7 @@
 """The images of a Parquet file's rows: encoded bytes in the file, or paths of image files beside it.
 
-A path is looked up from the Parquet file's folder, and then from `data.root`. What it leads to must lie inside
-`data.root`, links resolved: a data set from elsewhere must not read other files of the user's.
+A path is resolved relative to the Parquet file's folder, then to `data.root`. The file must be inside `data.root` after
+resolving links, so that a data set from an untrusted source cannot read the user's other files.
 """
 
 import errno
@@ -29,20 +29,20 @@ from rcnn.progress import say
 
 ROWS_PER_READ = 64  # of encoded images
 PATHS_PER_READ = 8192
-BYTES_OF_PATHS = 1000  # a row: files with more hold images, or other large columns
+BYTES_OF_PATHS = 1000  # per row: larger files hold images or other large columns, not just paths
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 Made = TypeVar("Made")
 
 
 class StoredImage(NamedTuple):
-    """An image that is still encoded: bytes, or a file that the row names, or why there is neither.
+    """An encoded image: its bytes, or the file that the row names, or the reason that there is neither.
 
     Attributes:
         content: the bytes.
         file: the image file.
-        path: what the row calls the file.
-        fault: why there is neither.
+        path: the file's path as in the row.
+        fault: the reason that there is neither.
     """
 
     content: bytes | None = None
@@ -51,10 +51,10 @@ class StoredImage(NamedTuple):
     fault: BadImage | None = None
 
     def apply(self, function: Callable[[IO[bytes] | Path], Made]) -> Made:
-        """What `function` makes of the image.
+        """The result of `function` on the image.
 
         Raises:
-            BadImage: there is no image, or the function refuses it; an image file is named.
+            BadImage: there is no image, or the function refuses it; for an external image, the message names its file.
         """
         if self.content is not None:
             return function(io.BytesIO(self.content))
@@ -64,12 +64,12 @@ class StoredImage(NamedTuple):
         try:
             return function(self.file)
         except BadImage as error:
-            # Not the absolute path: the manifest lists the reason, and its digest must not depend on the machine.
+            # Not the absolute path: the reason goes into the manifest, whose digest must not depend on the machine.
             raise BadImage(f"its file {shortened(self.path)!r} {error}", remedy=error.remedy) from error
 
 
 def read_images(root: str, file: ParquetFile, rows: np.ndarray) -> Iterator[StoredImage]:
-    """The images of some rows, ascending; not more than a few are in memory at a time.
+    """Yields the images of the given rows, ascending; holds the wanted images of one row group at a time.
 
     Raises:
         SourceError: the file cannot be read, or is damaged.
@@ -89,19 +89,19 @@ def read_images(root: str, file: ParquetFile, rows: np.ndarray) -> Iterator[Stor
 
 
 def measure_external(files: Iterable[ParquetFile], labels: dict[str, np.ndarray], data: DataConfig) -> int:
-    """The bytes of all external images, estimated from the first ones of each file.
+    """The total bytes of all external images, estimated from the first images of each file.
 
-    A file of whose first images none is embedded or found is refused, or with `on_error = skip` named once.
+    A file with none of its first images embedded or found is refused, or reported once with `on_error = skip`.
 
     Raises:
-        SourceError: there is such a file.
+        SourceError: there is such a file, and `on_error` is fail.
     """
     num_bytes = 0
     lost: list[tuple[ParquetFile, int, str]] = []
     for file in files:
         rows = np.flatnonzero(labels[file.name] >= 0)[:NUM_FIRST_IMAGES]
-        # The footer counts nulls, but asking for it ends the process if it is damaged (pyarrow 25 leaves a C++ exception
-        # uncaught), and reading the first images of each of a thousand large files takes minutes on S3.
+        # By size, not by the footer's null counts: reading damaged ones aborts the process (pyarrow 25 does not catch a C++
+        # exception). And reading the first images of each of a thousand large files takes minutes on S3.
         if not file.image.path or len(rows) == 0 or file.num_bytes > BYTES_OF_PATHS * file.num_rows:
             continue
         images = list(read_images(data.root, file, rows))
@@ -120,7 +120,7 @@ def measure_external(files: Iterable[ParquetFile], labels: dict[str, np.ndarray]
 def _size_of(file: Path) -> int:
     try:
         return file.stat().st_size
-    except OSError:  # decoding it says why
+    except OSError:  # decoding reports the reason
         return 0
 
 
@@ -137,9 +137,9 @@ def entries(data: DataConfig) -> Iterator[str]:
 
 
 def external_entries(data: DataConfig, paths: Iterable[tuple[str, fs.FileInfo]]) -> Iterator[str]:
-    """The image files that Parquet files name, with sizes and times; none for a root that is not local.
+    """The image files that Parquet files name, with sizes and times; none for a remote root.
 
-    A Parquet file that cannot be read is passed over: ingest reports it.
+    A Parquet file that cannot be read is ignored here: ingest reports it.
     """
     if local_folder(data.root) is None:
         return
@@ -151,7 +151,7 @@ def external_entries(data: DataConfig, paths: Iterable[tuple[str, fs.FileInfo]])
 
 
 def _entries_of(root: str, file: ParquetFile) -> Iterator[str]:
-    """Where images are embedded, their paths mostly lead nowhere: it stops if the first ones do."""
+    """The entries of one Parquet file; none if images are embedded and the first paths lead nowhere, as is usual then."""
     finder = _Finder(root, file)
     texts = _all_paths(root, file)
     first = list(islice(texts, NUM_FIRST_IMAGES))
@@ -164,14 +164,14 @@ def _entries_of(root: str, file: ParquetFile) -> Iterator[str]:
 def _all_paths(root: str, file: ParquetFile) -> Iterator[str]:
     with open_file(root, file.path, file.name) as opened:
         for batch in opened.iter_batches(PATHS_PER_READ, columns=[file.image.path]):
-            # As bytes: a text column may hold what is not UTF-8.
+            # As bytes: a text column can hold invalid UTF-8.
             for text in _values(batch, file.image, file.image.path).cast(pa.large_binary()).to_pylist():
                 if text:
                     yield os.fsdecode(text)
 
 
 def _report_lost(lost: list[tuple[ParquetFile, int, str]], data: DataConfig) -> None:
-    """One line for all rows of all files without images."""
+    """Reports all files without images in one line, or refuses them."""
     (file, num_seen, fault), *others = lost
     more = f", nor of {len(others)} more files" if others else ""
     what = f"none of its first {num_seen} images is embedded or found{more} ({fault})"
@@ -210,9 +210,9 @@ def _read_group(
 
 
 def _values(batch: pa.RecordBatch, image: ImageColumn, leaf: str) -> pa.Array:
-    """The image column's bytes or paths in a batch; nulls where it has none.
+    """The image column's bytes or paths in a batch; nulls if it has none.
 
-    By name: a column that is called `image.bytes` is read together with the field `bytes` of `image`.
+    Looked up by name, because a column that is itself named `image.bytes` is read along with the field `bytes` of `image`.
     """
     if not leaf:
         return pa.nulls(len(batch))
@@ -221,7 +221,7 @@ def _values(batch: pa.RecordBatch, image: ImageColumn, leaf: str) -> pa.Array:
 
 
 class _Finder:
-    """Looks up the paths that the rows of one Parquet file name."""
+    """Resolves the paths in the rows of one Parquet file."""
 
     def __init__(self, root: str, file: ParquetFile):
         self._image = file.image
@@ -230,7 +230,7 @@ class _Finder:
         self._inside = f"{folder}".rstrip("/") + "/"
 
     def find(self, path: pa.Scalar) -> StoredImage:
-        """The image file that a row without bytes names, or why there is none."""
+        """The image file that a row without bytes names, or the reason that there is none."""
         name = self._image.name
         in_struct = self._image.path != name
         try:
@@ -248,7 +248,7 @@ class _Finder:
         return StoredImage(file=file, path=text)
 
     def state_of(self, text: str) -> str:
-        """Size and time of the file that a path leads to, inside the root or not; empty if it is not there."""
+        """Size and time of the file that a path leads to, inside the root or not; empty if it does not exist."""
         for folder in self._folders:
             with suppress(OSError, ValueError):
                 state = os.stat(os.path.join(folder, text))
@@ -257,22 +257,22 @@ class _Finder:
 
     def _look_up(self, text: str) -> tuple[Path | None, str]:
         if not self._folders:
-            return None, "cannot be followed, since data.root is remote"
+            return None, "cannot be followed, because data.root is remote"
         if "://" in text:
-            return None, "is an address"
-        why = "is not there"
+            return None, "is a URL"
+        why = "does not exist"
         for folder in self._folders:
             try:
                 real = os.path.realpath(os.path.join(folder, text))
                 if not f"{real}/".startswith(self._inside):
-                    why = "leads out of data.root"
+                    why = "leads outside data.root"
                 elif stat.S_ISREG(os.stat(real).st_mode):
                     return Path(real), ""
                 else:
                     why = "is not a file"
-            except ValueError:  # it holds a zero byte
+            except ValueError:  # it contains a NUL
                 return None, "cannot be a path"
             except OSError as error:
                 if error.errno not in NOT_THERE:
-                    return Path(real), ""  # opening it finds out whether a second try may succeed
+                    return Path(real), ""  # opening it finds out whether a retry can succeed
         return None, why

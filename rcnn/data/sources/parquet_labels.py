@@ -1,4 +1,4 @@
-"""The labels of Parquet files: numbers as they are, text as classes in sorted order; -1 where a row has no usable one."""
+"""The labels of Parquet files: numbers unchanged, text as classes in sorted order; -1 for a row without a usable label."""
 
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
@@ -22,7 +22,7 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's and Spark's folder for rows w
 BOOLEANS = ("false", "true")
 ROWS_PER_READ = 8192
 MIN_ROWS_TO_JUDGE = 20
-"""Fewer rows may well have a class each."""
+"""With fewer rows, a class per row is plausible."""
 NUM_EXAMPLES = 3
 MAX_CLASSES_TO_SHOW = 10
 MAX_NAME_TO_SHOW = 40
@@ -30,7 +30,7 @@ MAX_NAME_TO_SHOW = 40
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes' names, each file's labels (int64, -1 for none) by the file's name, and the rows without one."""
+    """The class names, the labels of each file by its name (int64, -1 for none), and the rows without a label."""
 
     classes: tuple[str, ...]
     of_file: dict[str, np.ndarray]
@@ -63,7 +63,7 @@ def read_labels(files: Sequence[ParquetFile], data: DataConfig) -> Labels:
 
 
 def _common_names(files: Sequence[ParquetFile], root: str) -> tuple[str, ...]:
-    """The names that the metadata gives; a file without any has the others'."""
+    """The class names in the metadata, which must agree; files without names use those of the others."""
     named = [file for file in files if file.label.classes]
     names = named[0].label.classes if named else ()
     for file in named:
@@ -74,12 +74,12 @@ def _common_names(files: Sequence[ParquetFile], root: str) -> tuple[str, ...]:
                 if ours != theirs
             )
             raise SourceError(
-                f"its class {number} is {_named(ours)}, and {_named(theirs)} in {named[0].name}",
+                f"its class {number} is {_named(ours)}, but {_named(theirs)} in {named[0].name}",
                 where=f"{file.name} in data.root = {root}",
                 remedy="Give all files the same names in the same order",
             )
     if len(names) == 1:
-        raise SourceError("names one class", where=f"data.root = {root}", remedy="There must be two or more")
+        raise SourceError("names only one class", where=f"data.root = {root}", remedy="There must be two or more")
     return names
 
 
@@ -88,7 +88,7 @@ def _named(name: str | None) -> str:
 
 
 def _common_kind(files: Sequence[ParquetFile], root: str) -> LabelKind:
-    """What all files' labels are. Fractions may turn out whole; a column of nulls fits any other."""
+    """The kind of all files' labels. Fractions may all be integers, so they match integers; nulls match any kind."""
     first: ParquetFile | None = None
     for file in files:
         if file.label.kind == "nothing":
@@ -96,7 +96,7 @@ def _common_kind(files: Sequence[ParquetFile], root: str) -> LabelKind:
         first = first or file
         if _family(file.label) != _family(first.label):
             raise SourceError(
-                f"its labels are {file.label.type}, and {first.label.type} in {first.name}",
+                f"its labels are {file.label.type}, but {first.label.type} in {first.name}",
                 where=f"{file.name} in data.root = {root}",
                 remedy="Give all files labels of one type",
             )
@@ -120,14 +120,14 @@ def _read_numbers(files: Sequence[ParquetFile], names: tuple[str, ...], kind: La
         is_wrong = is_null | (numbers < 0) | (numbers >= (len(classes) or 2**63))
         for row in np.flatnonzero(is_wrong).tolist():
             found = "null" if is_null[row] else str(numbers[row])
-            reason = f"{file.label.name} is {found}, and must be {bound}"
+            reason = f"{file.label.name} is {found}, but must be {bound}"
             faults.append(Skipped(row_id=f"{file.name}#{row}", reason=reason))
         of_file[file.name] = np.where(is_wrong, -1, numbers.astype(np.int64))
     return Labels(classes, of_file, faults)
 
 
 def _numbers_of(file: ParquetFile, root: str) -> tuple[np.ndarray, np.ndarray]:
-    """A file's labels as integers, and which are null."""
+    """A file's labels as integers, and a mask of the nulls."""
     batches = [np.empty(0, np.int64)]
     nulls = [np.empty(0, bool)]
     for column in _read_column(file, root):
@@ -144,7 +144,7 @@ def _numbers_of(file: ParquetFile, root: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _whole(column: pa.Array, file: ParquetFile, root: str, *, first_row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Floating-point labels as integers: pandas makes 0.0, 1.0 of a column of integers that has gaps."""
+    """Floating-point labels as integers: pandas converts a column of integers with missing values to floating point."""
     values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
     is_null = np.isnan(values)
     values = np.where(is_null, 0, values)
@@ -158,7 +158,7 @@ def _whole(column: pa.Array, file: ParquetFile, root: str, *, first_row: int) ->
 
 
 def _numbered_classes(labels: Labels, files: Sequence[ParquetFile], root: str) -> tuple[str, ...]:
-    """The classes of numbers without names: they count from 0, and a gap means that they are something else."""
+    """The classes of numbers without names: they must count from 0, because a gap means that they are not class numbers."""
     found = np.unique(np.concatenate(list(labels.of_file.values())))
     found = found[found >= 0]
     _require_classes(len(found), found[:NUM_EXAMPLES].astype(str).tolist(), files, root)
@@ -177,8 +177,8 @@ def _numbered_classes(labels: Labels, files: Sequence[ParquetFile], root: str) -
 
 
 def _read_text(files: Sequence[ParquetFile], names: tuple[str, ...], data: DataConfig) -> Labels:
-    """Classes are the values that occur, not all that a dictionary lists: pandas keeps the categories of rows that were
-    filtered out, and a class without rows cannot be learned."""
+    """Text labels. The classes are the values that occur, not all categories of a dictionary: pandas keeps the categories of
+    rows that were filtered out, and a class without rows cannot be learned."""
     values: dict[bytes | None, int] = {}
     codes = {file.name: _encode(file, values, None if names else files, data.root) for file in files}
     column = files[0].label.name
@@ -199,7 +199,7 @@ def _read_text(files: Sequence[ParquetFile], names: tuple[str, ...], data: DataC
 def _encode(
     file: ParquetFile, values: dict[bytes | None, int], judged: Sequence[ParquetFile] | None, root: str
 ) -> np.ndarray:
-    """The number of each row's value in `values`, which grows by what is new; refused where `judged` files have too many."""
+    """The index of each row's value in `values`, to which this adds new values; refused if the `judged` files have too many."""
     if file.label.folder_value is not None:
         value = None if file.label.folder_value == HIVE_NULL else file.label.folder_value.encode(errors="replace")
         return np.full(_num_rows(file, root), values.setdefault(value, len(values)))
@@ -215,7 +215,7 @@ def _encode(
 
 
 def _class_of(value: bytes | None, column: str, names: Collection[str]) -> tuple[str | None, str]:
-    """The class that a value names, in Unicode's composed form (NFC); or None and the reason."""
+    """The class that a value names, in Unicode's composed form (NFC), or None and the reason."""
     if value is None:
         return None, f"{column} is null, but must be text"
     if not value:
@@ -223,14 +223,14 @@ def _class_of(value: bytes | None, column: str, names: Collection[str]) -> tuple
     try:
         text = unicodedata.normalize("NFC", value.decode())
     except UnicodeDecodeError:
-        return None, f"{column} is {shortened(str(value))}, and not UTF-8"
+        return None, f"{column} is {shortened(str(value))}, which is not UTF-8"
     if names and text not in names:
         return None, f"{column} is {shortened(text)!r}, which is not one of the {len(names)} names in the metadata"
     return text, ""
 
 
 def _show_classes(classes: tuple[str, ...]) -> None:
-    """A line with the first classes; another if two look so much alike that they may be one."""
+    """Prints a line with the first classes, and a warning if two look so alike that they may be meant as one."""
     shown = ", ".join(_shown(name) for name in classes[:MAX_CLASSES_TO_SHOW])
     say(f"  classes: {shown}{', ...' if len(classes) > MAX_CLASSES_TO_SHOW else ''} ({len(classes)} in all)")
     alike: dict[str, str] = {}
@@ -238,18 +238,18 @@ def _show_classes(classes: tuple[str, ...]) -> None:
         first = alike.setdefault(" ".join(name.split()).casefold(), name)
         if first != name:
             pair = " and ".join(printable(repr(shortened(one))) for one in (first, name))
-            say(f"  {pair} are two classes: they differ in blanks or capitals")
+            say(f"  {pair} are two classes: they differ only in spaces or capitals")
             return
 
 
 def _shown(name: str) -> str:
-    """A class's name, in quotes where blanks would be overlooked."""
+    """A class name, in quotes if it has spaces that are easily overlooked."""
     shown = shortened(name, MAX_NAME_TO_SHOW)
     return printable(shown if name == " ".join(name.split()) else repr(shown))
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# What both need
+# Shared by both
 
 
 def _require_two_classes(labels: Labels, column: str, root: str) -> None:
@@ -264,7 +264,7 @@ def _require_two_classes(labels: Labels, column: str, root: str) -> None:
 
 
 def _require_classes(num_found: int, examples: list[str], files: Sequence[ParquetFile], root: str) -> None:
-    """Refuses what names rows rather than classes: more than half as many labels as rows."""
+    """Refuses labels that name rows rather than classes: more than half as many labels as rows."""
     num_rows = sum(file.num_rows for file in files)
     if num_rows >= MIN_ROWS_TO_JUDGE and 2 * num_found > num_rows:
         shown = ", ".join(repr(shortened(example)) for example in examples)
@@ -276,8 +276,7 @@ def _require_classes(num_found: int, examples: list[str], files: Sequence[Parque
 
 
 def _read_column(file: ParquetFile, root: str) -> Iterator[pa.Array]:
-    """A file's labels, some at a time, since text may be long; text as bytes, since a writer may have put into a text
-    column what is not UTF-8."""
+    """A file's labels, in batches, because text can be long; text as bytes, because a text column can hold invalid UTF-8."""
     is_text = file.label.kind == "text"
     with open_file(root, file.path, file.name) as opened:
         num_read = 0
@@ -285,21 +284,22 @@ def _read_column(file: ParquetFile, root: str) -> Iterator[pa.Array]:
             for batch in opened.iter_batches(ROWS_PER_READ, columns=[file.label.name]):
                 column = batch.column(batch.schema.get_field_index(file.label.name))
                 num_read += len(column)
-                yield column.cast(pa.large_binary()) if is_text else column  # it refuses a dictionary's damaged indices
+                # The cast refuses damaged indices of a dictionary.
+                yield column.cast(pa.large_binary()) if is_text else column
         except (OSError, pa.ArrowException) as error:
             raise unreadable(file.name, root, error) from error
         _require_count(opened.metadata, num_read, file, root)
 
 
 def _num_rows(file: ParquetFile, root: str) -> int:
-    """The rows of a file, if its footer agrees with itself."""
+    """The number of rows of a file, after checking that its footer is consistent."""
     with open_file(root, file.path, file.name) as opened:
         _require_count(opened.metadata, file.num_rows, file, root)
     return file.num_rows
 
 
 def _require_count(footer: pq.FileMetaData, num_read: int, file: ParquetFile, root: str) -> None:
-    """A damaged footer may count its rows in several ways."""
+    """Refuses a damaged footer, whose row counts disagree."""
     in_groups = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
     if not num_read == footer.num_rows == in_groups:
         counts = f"its footer counts {footer.num_rows} rows, {in_groups} in row groups, {num_read} labels"

@@ -1,4 +1,4 @@
-"""SVHN, cropped digits of house numbers, 32x32 colour: MATLAB files, in which label 10 stands for the digit 0."""
+"""SVHN, cropped house-number digits, 32x32 colour: MATLAB files, in which label 10 is the digit 0."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ MD5 = {
 
 
 def open_svhn(data: DataConfig, downloads: Path) -> Origin:
-    """SVHN from `data.root`, or downloaded; `data.svhn_extra` adds the extra part to the training rows."""
+    """SVHN from `data.root`, or downloaded; `data.svhn_extra` appends the extra part to the training rows."""
     names = ("train", "test", *(["extra"] if data.svhn_extra else []))
     files = {name: _locate(name, data, downloads) for name in names}
     parts = {name: _read(file) for name, file in files.items()}
@@ -33,7 +33,7 @@ def open_svhn(data: DataConfig, downloads: Path) -> Origin:
 
 
 def _locate(name: str, data: DataConfig, downloads: Path) -> Path:
-    """The checked file of a part."""
+    """The file of a part, with its MD5 verified."""
     if not data.root:
         return fetch(f"{name}_32x32.mat", md5=MD5[name], mirrors=[data.mirror or URL], folder=downloads / "svhn")
     file = expanded(data.root) / f"{name}_32x32.mat"
@@ -58,7 +58,7 @@ def _read(file: Path) -> Arrays:
     try:
         tree = loadmat(file, variable_names=["X", "y"])
         pixels_HWCN, labels = tree["X"], tree["y"].ravel().astype(np.int64)
-    except Exception as error:  # broken bytes make loadmat raise anything
+    except Exception as error:  # loadmat raises almost any exception on damaged bytes
         raise SourceError(
             f"is not a MATLAB file with X and y ({error})", where=str(file), remedy="Fetch it again"
         ) from error
@@ -69,7 +69,7 @@ def _read(file: Path) -> Arrays:
 
 def _fault(pixels_HWCN: np.ndarray, labels: np.ndarray) -> str:
     if pixels_HWCN.dtype != np.uint8 or pixels_HWCN.shape != (32, 32, 3, len(labels)):
-        return f"X is {pixels_HWCN.dtype} {pixels_HWCN.shape}, and y has {len(labels)} labels"
+        return f"X is {pixels_HWCN.dtype} {pixels_HWCN.shape}, but y has {len(labels)} labels"
     if not ((labels >= 0) & (labels <= len(DIGITS))).all():
-        return f"its labels are {labels.min()} to {labels.max()}, and must be 0 to {len(DIGITS)}"
+        return f"its labels are {labels.min()} to {labels.max()}, but must be 0 to {len(DIGITS)}"
     return ""

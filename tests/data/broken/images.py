@@ -18,7 +18,7 @@ IMAGES: list[Case] = []
 def image(*words: str, remedy: str = "Fix or delete it", **settings: Any) -> Callable[[Any], Any]:
     def register(make: Callable[[], bytes]) -> Callable[[], bytes]:
         given = {f"data.{key}": value for key, value in settings.items()}
-        whole_remedy = f". {remedy}, or set data.on_error=skip to leave such rows out"
+        whole_remedy = f". {remedy}, or set data.on_error=skip to skip such rows"
         IMAGES.append(Case(functools.cache(make), words, settings=given, remedy=whole_remedy))
         return make
 
@@ -197,11 +197,11 @@ def a_png_with_broken_exif() -> bytes:
     return png_by_hand(SIDE, SIDE, png_chunk(b"eXIf", b"neither II nor MM"))
 
 
-@image("is 9x8, and the first image is 8x8", remedy="Set data.image_size")
+@image("is 9x8, but the first image is 8x8", remedy="Set data.image_size")
 def an_image_of_another_size() -> bytes:
     return encoded(picture(0, 8, 9))
 
 
-@image("is in colour, and the first image is grey", remedy="Set data.color to grey or rgb")
+@image("is in colour, but the first image is grey", remedy="Set data.color to grey or rgb")
 def a_colour_image_among_grey_ones() -> bytes:
     return encoded(picture(0, SIDE, SIDE, 3))

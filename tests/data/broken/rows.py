@@ -31,31 +31,31 @@ def external(scene: Scene, path: str) -> Settings:
     return scene.table({BAD: {"bytes": None, "path": path}})
 
 
-@bad_row(PARQUET_ROW, "image is not embedded: its bytes are null and its path '3.png' is not there")
+@bad_row(PARQUET_ROW, "image is not embedded: its bytes are null and its path '3.png' does not exist")
 def image_file_missing(scene: Scene) -> Settings:
     return external(scene, "3.png")
 
 
-@bad_row(PARQUET_ROW, "its bytes are null and its path '../outside.png' leads out of data.root")
+@bad_row(PARQUET_ROW, "its bytes are null and its path '../outside.png' leads outside data.root")
 def image_file_above_the_root(scene: Scene) -> Settings:
     (scene.root.parent / "outside.png").write_bytes(encoded(picture(0)))
     return external(scene, "../outside.png")
 
 
-@bad_row(PARQUET_ROW, "its path '/", "outside.png' leads out of data.root")
+@bad_row(PARQUET_ROW, "its path '/", "outside.png' leads outside data.root")
 def image_file_of_an_absolute_path_outside(scene: Scene) -> Settings:
     (scene.root.parent / "outside.png").write_bytes(encoded(picture(0)))
     return external(scene, str(scene.root.parent / "outside.png"))
 
 
-@bad_row(PARQUET_ROW, "its path 'link.png' leads out of data.root")
+@bad_row(PARQUET_ROW, "its path 'link.png' leads outside data.root")
 def image_file_that_is_a_link_to_one_outside(scene: Scene) -> Settings:
     (scene.root.parent / "outside.png").write_bytes(encoded(picture(0)))
     (scene.root / "link.png").symlink_to("../outside.png")
     return external(scene, "link.png")
 
 
-@bad_row(PARQUET_ROW, "its path 'folder/outside.png' leads out of data.root")
+@bad_row(PARQUET_ROW, "its path 'folder/outside.png' leads outside data.root")
 def image_file_behind_a_link_to_a_folder_outside(scene: Scene) -> Settings:
     (scene.root.parent / "outside").mkdir()
     (scene.root.parent / "outside/outside.png").write_bytes(encoded(picture(0)))
@@ -63,14 +63,14 @@ def image_file_behind_a_link_to_a_folder_outside(scene: Scene) -> Settings:
     return external(scene, "folder/outside.png")
 
 
-@bad_row(PARQUET_ROW, "its path '../source-2/x.png' leads out of data.root")
+@bad_row(PARQUET_ROW, "its path '../source-2/x.png' leads outside data.root")
 def image_file_in_a_folder_whose_name_begins_like_the_root(scene: Scene) -> Settings:
     (scene.root.parent / "source-2").mkdir()
     (scene.root.parent / "source-2/x.png").write_bytes(encoded(picture(0)))
     return external(scene, "../source-2/x.png")
 
 
-@bad_row(PARQUET_ROW, "its path 'link.png' is not there")
+@bad_row(PARQUET_ROW, "its path 'link.png' does not exist")
 def image_file_that_is_a_link_to_itself(scene: Scene) -> Settings:
     (scene.root / "link.png").symlink_to("link.png")
     return external(scene, "link.png")
@@ -93,7 +93,7 @@ def image_file_that_is_a_folder(scene: Scene) -> Settings:
     return external(scene, "folder")
 
 
-@bad_row(PARQUET_ROW, "its path 'train.parquet/0.png' is not there")
+@bad_row(PARQUET_ROW, "its path 'train.parquet/0.png' does not exist")
 def image_file_in_a_file(scene: Scene) -> Settings:
     return external(scene, "train.parquet/0.png")
 
@@ -103,7 +103,7 @@ def image_file_that_is_the_parquet_file(scene: Scene) -> Settings:
     return external(scene, "train.parquet")
 
 
-@bad_row(PARQUET_ROW, "its path 'https://a/b.png' is an address")
+@bad_row(PARQUET_ROW, "its path 'https://a/b.png' is a URL")
 def image_file_in_the_web(scene: Scene) -> Settings:
     return external(scene, "https://a/b.png")
 
@@ -113,7 +113,7 @@ def image_file_with_a_zero_byte_in_its_name(scene: Scene) -> Settings:
     return external(scene, "a\0b")
 
 
-@bad_row(PARQUET_ROW, "'nnnnnnnnnn", "nnn...' is not there")
+@bad_row(PARQUET_ROW, "'nnnnnnnnnn", "nnn...' does not exist")
 def image_file_of_too_long_a_name(scene: Scene) -> Settings:
     return external(scene, "n" * 100_000)
 
@@ -147,7 +147,7 @@ def text_label_that_the_metadata_does_not_name(scene: Scene) -> Settings:
     return text_labels(scene, {BAD: "fox"}, names=CLASSES)
 
 
-@bad_row(PARQUET_ROW, "label is b'\\xff\\xff', and not UTF-8")
+@bad_row(PARQUET_ROW, "label is b'\\xff\\xff', which is not UTF-8")
 def text_label_not_utf8(scene: Scene) -> Settings:
     settings = text_labels(scene, {BAD: "\u00e9"}, compression="none")
     file = scene.root / "train.parquet"
@@ -155,13 +155,13 @@ def text_label_not_utf8(scene: Scene) -> Settings:
     return settings
 
 
-@bad_row(PARQUET_ROW, "label is null, and must be false or true")
+@bad_row(PARQUET_ROW, "label is null, but must be false or true")
 def boolean_label_null(scene: Scene) -> Settings:
     labels = {row: bool(row % 2) for row in range(20)} | {BAD: None}
     return scene.table(labels=labels, label_type=pa.bool_(), names=None)
 
 
-@bad_row(PARQUET_ROW, "label is null, and must be 0 to 1")
+@bad_row(PARQUET_ROW, "label is null, but must be 0 to 1")
 def label_null_that_made_pandas_write_floats(scene: Scene) -> Settings:
     return scene.table(labels={BAD: float("nan")}, label_type=pa.float64())
 
@@ -227,7 +227,7 @@ def label_in_the_second_of_two_files(scene: Scene) -> Settings:
     return scene.settings("parquet")
 
 
-@bad_row("train/a/link.png", "out of data.root", "outside.png")
+@bad_row("train/a/link.png", "outside data.root", "outside.png")
 def link_to_a_file_outside(scene: Scene) -> Settings:
     outside = scene.root.parent / "outside.png"
     outside.write_bytes(encoded(picture(0)))
@@ -257,7 +257,7 @@ def link_to_itself(scene: Scene) -> Settings:
     return settings
 
 
-@bad_row("train/a/more", "more", "out of data.root")
+@bad_row("train/a/more", "more", "outside data.root")
 def link_to_a_folder_outside(scene: Scene) -> Settings:
     settings = scene.tree()
     outside = scene.root.parent / "outside"
@@ -291,21 +291,21 @@ def file_without_an_ending(scene: Scene) -> Settings:
     return settings
 
 
-@bad_row("train/03.png", "is in no class folder")
+@bad_row("train/03.png", "is not in a class folder")
 def file_without_a_class(scene: Scene) -> Settings:
     settings = scene.tree()
     (scene.root / "train/03.png").write_bytes(encoded(picture(0)))
     return settings
 
 
-@bad_row("train/a/loop", "leads in circles")
+@bad_row("train/a/loop", "is circular")
 def link_in_circles(scene: Scene) -> Settings:
     settings = scene.tree()
     (scene.root / "train/a/loop").symlink_to("../..")
     return settings
 
 
-@bad_row("train/a/loop", "leads in circles")
+@bad_row("train/a/loop", "is circular")
 def followed_link_in_circles(scene: Scene) -> Settings:
     return link_in_circles(scene) | {"data.follow_links": True}
 

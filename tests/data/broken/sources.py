@@ -28,7 +28,7 @@ def source(kind: type[RcnnError], *words: str) -> Callable[[Any], Any]:
     return register
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file")
 def parquet_truncated(scene: Scene) -> Settings:
     settings = scene.table()
     file = scene.root / "train.parquet"
@@ -36,7 +36,7 @@ def parquet_truncated(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file")
 def parquet_without_its_end(scene: Scene) -> Settings:
     settings = scene.table()
     file = scene.root / "train.parquet"
@@ -46,19 +46,19 @@ def parquet_without_its_end(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file")
 def parquet_of_no_bytes(scene: Scene) -> Settings:
     (scene.root / "train.parquet").touch()
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file")
 def parquet_that_is_a_text(scene: Scene) -> Settings:
     (scene.root / "train.parquet").write_text("image,label\n1.png,0\n" * 50)
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file")
 def parquet_with_a_huge_footer(scene: Scene) -> Settings:
     settings = scene.table()
     file = scene.root / "train.parquet"
@@ -66,28 +66,28 @@ def parquet_with_a_huge_footer(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file", "codec can't decode byte 0xff")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file", "codec can't decode byte 0xff")
 def parquet_with_a_column_name_that_is_not_utf8(scene: Scene) -> Settings:
     file = scene.write_table(scene.make_table(names=None))
     file.write_bytes(file.read_bytes().replace(b"label", b"l\xffbel"))
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "row group 0", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "row group 0", "{root}", "not a valid Parquet file")
 def parquet_with_a_damaged_page_of_images(scene: Scene) -> Settings:
     file = scene.write_table(scene.make_table(), compression="gzip")
     overwrite_column(file, 0)
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file")
 def parquet_with_a_damaged_page_of_labels(scene: Scene) -> Settings:
     file = scene.write_table(scene.make_table(), compression="gzip")
     overwrite_column(file, 2)
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet", "{root}", "not a sound Parquet file")
+@source(SourceError, "train.parquet", "{root}", "not a valid Parquet file")
 def parquet_with_a_label_page_that_its_checksum_tells(scene: Scene) -> Settings:
     options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
     file = scene.write_table(scene.make_table(), **options)
@@ -108,14 +108,17 @@ def overwrite_column(file: Path, number: int) -> None:
 
 
 @source(
-    SourceError, "train.parquet in", "none of its first 2 images is embedded or found", "the path '0.png' is not there"
+    SourceError,
+    "train.parquet in",
+    "none of its first 2 images is embedded or found",
+    "the path '0.png' does not exist",
 )
 def image_column_of_strings_without_the_files(scene: Scene) -> Settings:
     scene.write_table(pa.table({"image": ["0.png", "1.png"], "label": [0, 1]}))
     return scene.settings("parquet")
 
 
-@source(SourceError, "train.parquet in", "none of its first 20 images", "its path '0.png' is not there", "{root}")
+@source(SourceError, "train.parquet in", "none of its first 20 images", "its path '0.png' does not exist", "{root}")
 def images_that_are_all_elsewhere(scene: Scene) -> Settings:
     return scene.table({row: {"bytes": None, "path": f"{row}.png"} for row in range(20)})
 
@@ -209,7 +212,7 @@ def numbers_that_name_rows(scene: Scene) -> Settings:
     return scene.table(labels={row: row for row in range(20)}, names=None)
 
 
-@source(SourceError, "train-2.parquet in", "its labels are int64, and string in train-1.parquet")
+@source(SourceError, "train-2.parquet in", "its labels are int64, but string in train-1.parquet")
 def labels_of_other_types_between_files(scene: Scene) -> Settings:
     text_labels(scene)
     (scene.root / "train.parquet").rename(scene.root / "train-1.parquet")
@@ -627,7 +630,7 @@ def two_names_of_one_part(scene: Scene) -> Settings:
     return scene.tree(parts=("train", "val", "valid"))
 
 
-@source(SourceError, "{root}/train/c", "out of data.root")
+@source(SourceError, "{root}/train/c", "outside data.root")
 def link_to_a_class_outside(scene: Scene) -> Settings:
     settings = scene.tree()
     outside = scene.root.parent / "outside"
@@ -636,7 +639,7 @@ def link_to_a_class_outside(scene: Scene) -> Settings:
     return settings
 
 
-@source(SourceError, "{root}/test", "out of data.root")
+@source(SourceError, "{root}/test", "outside data.root")
 def link_to_a_part_outside(scene: Scene) -> Settings:
     settings = scene.tree()
     outside = scene.root.parent / "outside"

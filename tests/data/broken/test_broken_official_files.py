@@ -321,7 +321,7 @@ def cifar_batch_cut_off(scene: Scene) -> Settings:
     return cifar_folder(scene, data_batch_1=cifar_members()["data_batch_1"][:500])
 
 
-@official("{root}", "data_batch_1", "no table")
+@official("{root}", "data_batch_1", "does not hold a dictionary")
 def cifar_batch_that_is_a_list(scene: Scene) -> Settings:
     return cifar_folder(scene, data_batch_1=pickle.dumps([1, 2]))
 

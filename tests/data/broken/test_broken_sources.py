@@ -53,7 +53,7 @@ def test_a_file_that_is_cut_off_between_footer_and_rows_is_named(scene: Scene) -
     scene.patch.setattr("rcnn.data.sources.parquet_files.pq.ParquetFile", open_and_cut)
     with pytest.raises(SourceError) as caught:
         ingest(scene, settings)
-    check_message(caught.value, ["train.parquet", str(scene.root), "not a sound Parquet file"])
+    check_message(caught.value, ["train.parquet", str(scene.root), "not a valid Parquet file"])
     check_nothing_left(scene)
 
 
@@ -68,7 +68,7 @@ def test_an_image_that_goes_away_after_it_was_listed_is_named(scene: Scene) -> N
     scene.patch.setattr(folder, "find_rule", delete_one)
     with pytest.raises(DataError) as caught:
         ingest(scene, settings)
-    check_message(caught.value, [FOLDER_ROW, "is not there"])
+    check_message(caught.value, [FOLDER_ROW, "does not exist"])
     check_nothing_left(scene)
     assert [skipped.row_id for skipped in ingest(scene, settings, on_error="skip").skipped] == []
     assert len(stored_rows(scene)) == 19

@@ -385,7 +385,7 @@ PIXELS = np.zeros((2, 3072), np.uint8)
         (b"", "is not a plain pickle"),
         (b"no pickle", "is not a plain pickle"),
         (python3_pickle(small_trees(CIFAR10)["test_batch"])[:-100], "is not a plain pickle"),
-        (python3_pickle([1]), "holds no table"),
+        (python3_pickle([1]), "does not hold a dictionary"),
         (python3_pickle({}), "does not hold images of 32x32x3 with labels"),
         (python3_pickle({"data": PIXELS}), "does not hold images"),
         (python3_pickle({"data": PIXELS, "labels": [1]}), "does not hold images"),

@@ -110,7 +110,7 @@ def test_an_svg_is_said_to_be_one_and_what_is_read_is_listed(tmp_path: Path, sta
     with pytest.raises(BadImage) as caught:
         decode_image(tmp_path / "x.svg" if is_file else io.BytesIO(content), RULE)
     assert str(caught.value) == (
-        f"is an SVG file, a vector graphic, and not an image that can be read ({', '.join(FORMATS)})"
+        f"is an SVG file (vector graphics), not an image that can be read ({', '.join(FORMATS)})"
     )
     assert caught.value.remedy == "Convert it to PNG"
 
@@ -138,7 +138,7 @@ def test_an_empty_image_is_said_to_be_empty(tmp_path: Path) -> None:
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     data = DataConfig(source="folder", root="x")
-    with pytest.raises(BadImage, match="is not there"):
+    with pytest.raises(BadImage, match="does not exist"):
         find_rule(data, tmp_path / "x.png")
     with pytest.raises(BadImage, match="Is a directory"):
         find_rule(data, tmp_path)
@@ -393,7 +393,7 @@ def test_a_colour_image_among_greys_is_refused_unless_grey_was_asked_for(color: 
     grey = encoded(COLOURS[..., 0])
     rule = find_rule(DataConfig(source="folder", root="x", color=color), io.BytesIO(grey))
     if is_refused:
-        with pytest.raises(BadImage, match="is in colour, and the first image is grey"):
+        with pytest.raises(BadImage, match="is in colour, but the first image is grey"):
             decode_image(io.BytesIO(encoded(COLOURS)), rule)
     else:
         pixels = decode_image(io.BytesIO(encoded(COLOURS)), rule)[..., 0]
@@ -423,6 +423,6 @@ def test_another_size_is_resized_as_pillow_does_it(resize: str, shape: tuple[int
 
 
 def test_another_size_is_refused_where_none_was_asked_for() -> None:
-    with pytest.raises(BadImage, match=r"is 9x5, and the first image is 9x6$") as caught:
+    with pytest.raises(BadImage, match=r"is 9x5, but the first image is 9x6$") as caught:
         decode_image(io.BytesIO(encoded(COLOURS[:5])), RULE)
     assert caught.value.remedy == "Set data.image_size"

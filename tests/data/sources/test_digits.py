@@ -197,7 +197,7 @@ def test_an_altered_plain_file_is_named(official: Miniature, tmp_path: Path) -> 
 def test_files_of_the_other_data_set_are_recognised(official: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"mnist": "fashion-mnist", "fashion-mnist": "mnist"}[official.source]
     mistaken = Miniature(other, official.folder, monkeypatch)
-    with pytest.raises(SourceError, match=f"it is a file of {official.source}, and data.source is {other}.*data.root"):
+    with pytest.raises(SourceError, match=f"it is a file of {official.source}, but data.source is {other}.*data.root"):
         mistaken.open(official.folder)
 
 
@@ -246,9 +246,9 @@ FAULTS = {
     "images for labels": (TEST_LABELS, idx(IMAGES), "is not the expected IDX file"),
     "overflow": (TRAIN_IMAGES, struct.pack(">4I", 2051, 2**31, 2**31, 4), "is not the expected IDX file"),
     "empty": (TRAIN_IMAGES, b"", "is not the expected IDX file"),
-    "one less": (TRAIN_IMAGES, idx(IMAGES[:19]), "holds 19 images, and there are 20 labels"),
-    "narrow": (TRAIN_IMAGES, idx(IMAGES[:, :, :27]), "its images are 27x28, and must be 28x28"),
-    "label 10": (TEST_LABELS, idx(LABELS + 10), f"{TEST_LABELS}: one of its labels is 10, and must be 0 to 9"),
+    "one less": (TRAIN_IMAGES, idx(IMAGES[:19]), "holds 19 images, but there are 20 labels"),
+    "narrow": (TRAIN_IMAGES, idx(IMAGES[:, :, :27]), "its images are 27x28, but must be 28x28"),
+    "label 10": (TEST_LABELS, idx(LABELS + 10), f"{TEST_LABELS}: one of its labels is 10, but must be 0 to 9"),
 }
 
 

@@ -218,7 +218,7 @@ def test_a_server_that_cannot_resume_and_always_breaks_off_is_given_up(server: S
 def test_a_file_with_another_checksum_is_removed(server: Served, tmp_path: Path) -> None:
     server.content = b"something else"
     found = hashlib.md5(server.content).hexdigest()
-    with pytest.raises(SourceError, match=f"the file's MD5 is {found}, the official one {MD5}") as caught:
+    with pytest.raises(SourceError, match=f"the file's MD5 is {found}, the official file's is {MD5}") as caught:
         fetch_it(tmp_path, server)
     assert caught.value.retryable
     assert visible(tmp_path) == []

@@ -145,8 +145,8 @@ def test_hidden_files_leftovers_of_windows_and_what_is_beside_train_stay_out(sou
     assert len(read(origin).row_ids) == 4
     assert origin.skipped == ()
     assert said == [
-        "  files and folders beside train/ stay out: README.md, raw",
-        "  files beside the class folders stay out: README.md, labels.csv",
+        "  ignoring files and folders beside train/: README.md, raw",
+        "  ignoring files beside the class folders: README.md, labels.csv",
     ]
 
 
@@ -156,11 +156,11 @@ def test_a_line_about_many_files_names_three_of_them_with_their_control_characte
     for name in ("a\n\x1b[31m.txt", *map(str, range(3000))):
         (sound / "train" / name).touch()
     opened(sound)
-    assert said == [r"  files beside the class folders stay out: 0, 1, 10 and 2,998 more"]
+    assert said == [r"  ignoring files beside the class folders: 0, 1, 10 and 2,998 more"]
     for number in range(3000):
         (sound / "train" / str(number)).unlink()
     opened(sound)
-    assert said[1:] == [r"  files beside the class folders stay out: a\n\x1b[31m.txt"]
+    assert said[1:] == [r"  ignoring files beside the class folders: a\n\x1b[31m.txt"]
 
 
 @pytest.mark.parametrize("name", ["0", "0.dat", "0.svg", "0.avif.bak"])
@@ -188,12 +188,12 @@ def test_what_is_not_an_image_is_a_bad_row_of_its_class(sound: Path) -> None:
     assert bad_rows(sound) == [
         ("train/a/0.json", "is empty"),
         ("train/a/notes.txt", f"is not an image that can be read ({kinds})"),
-        ("train/b/0.svg", f"is an SVG file, a vector graphic, and not an image that can be read ({kinds})"),
+        ("train/b/0.svg", f"is an SVG file (vector graphics), not an image that can be read ({kinds})"),
     ]
     assert len(read(opened(sound, on_error="skip")).row_ids) == 4
     assert message_of(sound) == (
         "train/a/0.json: is empty (the first of 3 bad rows). "
-        "Fix or delete it, or set data.on_error=skip to leave such rows out"
+        "Fix or delete it, or set data.on_error=skip to skip such rows"
     )
 
 
@@ -205,7 +205,7 @@ def test_all_files_of_unknown_kind_are_counted_before_any_image_is_decoded(
     monkeypatch.setattr(folder_source, "find_rule", lambda *_: pytest.fail("it was decoded"))
     assert message_of(sound).startswith("train/b/0000.svg: is an SVG file")
     assert message_of(sound).endswith(
-        "(the first of 2,000 bad rows). Convert it to PNG, or set data.on_error=skip to leave such rows out"
+        "(the first of 2,000 bad rows). Convert it to PNG, or set data.on_error=skip to skip such rows"
     )
 
 
@@ -225,18 +225,18 @@ def test_listing_opens_only_files_whose_names_do_not_say_what_they_are(
 def test_an_image_beside_the_class_folders_is_a_bad_row(sound: Path) -> None:
     write_tree(sound, "train/preview.png", "test/a/0.png", "test/total.JPG")
     assert bad_rows(sound) == [
-        ("test/total.JPG", "is in no class folder"),
-        ("train/preview.png", "is in no class folder"),
+        ("test/total.JPG", "is not in a class folder"),
+        ("train/preview.png", "is not in a class folder"),
     ]
     assert message_of(sound) == (
-        "test/total.JPG: is in no class folder (the first of 2 bad rows). "
-        "Move it into one, or set data.on_error=skip to leave such rows out"
+        "test/total.JPG: is not in a class folder (the first of 2 bad rows). "
+        "Move it into one, or set data.on_error=skip to skip such rows"
     )
 
 
 def test_an_image_beside_the_class_folders_of_the_root_is_a_bad_row(root: Path) -> None:
     write_tree(root, "a/0.png", "b/0.png", "c.png")
-    assert bad_rows(root) == [("c.png", "is in no class folder")]
+    assert bad_rows(root) == [("c.png", "is not in a class folder")]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -263,7 +263,7 @@ def test_two_folders_of_one_class_are_both_read_and_a_line_says_so(root: Path, s
     assert origin.classes == ("a", composed)
     assert sorted(read(origin).row_ids) == sorted([*names, "train/a/0.png"])
     assert origin.labels["train"].tolist() == [0, 1, 1, 1]
-    assert said == [f"  classes of train/ with two folders, in NFC and NFD: {composed}"]
+    assert said == [f"  merging folders of train/ that are the same class in NFC and NFD: {composed}"]
 
 
 @pytest.mark.parametrize("ending", [".png", ".PNG", ".Jpg"])
@@ -315,10 +315,10 @@ def test_mixed_sizes_without_image_size_are_left_out_and_named(sound: Path) -> N
     block, skipped = opened(sound).cut("train", np.arange(4)).read()
     assert block.row_ids == ["train/a/0.png", "train/a/1.png", "train/b/1.png"]
     assert block.labels.tolist() == [0, 0, 1]
-    assert [(skip.row_id, skip.reason) for skip in skipped] == [("train/b/0.png", "is 8x5, and the first image is 7x5")]
+    assert [(skip.row_id, skip.reason) for skip in skipped] == [("train/b/0.png", "is 8x5, but the first image is 7x5")]
     assert str(bad_row(skipped[0])) == (
-        "train/b/0.png: is 8x5, and the first image is 7x5. "
-        "Set data.image_size, or set data.on_error=skip to leave such rows out"
+        "train/b/0.png: is 8x5, but the first image is 7x5. "
+        "Set data.image_size, or set data.on_error=skip to skip such rows"
     )
 
 
@@ -384,7 +384,7 @@ def test_a_file_that_vanished_after_listing_is_named(sound: Path) -> None:
     origin = opened(sound)
     (sound / "train/a/1.png").unlink()
     _, [skip] = origin.cut("train", np.arange(4)).read()
-    assert (skip.row_id, skip.reason) == ("train/a/1.png", "is not there")
+    assert (skip.row_id, skip.reason) == ("train/a/1.png", "does not exist")
 
 
 def test_size_and_colour_are_the_first_readable_images_when_bad_ones_are_skipped(sound: Path) -> None:
@@ -413,13 +413,13 @@ def test_the_root_itself_may_be_a_link(sound: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("../../../outside.png", "outside.png, out of data.root"),
-        ("../../../outside", "outside, out of data.root"),
-        ("gone.png", "root/train/a/gone.png, where nothing can be found"),
+        ("../../../outside.png", "outside.png, outside data.root"),
+        ("../../../outside", "outside, outside data.root"),
+        ("gone.png", "root/train/a/gone.png, which does not exist"),
         ("../b", "root/train/b, which is not a file"),
-        ("link.png", "root/train/a/link.png, where nothing can be found"),
-        (".", "root/train/a, which holds the link: it leads in circles"),
-        ("../..", "root, which holds the link: it leads in circles"),
+        ("link.png", "root/train/a/link.png, which does not exist"),
+        (".", "root/train/a, which contains the link: it is circular"),
+        ("../..", "root, which contains the link: it is circular"),
     ],
 )
 def test_links_that_lead_out_or_to_no_file_are_named(sound: Path, target: str, reason: str) -> None:
@@ -439,7 +439,7 @@ def test_a_link_to_a_folder_of_images_is_named_whatever_its_ending(sound: Path) 
     (sound / "train/a/more").symlink_to(sound.parent / "outside")
     [skip] = opened(sound, on_error="skip").skipped
     assert skip.row_id == "train/a/more"
-    assert "out of data.root" in skip.reason
+    assert "outside data.root" in skip.reason
 
 
 @pytest.mark.parametrize(
@@ -447,15 +447,15 @@ def test_a_link_to_a_folder_of_images_is_named_whatever_its_ending(sound: Path) 
     [
         (
             "outside.png",
-            "Copy the file, or set data.follow_links=true, or set data.on_error=skip to leave such rows out",
+            "Copy the file, or set data.follow_links=true, or set data.on_error=skip to skip such rows",
         ),
-        ("outside", "Copy the folder, or set data.follow_links=true, or set data.on_error=skip to leave such rows out"),
+        ("outside", "Copy the folder, or set data.follow_links=true, or set data.on_error=skip to skip such rows"),
         (
             "root/train/b",
-            "Copy the folder, or set data.follow_links=true, or set data.on_error=skip to leave such rows out",
+            "Copy the folder, or set data.follow_links=true, or set data.on_error=skip to skip such rows",
         ),
-        ("root/train", "Delete it, or set data.on_error=skip to leave such rows out"),
-        ("gone", "Fix or delete it, or set data.on_error=skip to leave such rows out"),
+        ("root/train", "Delete it, or set data.on_error=skip to skip such rows"),
+        ("gone", "Fix or delete it, or set data.on_error=skip to skip such rows"),
     ],
 )
 def test_a_bad_link_has_one_remedy_that_fits(sound: Path, target: str, remedy: str) -> None:
@@ -494,7 +494,7 @@ def test_a_followed_link_to_a_folder_around_it_is_a_bad_row(sound: Path, target:
     (sound / "train/a/loop").symlink_to(target)
     holder = os.path.normpath(sound / "train/a" / target)
     assert bad_rows(sound, follow_links=True) == [
-        ("train/a/loop", f"is a link to {holder}, which holds the link: it leads in circles")
+        ("train/a/loop", f"is a link to {holder}, which contains the link: it is circular")
     ]
     assert len(read(opened(sound, follow_links=True, on_error="skip")).row_ids) == 4
 
@@ -509,7 +509,7 @@ def test_followed_links_that_lead_to_each_other_end(sound: Path) -> None:
     (sound / "train/a/y").symlink_to(outside / "y")
     origin = opened(sound, follow_links=True, on_error="skip")
     assert [skip.row_id for skip in origin.skipped] == ["train/a/x/to-y/to-x", "train/a/y"]
-    assert origin.skipped[1].reason == f"leads to {outside}/y, which is in this class already"
+    assert origin.skipped[1].reason == f"leads to {outside}/y, which this class contains already"
     assert read(origin).row_ids[2:4] == ["train/a/x/0.png", "train/a/x/to-y/1.png"]
 
 
@@ -517,7 +517,7 @@ def test_followed_links_that_lead_to_each_other_end(sound: Path) -> None:
 def test_a_class_that_is_a_link_to_its_own_part_is_refused(sound: Path, follow_links: bool) -> None:
     (sound / "train/c").symlink_to(".")
     assert message_of(sound, follow_links=follow_links) == (
-        f"{sound}/train/c: is a link to {sound}/train, which holds the link: it leads in circles. Delete it"
+        f"{sound}/train/c: is a link to {sound}/train, which contains the link: it is circular. Delete it"
     )
 
 
@@ -526,7 +526,7 @@ def test_a_class_that_is_a_link_to_its_own_part_is_refused(sound: Path, follow_l
 def test_a_folder_that_is_a_link_out_or_to_nothing_is_refused(sound: Path, link: str, target: str) -> None:
     write_tree(sound.parent / "outside", "a/0.png", "b/0.png")
     (sound / link).symlink_to(sound / link if target == "itself" else sound.parent / target)
-    expected = "out of data.root" if target == "outside" else "where nothing can be found"
+    expected = "outside data.root" if target == "outside" else "which does not exist"
     with pytest.raises(SourceError, match=f"{link}: is a link to .*{expected}"):
         opened(sound)
 
@@ -571,7 +571,7 @@ FAULTS = {
     "one part twice": (
         ("train/a/0.png", "train/b/0.png", "val/a/0.png", "valid/a/0.png"),
         "",
-        "val/ and valid/ are one part",
+        "val/ and valid/ are the same part",
     ),
 }
 
@@ -605,7 +605,7 @@ def test_a_class_of_which_no_file_is_an_image_is_named_with_the_first_of_them(so
     for number in range(2):
         (sound / f"train/b/{number}.png").unlink()
         (sound / f"train/b/{number}.svg").write_bytes(SVG)
-    expected = r"train/b: the class has no images \(files that cannot be taken: 2, the first train/b/0\.svg: is an SVG"
+    expected = r"train/b: the class has no images \(unusable files: 2, the first train/b/0\.svg: is an SVG"
     with pytest.raises(SourceError, match=expected):
         opened(sound, on_error=on_error)
 

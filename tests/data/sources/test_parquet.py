@@ -255,8 +255,8 @@ def test_labels_of_any_integer_type_are_read(root: Path, label_type: pa.DataType
     assert read(origin).row_ids == ["0.parquet#0", "0.parquet#2", "0.parquet#3"]
     bound = "0 to 2" if names else "0 or above"
     assert [(skip.row_id, skip.reason) for skip in origin.skipped] == [
-        ("0.parquet#1", f"label is null, and must be {bound}"),
-        *([("0.parquet#4", f"label is {largest}, and must be 0 to 2")] if names else []),
+        ("0.parquet#1", f"label is null, but must be {bound}"),
+        *([("0.parquet#4", f"label is {largest}, but must be 0 to 2")] if names else []),
     ]
 
 
@@ -307,7 +307,7 @@ def test_text_that_differs_in_blanks_or_capitals_is_two_classes_and_shown(
     shown = [name if name.strip() == name else repr(name) for name in classes]
     assert said == [
         f"  classes: {', '.join(shown)} (3 in all)",
-        f"  {alike[0]!r} and {alike[1]!r} are two classes: they differ in blanks or capitals",
+        f"  {alike[0]!r} and {alike[1]!r} are two classes: they differ only in spaces or capitals",
     ]
 
 
@@ -338,7 +338,7 @@ def test_truth_values_are_the_classes_false_and_true(root: Path, said: list[str]
     origin = opened(root, on_error="skip")
     assert origin.classes == ("false", "true")
     assert origin.labels["train"].tolist() == [1, 0, 1]
-    assert [skip.reason for skip in origin.skipped] == ["label is null, and must be false or true"]
+    assert [skip.reason for skip in origin.skipped] == ["label is null, but must be false or true"]
     assert said == ["  classes: false, true (2 in all)"]
 
 
@@ -460,7 +460,7 @@ def test_rows_without_a_possible_label_are_left_out_and_named(root: Path, label:
     write(root / "train.parquet", table_of([0, label, 2], names=["a", "b", "c"]))
     origin = opened(root, on_error="skip")
     assert [(skip.row_id, skip.reason) for skip in origin.skipped] == [
-        ("train.parquet#1", f"label is {told}, and must be 0 to 2")
+        ("train.parquet#1", f"label is {told}, but must be 0 to 2")
     ]
     block = read(origin)
     assert block.row_ids == ["train.parquet#0", "train.parquet#2"]
@@ -472,14 +472,14 @@ def test_rows_without_a_possible_label_are_left_out_and_named(root: Path, label:
     [
         (
             {"bytes": None, "path": "1.png"},
-            "image is not embedded: its bytes are null and its path '1.png' is not there",
+            "image is not embedded: its bytes are null and its path '1.png' does not exist",
         ),
         ({"bytes": None, "path": None}, "image.bytes is null"),
         ({"bytes": None, "path": ""}, "image.bytes is null"),
         (None, "image.bytes is null"),
         ({"bytes": b"", "path": None}, "is empty"),
         ({"bytes": b"no image", "path": None}, r"is not an image that can be read"),
-        ({"bytes": as_png(np.zeros((2, 4, 3), np.uint8)), "path": None}, "is 4x2, and the first image is 3x2"),
+        ({"bytes": as_png(np.zeros((2, 4, 3), np.uint8)), "path": None}, "is 4x2, but the first image is 3x2"),
     ],
 )
 def test_rows_without_a_possible_image_are_left_out_and_named(
@@ -721,7 +721,7 @@ def test_a_file_outside_the_root_is_never_read(root: Path) -> None:
     block, skipped = opened(root, on_error="skip").cut("train", np.arange(6)).read()
     assert block.row_ids == ["data/train.parquet#5"]
     assert [skip.reason for skip in skipped] == [
-        f"image is not embedded: its bytes are null and its path {path!r} leads out of data.root" for path in paths
+        f"image is not embedded: its bytes are null and its path {path!r} leads outside data.root" for path in paths
     ]
 
 
@@ -745,7 +745,7 @@ def test_a_file_without_one_image_is_named_once(root: Path, said: list[str]) -> 
     write(root / "test.parquet", table_of_paths([f"{row}.png" for row in range(500)]))
     expected = (
         "none of its first 100 images is embedded or found "
-        "(test.parquet#0: image is not embedded: its bytes are null and its path '0.png' is not there)"
+        "(test.parquet#0: image is not embedded: its bytes are null and its path '0.png' does not exist)"
     )
     origin = opened(root, on_error="skip")
     assert said == [f"  test.parquet: {expected}"]
@@ -949,7 +949,9 @@ def test_paths_that_datasets_writes_instead_of_images_are_read(root: Path) -> No
     assert origin.classes == ("cat", "dog")
     np.testing.assert_array_equal(read(origin).images, np.stack([pixels_of(0, 0), pixels_of(0, 1)]))
     shutil.copytree(root, root.parent / "moved")
-    with pytest.raises(SourceError, match=r"none of its first 2 images is embedded or found.* leads out of data\.root"):
+    with pytest.raises(
+        SourceError, match=r"none of its first 2 images is embedded or found.* leads outside data\.root"
+    ):
         opened(root.parent / "moved")
 
 
@@ -974,9 +976,9 @@ FAULTS: dict[str, tuple[pa.Table, str]] = {
     "fractions for labels": (replaced(1, [0.0, 0.1]), r"row 1 of column 'label' \(double\) is 0.1, not a whole number"),
     "bytes for labels": (replaced(1, [b"cat", b"dog"]), "column 'label' is binary"),
     "dates for labels": (replaced(1, [datetime.date(2024, 1, 1)] * 2), "column 'label' is date32"),
-    "one class": (table_of([0, 0], names=["only"]), "names one class"),
-    "no JSON": (TABLE.replace_schema_metadata({"huggingface": "{"}), "metadata 'huggingface' does not say"),
-    "other JSON": (TABLE.replace_schema_metadata({"huggingface": "{}"}), r"does not say what 'label' is \(KeyError"),
+    "one class": (table_of([0, 0], names=["only"]), "names only one class"),
+    "no JSON": (TABLE.replace_schema_metadata({"huggingface": "{"}), "metadata 'huggingface' does not describe"),
+    "other JSON": (TABLE.replace_schema_metadata({"huggingface": "{}"}), r"does not describe 'label' \(KeyError"),
     "no rows": (TABLE[:0], "has no rows"),
     "no rows with names": (table_of([], names=["a", "b"]), "has no rows"),
 }
@@ -993,7 +995,7 @@ def test_a_file_of_another_layout_is_named(root: Path, fault: str) -> None:
 def test_files_must_have_the_same_classes(root: Path) -> None:
     for number, names in enumerate([None, ["a", "b"], ["b", "a"]]):
         write(root / f"train-{number}.parquet", table_of([0, 1], names=names))
-    with pytest.raises(SourceError, match=r"train-2\.parquet in .*: its class 0 is 'b', and 'a' in train-1\.parquet"):
+    with pytest.raises(SourceError, match=r"train-2\.parquet in .*: its class 0 is 'b', but 'a' in train-1\.parquet"):
         opened(root)
 
 
@@ -1002,7 +1004,7 @@ def test_a_file_that_is_cut_off_is_named(root: Path, keep: int) -> None:
     write(root / "train.parquet", TABLE)
     content = (root / "train.parquet").read_bytes()
     (root / "train.parquet").write_bytes(content[:keep])
-    with pytest.raises(SourceError, match=r"train\.parquet in data\.root = .*: is not a sound Parquet file"):
+    with pytest.raises(SourceError, match=r"train\.parquet in data\.root = .*: is not a valid Parquet file"):
         opened(root)
 
 

@@ -162,8 +162,8 @@ FAULTS = {
     "grey": (matlab_file(TREE | {"X": TREE["X"][:, :, :1]}), r"X is uint8 \(32, 32, 1, 12\)"),
     "small": (matlab_file(TREE | {"X": TREE["X"][1:]}), r"X is uint8 \(31, 32, 3, 12\)"),
     "floats": (matlab_file(TREE | {"X": TREE["X"] / 255}), "X is float64"),
-    "label 11": (matlab_file(TREE | {"y": TREE["y"] + 1}), "its labels are 2 to 11, and must be 0 to 10"),
-    "label -1": (matlab_file(TREE | {"y": TREE["y"] * -1.0}), "its labels are -10 to -1, and must be 0 to 10"),
+    "label 11": (matlab_file(TREE | {"y": TREE["y"] + 1}), "its labels are 2 to 11, but must be 0 to 10"),
+    "label -1": (matlab_file(TREE | {"y": TREE["y"] * -1.0}), "its labels are -10 to -1, but must be 0 to 10"),
 }
 
 
