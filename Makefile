@@ -24,10 +24,10 @@ demo: $(READY)  ## the whole pipeline on real digits, offline
 	@$(BIN)/rcnn pipeline --recipe demo
 
 test: $(READY)  ## the tests, but those that take minutes
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 test-quick: $(READY)  ## the tests that need neither Ray, Prefect nor a server, in a minute
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup -m "not (ray or process or slow or gpu)"
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not (ray or process or slow or gpu)"
 
 test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack
 	@$(BIN)/python -m pytest -m slow

@@ -205,12 +205,7 @@ def _run_flow(config: Any, *, fresh: bool) -> Any:
         from flows.full_pipeline import full_pipeline
 
         server.wait()
-        trees = full_pipeline(config, fresh=fresh)
-    if "register" in trees:
-        from rcnn.registry.answers import remember_model
-
-        remember_model(config, trees["register"]["model_name"])
-    return trees
+        return full_pipeline(config, fresh=fresh)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ addresses; and one that touches the checkout's `storage/` fails.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -50,18 +52,31 @@ from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
 from rcnn.stages import run_stage
 
+RAY_FILES = re.compile(r"tests/(flows/|.*/test_ray_)")
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Holds the names of files to what they contain: the scheduler below knows no more of a test."""
+    for item in items:
+        uses_ray = item.get_closest_marker("ray") is not None
+        assert not uses_ray or RAY_FILES.match(item.nodeid), f"{item.nodeid} uses Ray: name its file test_ray_..."
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keeps tests that share a server in one process of pytest-xdist: Ray, Prefect and MLflow take long to start.
 
-    xdist hands out the largest group first, so those that use Ray, which take half of the time, begin at once.
+    The marks of `--dist loadgroup` have no effect with pytest 9.2 and pytest-xdist 3.8.
     """
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif item.path.name == "test_mlflow_store.py":
-            item.add_marker(pytest.mark.xdist_group("mlflow"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            """The group of a test. The largest is handed out first: MLflow's, then Ray's, which takes longest."""
+            if RAY_FILES.match(nodeid):
+                return "ray"
+            return "mlflow" if "test_mlflow_store.py" in nodeid else nodeid
+
+    return ByServer(config, log)
 
 
 def pytest_unconfigure() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rcnn.config import PipelineConfig
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
+from rcnn.registry.answers import remember_model
 from rcnn.registry.gate import Standing, judge
 from rcnn.results import EvaluateResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
@@ -39,6 +40,7 @@ def run_register(
     verdict = judge(new, champion)
     mlflow_store.set_alias(config, verdict.alias, new.version)
     name = model_name(config)
+    remember_model(config, name)
     say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
     return RegisterResult(
         model_name=name,

@@ -71,7 +71,7 @@ def test_images_that_parquet_files_on_s3_only_name_are_refused(endpoint: str, tm
     pq.write_table(rows, f"{base}/TRAIN.PARQUET", filesystem=filesystem)
     config = PipelineConfig().with_settings({"data.source": "parquet", "data.root": f"s3://paths/digits?{endpoint}"})
     assert fingerprint(config.data)
-    with pytest.raises(SourceError, match=r"its path '0\.png' cannot be followed, since data\.root is remote"):
+    with pytest.raises(SourceError, match=r"its path '0\.png' cannot be followed, because data\.root is remote"):
         run_ingest(config, StageFolder(Storage(str(tmp_path)), "datasets/x"), NoTracker())
 
 

@@ -270,7 +270,7 @@ def test_a_model_from_before_there_was_a_choice_of_networks_is_an_rcnn(
     assert PipelineConfig.model_validate(old["config"]).model.network == "rcnn"
     description["network"]["network"] = "resnet"
     file.write_text(json.dumps(description))
-    with pytest.raises(DataError, match="there is no network 'resnet'; there are rcnn, recursive"):
+    with pytest.raises(DataError, match="there is no network 'resnet'; choose one of rcnn, recursive"):
         load_model(tmp_path)
 
 

@@ -30,7 +30,8 @@ class Recorder(NoTracker):
         self.steps: list[int] = []
 
     def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
-        self.steps.append(step)
+        if "val/error" in metrics:  # not the figures of the whole run, which come last
+            self.steps.append(step)
 
 
 def train(config: PipelineConfig, digits: IngestResult, folder: str, tracker: Any = None) -> TrainResult:
