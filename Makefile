@@ -26,8 +26,8 @@ demo: $(READY)  ## the whole pipeline on real digits, offline
 test: $(READY)  ## the tests, but those that take minutes
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4
 
-test-quick: $(READY)  ## the tests that need neither Ray, Prefect nor a server, in a minute
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not (ray or process or slow or gpu)"
+test-quick: $(READY)  ## the tests that start no server or process, and are quick
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/test_layering.py -m "not (ray or long or slow or gpu)"
 
 test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack
 	@$(BIN)/python -m pytest -m slow

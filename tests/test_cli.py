@@ -9,6 +9,8 @@ from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.recipes import demo
 
+pytestmark = pytest.mark.long
+
 
 def test_config_prints_the_resolved_tree(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--recipe", "demo", "--set", "model.k=12", "--json"]) == 0

@@ -17,6 +17,8 @@ from rcnn.completion import SHELLS
 from rcnn.recipes import RECIPES
 from rcnn.settings import setting_names
 
+pytestmark = pytest.mark.long
+
 SECONDS_TO_ANSWER = 30  # far above what it takes; a failure waits that long
 
 

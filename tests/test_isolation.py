@@ -10,6 +10,8 @@ import pytest
 
 from rcnn.storage import Storage
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 
 

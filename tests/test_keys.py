@@ -13,6 +13,8 @@ from rcnn.config import PipelineConfig
 from rcnn.keys import code_of, differing, key_of, without_comments
 from rcnn.stages import STAGES, stage_code
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 ASK = """
 import json

@@ -19,6 +19,8 @@ from rcnn.stages import (
     stage_folder,
 )
 
+pytestmark = pytest.mark.long
+
 DATA = IngestResult(folder="datasets/x", digest="d", test_digest="t", source="mnist-sample", rows={"test": 1})
 TUNED = TuneResult(
     best=Choice({"model.k": 5, "model.t": 4, "train.learning_rate": 0.3}),

@@ -18,6 +18,8 @@ from rcnn.errors import ConfigError
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def copy(digits_storage: Path, digits: IngestResult, tmp_path: Path) -> Storage:

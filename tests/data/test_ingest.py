@@ -254,6 +254,7 @@ def _ingest_until_killed(root: str, settings: dict[str, object], shards_to_write
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shards_to_write", [0, 2, 6])
 def test_a_killed_ingest_leaves_nothing_or_all_and_is_taken_up(
     target: StageFolder, monkeypatch: pytest.MonkeyPatch, shards_to_write: int
@@ -327,6 +328,7 @@ def _ingest(root: str) -> None:
     run_ingest(PipelineConfig(), StageFolder(Storage(root), "datasets/x"), NoTracker())
 
 
+@pytest.mark.long
 def test_two_ingests_at_once_do_not_harm_each_other(target: StageFolder) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_ingest, args=(target.storage.root,)) for _ in range(3)]
@@ -428,6 +430,7 @@ def test_a_replacement_that_is_killed_leaves_nothing_or_all_and_is_taken_up(
     assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["x"]
 
 
+@pytest.mark.long
 def test_an_old_draft_that_somebody_is_at_is_left_alone(target: StageFolder, random_source: Origin) -> None:
     draft = target.storage.local_path("datasets/.draft-old")
     (draft / "records").mkdir(parents=True)

@@ -21,6 +21,8 @@ from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:

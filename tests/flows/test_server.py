@@ -14,6 +14,8 @@ from flows import server as server_module
 from flows.server import prefect_server
 from rcnn.errors import ClusterError
 
+pytestmark = pytest.mark.long
+
 
 def test_a_server_that_is_set_is_used_and_none_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module.subprocess, "Popen", None)  # a start would fail

@@ -33,6 +33,7 @@ def test_agrees_with_torch_and_with_the_equation(num_maps: int, window: int, bet
     torch.testing.assert_close(ours, reference_lrn(x, window=window, alpha=0.3, beta=beta))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("num_maps", "window"), SHAPES)
 @pytest.mark.parametrize("beta", [0.75, 0.5])
 def test_the_hand_written_gradients_pass_gradcheck(num_maps: int, window: int, beta: float, form: None) -> None:

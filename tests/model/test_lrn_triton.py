@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
 CODE = """

@@ -420,6 +420,7 @@ print(config.model.title, description["network"]["network"], len(state.history),
 """
 
 
+@pytest.mark.long
 def test_a_network_is_added_with_one_file_and_one_line(
     tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train.loop import fit
 
+pytestmark = pytest.mark.long
+
 NUM_TRAIN, NUM_VAL = 4050, 450
 
 

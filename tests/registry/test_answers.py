@@ -11,6 +11,8 @@ from rcnn.config import PipelineConfig
 from rcnn.registry.answers import ANSWERS, remembered
 from rcnn.tracking import STORE
 
+pytestmark = pytest.mark.long
+
 
 class Registry:
     """Counts how often it is asked."""

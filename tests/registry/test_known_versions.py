@@ -18,6 +18,8 @@ from rcnn.results import RegisterResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import tracking_uri
 
+pytestmark = pytest.mark.long
+
 REGISTERED = RegisterResult(model_name="m", version=1, alias="champion", reason="", model_uri="models:/m/1")
 
 

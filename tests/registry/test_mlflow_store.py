@@ -28,6 +28,8 @@ from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import tracking_uri
 from rcnn.train.checkpoint import build_classifier, save_model
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

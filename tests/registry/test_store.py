@@ -21,6 +21,8 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.registry.mlflow_store import create_store, open_run
 
+pytestmark = pytest.mark.long
+
 FORK = multiprocessing.get_context("fork")  # the children need not import MLflow again
 
 

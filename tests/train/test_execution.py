@@ -19,6 +19,8 @@ from rcnn.train.checkpoint import TrainState
 from rcnn.train.execution import STEPS_WORTH_COMPILING, choose_execution, prepare
 from rcnn.train.loop import fit
 
+pytestmark = pytest.mark.long
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 

@@ -49,6 +49,7 @@ def test_losses_are_the_stored_ones(tiny_config: PipelineConfig, data: TrainingD
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=10 ** -golden["digits"])
 
 
+@pytest.mark.long
 def test_a_small_model_learns_real_digits(tiny_config: PipelineConfig, data: TrainingData) -> None:
     config = tiny_config.with_settings(
         {"model.k": 16, "model.dropout": 0, "train.epochs": 12, "train.schedule": "one_cycle", "train.batch_size": 16,
@@ -58,6 +59,7 @@ def test_a_small_model_learns_real_digits(tiny_config: PipelineConfig, data: Tra
     assert state.history[-1]["val/error"] < 0.35 < state.history[0]["val/error"]
 
 
+@pytest.mark.long
 def test_a_streamed_model_learns_as_well_and_resumes_to_the_same_weights(
     tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path
 ) -> None:
@@ -239,6 +241,7 @@ def test_the_saved_model_gives_the_same_logits(tiny_config: PipelineConfig, data
     assert PipelineConfig.model_validate(description["config"]) == tiny_config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_trains_and_its_stored_model_gives_the_same_logits(
     tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, name: str

@@ -27,6 +27,8 @@ from tests.data.broken.scene import (
     stored_rows,
 )
 
+pytestmark = pytest.mark.long
+
 NUM_ROWS = b"\x16\x28"  # in a footer: the next field is a number, and it is 20 (in zigzag: 40)
 COUNTS_IN_FOOTER = 5  # of the file, of its one row group, and of the values of three columns
 

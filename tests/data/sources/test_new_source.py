@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from rcnn.config import PipelineConfig
 from rcnn.stages import stage_folder
+
+pytestmark = pytest.mark.long
 
 PACKAGE = Path(__file__).parents[3] / "rcnn"
 ROW = """
