@@ -1,9 +1,11 @@
 """Prefect's temporary server, started before anything else, so that other work fills the time that it takes.
 
-Prefect would start the same server when the flow begins, wait for it, and import all of its code into this process too.
+Prefect would start the same server when the flow begins, wait for it, and import
+all of its code into this process too.
 """
 
 import atexit
+import http.client
 import os
 import secrets
 import socket
@@ -114,7 +116,7 @@ class _TemporaryServer:
     def _answers(self) -> bool:
         try:
             urllib.request.urlopen(f"{self.api_url}/health", timeout=SECONDS_TO_STOP).close()  # noqa: S310  (loopback)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
         return True
 

@@ -1,6 +1,6 @@
 """The `rcnn` command: a sub-command per stage, the whole pipeline, and what helps around it.
 
-Errors that the user can mend are one line on standard error and exit code 2. Heavy imports wait until a sub-command needs
+Errors that the user can fix are one line on standard error and exit code 2. Heavy imports wait until a sub-command needs
 them, so that `rcnn --help` answers at once.
 """
 
@@ -32,7 +32,7 @@ PREFECT_IS_AWAY = "Failed to reach API at"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit code.
 
-    0; 1 where some images could not be read; 2 for an error that the user can mend; 130 where the user stopped it; 141
+    0; 1 where some images could not be read; 2 for an error that the user can fix; 130 where the user stopped it; 141
     where the reader of its output did.
     """
     options = _parser().parse_args(arguments)
@@ -137,7 +137,7 @@ def _add_data(commands: Any) -> None:
                 "--class", action="append", default=[], metavar="NAME", dest="classes", help="draw this class alone"
             )
     action.add_argument("--format", choices=["huggingface"], default="huggingface", help="the layout")
-    action.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a folder that is not there yet")
+    action.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a folder that does not exist yet")
 
 
 def _add(
@@ -210,7 +210,7 @@ def _run_flow(config: Any, *, fresh: bool) -> Any:
 
 @contextmanager
 def _prefect_answers() -> Iterator[None]:
-    """A Prefect server that does not answer is the user's to mend."""
+    """Turns a Prefect server that does not answer into an error that the user can fix."""
     import httpx
 
     try:
@@ -441,7 +441,7 @@ def _data_verify(options: argparse.Namespace) -> None:
     if faults:
         in_all = f" ({len(faults)} faults in all)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{in_all}", remedy="Ingest again with --fresh")
-    print(printable(f"{storage.uri(folder)} is whole: every row is what the manifest says"))
+    print(printable(f"{storage.uri(folder)} is complete: every row matches the manifest"))
 
 
 def _data_export(options: argparse.Namespace) -> None:

@@ -105,7 +105,7 @@ class DataConfig(Section):
         64, ge=1, le=MAX_MEGAPIXELS, description="folder, parquet: larger images are refused, undecoded."
     )
     on_error: Literal["fail", "skip"] = Field(
-        "fail", description="folder, parquet: what a bad image does; skip: it is left out and listed in the manifest."
+        "fail", description="folder, parquet: what a bad image does; skip: it is skipped and listed in the manifest."
     )
     follow_links: bool = Field(False, description="folder: whether links that lead out of data.root are followed.")
     image_column: str = Field(

@@ -17,7 +17,7 @@ from rcnn.section import InsideFault, Section, Text, limits_of, read_items, read
 LARGEST = 1_000_000_000
 Scalar = bool | int | float | str
 
-SHAPE = "a list of values, or a range such as {min: 0.001, max: 0.1, log: true}"
+SHAPE = 'a list of values, or a range such as {"min": 0.001, "max": 0.1, "log": true}'
 
 
 class Range(Section):

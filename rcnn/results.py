@@ -133,9 +133,12 @@ class TuneResult(StageResult):
     outcomes: dict[str, int] = {}
     """Number of trials by outcome."""
     seeds: int = 1
+    """With how many seeds each finalist was trained: fewer than wanted where trainings failed."""
     num_finalists: int = 0
     minutes_allowed: float = 0.0
     """The limit that ended the search, `tune.max_minutes`; 0: it ended by itself."""
+    trial_minutes: float = 0.0
+    """The limit of each trial; 0: none."""
 
     @property
     def num_trials(self) -> int:

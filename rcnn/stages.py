@@ -49,7 +49,7 @@ class Stage:
         has_run: whether it has an MLflow run of its own.
         on_cluster: whether it goes to the cluster as a Ray job, where there is one.
         always_on_ray: whether it always runs on Ray's workers, on one machine too.
-        replaces_whole: whether `--fresh` keeps the old result until the new one is whole; otherwise it is deleted first.
+        replaces_whole: whether `--fresh` keeps the old result until the new one is complete; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
     """
 
@@ -328,7 +328,7 @@ def run_stage(
         parent: the MLflow run to hang under.
 
     Raises:
-        RcnnError: whatever the stage meets; nothing half-done is taken for a result later.
+        RcnnError: whatever the stage raises. A partial result is never taken for a finished one.
     """
     target = replace(stage_folder(config, name, results), replaces=fresh)
     done = None if fresh else finished(config, name, results)

@@ -1,4 +1,4 @@
-"""What `rcnn pipeline` prints when it is through: the figures, the files, and what to try next."""
+"""What `rcnn pipeline` prints at its end: metrics, files, and what to try next."""
 
 import os
 import shlex

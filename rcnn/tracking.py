@@ -1,4 +1,4 @@
-"""What a stage may say of its progress, whoever listens.
+"""How a stage reports progress, whatever records it.
 
 Stages get a `Tracker` handed in and never import MLflow; `registry/mlflow_store.py` holds the one that writes to it. The
 driver alone tracks: workers send their numbers to it (one writer, so SQLite is enough, and no credential leaves the driver).
@@ -21,13 +21,13 @@ def tracking_uri(config: PipelineConfig) -> str:
     """Where MLflow keeps runs: the setting, or a SQLite file in the storage.
 
     Raises:
-        ConfigError: neither can be had, since the storage is no local folder.
+        ConfigError: there is no setting, and the storage is not a local folder.
     """
     return config.tracking.uri or f"sqlite:///{Storage(config.storage).local_path(STORE)}"
 
 
 def has_store(config: PipelineConfig) -> bool:
-    """False where the store is our own SQLite file, and it has not been made or is gone."""
+    """False if the store is our own SQLite file and does not exist."""
     return bool(config.tracking.uri) or Storage(config.storage).exists(STORE)
 
 

@@ -15,7 +15,7 @@ BLUE, ORANGE = "#2a6f97", "#d1495b"
 
 
 def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, file: Path) -> None:
-    """Draws a confusion matrix (classes, classes); counts off the diagonal stand out, since they are what one looks for."""
+    """Draws a confusion matrix (classes, classes); colour shows the mistakes, off the diagonal."""
     names = [_short(readable(printable(name), label)) for label, name in enumerate(classes)]
     with fonts_for(names):
         _draw_confusion(confusion, names, title, file)

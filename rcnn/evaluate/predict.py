@@ -51,9 +51,9 @@ class Unreadable:
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The files that arguments name: files as they are, folders with all below them, globs. Hidden files stay out.
+    """The files that arguments name: files as they are, folders with all below them, globs. Hidden files are ignored.
 
-    A folder that cannot be searched is among them, so that it is reported like a file that cannot be read.
+    A folder that cannot be searched is included, so that it is reported like an unreadable file.
 
     Raises:
         ConfigError: a folder or a glob holds no file.
@@ -80,7 +80,7 @@ def _files_of(argument: str) -> list[Path]:
 
 
 def _matched(pattern: str, name: str) -> list[Path]:
-    """The files that a match of a glob stands for; `**` finds those of its folders by itself."""
+    """The files of a glob's match: a folder gives all files below it, unless `**` has matched them already."""
     if os.path.isdir(name):
         return [] if "**" in pattern else sorted(_files_below(name))
     return [Path(name)]

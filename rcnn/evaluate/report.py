@@ -33,7 +33,7 @@ def run_evaluate(
     """Scores the model on every test row, once, and writes the report.
 
     Raises:
-        DataError: the data set or the model is not whole.
+        DataError: the data set or the model is incomplete.
     """
     storage = target.storage
     manifest = require_manifest(storage, data.folder)

@@ -166,6 +166,6 @@ def as_quantity(value: float | None, unit: str = "") -> str:
     if value is None:
         return ""
     for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:  # 999,600 is 1 M, not 1e+03 k
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()

@@ -7,6 +7,7 @@ with nothing to do imports no MLflow.
 An MLflow server answers over its REST API. Another database is not asked: MLflow tries to reach one that is away for an hour.
 """
 
+import http.client
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -44,6 +45,6 @@ def _is_on_server(uri: str, registered: RegisterResult) -> bool:
         urllib.request.urlopen(f"{uri}/api/2.0/mlflow/model-versions/get?{query}", timeout=10).close()  # noqa: S310
     except urllib.error.HTTPError as error:
         return error.code != HTTPStatus.NOT_FOUND
-    except OSError:
+    except (OSError, http.client.HTTPException):  # no server, or one that speaks something else
         return True
     return True

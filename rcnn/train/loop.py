@@ -170,7 +170,7 @@ def train_epoch(
         pace.after_step()
         if pace.is_over(step):
             break
-    mean_loss = _mean_over_ranks(total_loss / step)  # waits for the device: the time below is whole
+    mean_loss = _mean_over_ranks(total_loss / step)  # waits for the device, so the time below is complete
     seconds = time.perf_counter() - started
     if not math.isfinite(mean_loss):
         raise TrainingError(

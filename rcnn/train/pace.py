@@ -126,6 +126,7 @@ def peak_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
     if status.exists():  # `ru_maxrss` is inherited from the process that started this one
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        if lines:  # some sandboxes leave it out
+            return int(lines[0].split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     )
     trained = _fit_on_workers(config, data, target, tracker, prediction)
     history: list[Metrics] = trained.return_value["history"]
-    checkpoint, best = min(trained.best_checkpoints, key=lambda kept: kept[1]["val/error"])
+    checkpoint, best = _best_checkpoint(trained.best_checkpoints, history)
     num_parameters, weights_sha256 = _publish_model(checkpoint, target)
     target.storage.write_json(target.path("history.json"), history)
     tracker.log_params({"num_parameters": num_parameters})
@@ -80,6 +80,17 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     )
     _log_bill(result, config.train.epochs, tracker)
     return result
+
+
+def _best_checkpoint(kept: Sequence[tuple[Any, Metrics]], history: Sequence[Metrics]) -> tuple[Any, Metrics]:
+    """The checkpoint with the lowest validation error, and its metrics.
+
+    One from the middle of an epoch, where a time limit ended an earlier attempt, counts only if this attempt ended there:
+    the model of a run that was resumed is that of a run without a limit.
+    """
+    of_run = {metrics["epoch"] for metrics in history}
+    in_run = [each for each in kept if each[1]["epoch"] in of_run]
+    return min(in_run or kept, key=lambda each: each[1]["val/error"])
 
 
 def _log_bill(result: TrainResult, num_epochs: int, tracker: Tracker) -> None:

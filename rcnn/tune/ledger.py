@@ -28,6 +28,12 @@ class Record(Trial):
     """Of the trial's process; 0 where it has several workers."""
     fault: str = ""
     """Why it failed."""
+    minutes_allowed: float = 0.0
+    """`tune.trial_minutes` at that time; 0: no limit."""
+
+    def has_ended(self, trial_minutes: float) -> bool:
+        """Whether it need not be trained again: a limit that ended it may have been raised since (0: no limit)."""
+        return self.outcome != "out of time" or 0 < trial_minutes <= self.minutes_allowed
 
     @property
     def trial(self) -> Trial:

@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from rcnn.config import SEARCHABLE, PipelineConfig
 from rcnn.data.manifest import require_manifest
+from rcnn.errors import RcnnError
 from rcnn.progress import say
 from rcnn.ranges import Range
 from rcnn.ray_board import following, new_board
@@ -77,7 +78,10 @@ class _Search:
 
     def __init__(self, config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker):
         self.config, self.data, self.target, self.tracker = config, data, target, tracker
-        self.records = read_records(target)
+        in_ledger = read_records(target)
+        self.records = {name: each for name, each in in_ledger.items() if each.has_ended(config.tune.trial_minutes)}
+        self.num_runs = len(self.records)
+        """Trials that have ended, or that this attempt starts."""
         self.lost: dict[str, Record] = {}
         """Trials that failed or were cut off: not in the ledger, so that the next attempt trains them."""
         self.ended_now: set[str] = set()
@@ -90,6 +94,7 @@ class _Search:
         if not runs or self.was_cut:
             return
         room = self._prepare()
+        self.num_runs = len(self.records) + len(runs)
         if self.records:
             say(f"  resuming: {len(self.records)} trials have ended, {len(runs)} are left")
         say(f"  {room.reason}")
@@ -120,11 +125,11 @@ class _Search:
             self.records[record.name] = record
             self.lost.pop(record.name, None)
 
-    def must_stop(self, num_runs: int) -> bool:
+    def must_stop(self) -> bool:
         """Whether the time is up, or too many trials failed."""
         self.was_cut = self.was_cut or time.monotonic() > self.deadline
         num_failed = sum(record.outcome == "failed" for record in self.lost.values())
-        return self.was_cut or lost_too_many(num_failed, len(self.records) + num_runs)
+        return self.was_cut or lost_too_many(num_failed, self.num_runs)
 
     def close(self) -> None:
         """Labels and ends the MLflow runs of this attempt's trials, those that never came to an epoch included."""
@@ -135,9 +140,12 @@ class _Search:
                 run.finish(failed=record.outcome == "failed")
 
     def fail(self) -> None:
-        """Ends the MLflow runs of a search that failed."""
-        for run in self.tracked.values():
-            finish_failed(run)
+        """Ends the MLflow runs of a search that failed: those of trials that have ended as `close` does."""
+        with suppress(RcnnError):
+            self.close()
+        for name, run in self.tracked.items():
+            if name not in self.ended_now:
+                finish_failed(run)
 
     def _prepare(self) -> Room:
         """Starts Ray, and finds out what there is room for."""
@@ -198,7 +206,7 @@ def _tuner(
             storage_filesystem=None if storage.is_local else storage.filesystem,
             failure_config=tune.FailureConfig(max_failures=MAX_RETRIES),
             callbacks=[recorder],
-            stop=_Stopper(search, len(runs)),
+            stop=_Stopper(search),
             verbose=0,
         ),
     )
@@ -218,8 +226,8 @@ class _Unsaved:
 class _Stopper(_Unsaved, tune.Stopper):
     """Ends the search at its deadline, or when too many trials failed."""
 
-    def __init__(self, search: _Search, num_runs: int):
-        self.search, self.num_runs = search, num_runs
+    def __init__(self, search: _Search):
+        self.search = search
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Never stops a single trial: that is the scheduler's work."""
@@ -227,7 +235,7 @@ class _Stopper(_Unsaved, tune.Stopper):
 
     def stop_all(self) -> bool:
         """Asked in each round of Ray Tune's loop."""
-        return self.search.must_stop(self.num_runs)
+        return self.search.must_stop()
 
 
 class _Recorder(_Unsaved, tune.Callback):
@@ -283,6 +291,7 @@ class _Recorder(_Unsaved, tune.Callback):
             val_errors=tuple(errors),
             peak_memory_mb=round(float((trial.last_result or {}).get("peak_memory_mb", 0.0)), 1),
             fault=fault,
+            minutes_allowed=self.search.config.tune.trial_minutes,
         )
         self.search.keep(record)
         self.screen.show_end(record)

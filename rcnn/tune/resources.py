@@ -92,6 +92,8 @@ def _largest(config: PipelineConfig) -> Choice:
     point = {}
     for name, values in config.tune.space.items():
         domain = Space(config).domains[name].values() or [getattr(values, "max", 0)]
+        if name == "model.crop" and 0 in domain:
+            domain = [0]  # the whole image
         point[name] = max(domain) if all(isinstance(value, int | float) for value in domain) else domain[0]  # type: ignore
     return Choice(point)
 

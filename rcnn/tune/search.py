@@ -63,7 +63,7 @@ def finalists(config: PipelineConfig, records: Mapping[str, Record]) -> list[Rec
 def repeats_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
     """The finalists' trainings with further seeds that have not ended yet."""
     runs = [
-        Run(f"{record.name}-seed-{config.seed + extra}", record.choice, config.seed + extra)
+        Run(_repeat_name(record, config.seed + extra), record.choice, config.seed + extra)
         for record in finalists(config, records)
         for extra in range(1, config.tune.seeds)
     ]
@@ -85,11 +85,12 @@ def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Rec
     by_name = {record.name: record for record in records}
     trials = searched(config, by_name)
     _require_enough(trials)
+    _require_enough([*trials, *(run for record in trials for run in _repeats_of(record, by_name, config))])
     groups = {
-        record.name: [record.val_error] + [run.val_error for run in _repeats_of(record, by_name.values(), config)]
+        record.name: [record.val_error, *_errors_of(_repeats_of(record, by_name, config))]
         for record in (finalists(config, by_name) if config.tune.seeds > 1 else usable_of(trials))
     }
-    best_name = min(groups, key=lambda name: (-len(groups[name]), statistics.mean(groups[name])))
+    best_name = min(groups, key=lambda name: statistics.mean(groups[name]))
     best = groups[best_name]
     return TuneResult(
         folder=target.name,
@@ -99,7 +100,8 @@ def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Rec
         spread=statistics.stdev(best) if len(best) > 1 else None,
         trials=tuple(record.trial for record in [*trials, *(r for r in records if _is_repeat(r, config))])[:MAX_LISTED],
         outcomes=dict(Counter(record.outcome for record in trials)),
-        seeds=config.tune.seeds,
+        seeds=min(map(len, groups.values())) if config.tune.seeds > 1 else 1,
+        trial_minutes=config.tune.trial_minutes,
         num_finalists=config.tune.num_finalists if config.tune.seeds > 1 else 0,
         minutes_allowed=config.tune.max_minutes if was_cut else 0.0,
     )
@@ -110,8 +112,19 @@ def usable_of(trials: Iterable[Record]) -> list[Record]:
     return [record for record in trials if record.is_usable]
 
 
-def _repeats_of(record: Record, records: Iterable[Record], config: PipelineConfig) -> list[Record]:
-    return [each for each in records if each.name.startswith(f"{record.name}-seed-") and each.is_usable]
+def _repeats_of(record: Record, by_name: Mapping[str, Record], config: PipelineConfig) -> list[Record]:
+    """A finalist's trainings with the further seeds that this config asks for: an earlier search may have had more."""
+    names = [_repeat_name(record, config.seed + extra) for extra in range(1, config.tune.seeds)]
+    return [by_name[name] for name in names if name in by_name]
+
+
+def _repeat_name(record: Record, seed: int) -> str:
+    return f"{record.name}-seed-{seed}"
+
+
+def _errors_of(repeats: Iterable[Record]) -> list[float]:
+    """Their errors: the worst there is where one diverged, none where one was lost and is to be repeated."""
+    return [record.val_error for record in repeats if record.outcome not in ("failed", "cut off")]
 
 
 def lost_too_many(num_failed: int, num_trials: int) -> bool:
@@ -125,7 +138,7 @@ def _require_enough(trials: Sequence[Record]) -> None:
         raise TrainingError(
             f"{len(failed)} of {len(trials)} trials failed; the first with: {failed[0].fault}",
             where="tune",
-            remedy="Mend the cause and run the same command again: trials that ended well are kept",
+            remedy="Fix the cause and run the same command again: trials that ended well are kept",
             retryable=False,
         )
     if not usable_of(trials):
@@ -140,9 +153,11 @@ def _require_enough(trials: Sequence[Record]) -> None:
 def covers(config: PipelineConfig, result: TuneResult, target: StageFolder) -> bool:
     """Whether a finished search is as long as this config asks for: raising `tune.num_trials` or `tune.seeds` extends it.
 
-    A search that its time limit ended stands as long as the limit is not raised.
+    A search that its time limit ended stands as long as the limit is not raised; the same goes for a trial's limit.
     """
     tune = config.tune
+    if result.outcomes.get("out of time") and not 0 < tune.trial_minutes <= result.trial_minutes:
+        return False
     if result.minutes_allowed and 0 < tune.max_minutes <= result.minutes_allowed:
         return True
     num_ended = result.num_trials - result.outcomes.get("cut off", 0)

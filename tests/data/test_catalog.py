@@ -125,7 +125,7 @@ def test_the_commands_print_and_exit(
     assert main(["data", "list", *place]) == 0
     assert "mnist-sample" in capsys.readouterr().out
     assert main(["data", "verify", "mnist-sample", *place]) == 0
-    assert "is whole" in capsys.readouterr().out
+    assert "is complete" in capsys.readouterr().out
     assert main(["data", "show", "mnist-sample", *place]) == 0
     assert "contact sheets in" in capsys.readouterr().out
     (tmp_path / digits.folder / "val/val-00000.parquet").unlink()

@@ -23,6 +23,28 @@ def config(ray_session: None, tmp_path: Path) -> PipelineConfig:
     return debug_tiny().with_settings({"storage": str(tmp_path), "ray.address": f"http://{address}"})
 
 
+def submit_instead(entrypoint: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets jobs run something short in place of a stage; the ids under which they are submitted."""
+    from flows import jobs
+
+    submitted: list[str] = []
+    real_client = jobs.JobSubmissionClient
+
+    def connect(address: str) -> object:
+        client = real_client(address)
+        submit = client.submit_job
+
+        def submit_other(**arguments: object) -> None:
+            submitted.append(str(arguments["submission_id"]))
+            submit(**(arguments | {"entrypoint": entrypoint}))
+
+        client.submit_job = submit_other
+        return client
+
+    monkeypatch.setattr(jobs, "JobSubmissionClient", connect)
+    return submitted
+
+
 def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
     config: PipelineConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,9 +66,21 @@ def test_the_stages_own_error_comes_back_from_the_job(config: PipelineConfig, tm
     from flows.jobs import run_as_job
 
     wrong = config.with_settings({"data.source": "mnist", "data.root": str(tmp_path / "nowhere")})
-    for _ in range(2):  # the id of a failed job is free again
-        with pytest.raises(SourceError, match=r"data\.root = .*nowhere.*holds none of the files of mnist"):
-            run_as_job(wrong, "ingest", {})
+    with pytest.raises(SourceError, match=r"data\.root = .*nowhere.*holds none of the files of mnist"):
+        run_as_job(wrong, "ingest", {})
+
+
+def test_a_job_that_failed_is_submitted_again_under_its_id(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import jobs
+
+    submitted = submit_instead("exit 1", monkeypatch)
+    for _ in range(2):
+        with pytest.raises(ClusterError, match="ended as FAILED"):
+            jobs.run_as_job(config, "ingest", {})
+    assert len(submitted) == 2
+    assert len(set(submitted)) == 1
 
 
 def test_a_running_job_is_attached_to_and_stopped_with_its_flow(
@@ -54,19 +88,8 @@ def test_a_running_job_is_attached_to_and_stopped_with_its_flow(
 ) -> None:
     from flows import jobs
 
-    submitted: list[str] = []
     real_client = jobs.JobSubmissionClient
-
-    def connect(address: str) -> object:
-        client = real_client(address)
-        submit = client.submit_job
-
-        def submit_sleep(**arguments: object) -> None:
-            submitted.append(str(arguments["submission_id"]))
-            submit(**(arguments | {"entrypoint": "sleep 300"}))
-
-        client.submit_job = submit_sleep
-        return client
+    submitted = submit_instead("sleep 300", monkeypatch)
 
     async def leave(client: object, job_id: str) -> str:
         """Lets go of the job, like a flow that is killed."""
@@ -74,7 +97,6 @@ def test_a_running_job_is_attached_to_and_stopped_with_its_flow(
 
     said: list[str] = []
     monkeypatch.setattr(jobs, "say", said.append)
-    monkeypatch.setattr(jobs, "JobSubmissionClient", connect)
     monkeypatch.setattr(jobs, "_follow", leave)
     parent = Parent("", (("rcnn.prefect_flow_run", "flow-7"),))
     for _ in range(2):

@@ -147,6 +147,29 @@ def test_a_search_that_ran_out_of_time_stands_until_it_gets_more(target: StageFo
     assert not covers(tuning(num_trials=4), found, target)
 
 
+def test_trials_that_ran_out_of_time_are_trained_again_with_more(target: StageFolder) -> None:
+    cut = record(1, 0.3, "out of time", epochs=1).model_copy(update={"minutes_allowed": 2.0})
+    assert [cut.has_ended(minutes) for minutes in (0, 1, 2, 3)] == [False, True, True, False]
+    assert record(0, 0.1).has_ended(0)
+    found = result(tuning(num_trials=2, trial_minutes=2), target, record(0, 0.1), cut)
+    covered = [covers(tuning(num_trials=2, trial_minutes=minutes), found, target) for minutes in (0, 1, 2, 3)]
+    assert covered == [False, True, True, False]
+
+
+def test_a_lost_or_diverged_repeat_does_not_let_a_worse_configuration_win(target: StageFolder) -> None:
+    config = tuning(num_trials=2, seeds=3, num_finalists=2)
+    worse = [record(1, 0.23), record(1, 0.23, seed=1), record(1, 0.23, seed=2)]
+    lost = record(0, 1.0, "failed", epochs=0, seed=2)
+    found = result(config, target, record(0, 0.05), record(0, 0.05, seed=1), lost, *worse)
+    assert found.best_trial == "trial-00"
+    assert found.seeds == 2
+    assert not covers(config, found, target)  # the next run repeats what was lost
+    diverged = record(0, 1.0, "diverged", seed=2)
+    assert result(config, target, record(0, 0.05), record(0, 0.05, seed=1), diverged, *worse).best_trial == "trial-01"
+    with pytest.raises(TrainingError, match="2 of 3 trials failed"):
+        result(tuning(num_trials=1, seeds=3), target, record(0, 0.05), lost, record(0, 1.0, "failed", epochs=0, seed=1))
+
+
 def test_a_result_stays_short_enough_for_a_command_line(target: StageFolder) -> None:
     one = record(0, 0.1)
     many = [one.model_copy(update={"name": f"trial-{number:02d}"}) for number in range(3000)]
