@@ -15,7 +15,7 @@ from rcnn.storage import Storage
 from rcnn.text import parse_json
 
 DESCRIPTIONS = ("model.json", "model/model.json")
-"""Where a model's description lies in the folder of a checkpoint or model, and in that of a run."""
+"""Paths of a model's description: in the folder of a checkpoint or model, and in that of a run."""
 
 
 def find_config(name: str, storage: Storage) -> PipelineConfig:

@@ -90,3 +90,14 @@ class EpochProgress:
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
         say(text)
+
+
+def as_duration(seconds: float) -> str:
+    """`9 s`, `4 min`, `2 h 10 min`, `3 days`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours < 48 else f"{hours / 24:.0f} days"

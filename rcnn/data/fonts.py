@@ -27,7 +27,7 @@ def font_of(text: str) -> str:
 
 @contextmanager
 def fonts_for(texts: Iterable[str]) -> Iterator[None]:
-    """Sets matplotlib's font families so that it can write these texts: it tries the families in order for each character."""
+    """Sets font families that cover these texts; matplotlib tries them in order for each character."""
     log = logging.getLogger("matplotlib.font_manager")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns if a family lacks a regular or bold weight, as many CJK families do

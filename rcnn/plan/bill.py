@@ -10,6 +10,7 @@ from rcnn.plan.calibrate import Calibration, Job, calibrations_of
 from rcnn.plan.costs import SECONDS_TO_START_PREFECT, Cost
 from rcnn.plan.size import size_of
 from rcnn.plan.status import Status, statuses_of
+from rcnn.progress import as_duration
 from rcnn.stages import STAGES, effective_config, imported
 from rcnn.storage import Storage
 
@@ -148,17 +149,6 @@ def _row(name: str, state: str, cost: Cost) -> dict[str, str]:
         "memory": f"{several}{as_quantity(cost.peak_bytes, 'B')}",
         "disk": as_quantity(cost.disk_bytes, "B"),
     }
-
-
-def as_duration(seconds: float) -> str:
-    """`9 s`, `4 min`, `2 h 10 min`, `3 days`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest} min" if hours < 48 else f"{hours / 24:.0f} days"
 
 
 def as_quantity(value: float | None, unit: str = "") -> str:

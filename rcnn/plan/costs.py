@@ -142,8 +142,7 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
     if size is None:
         return UNKNOWN
     how, epochs = config.execution, config.train.epochs
-    copies = 1 if how.use_gpu else min(how.num_workers, max(1, _num_cores(config) // how.cpus_per_worker))
-    [found] = calibrate([_job(config, size)], how.cpus_per_worker, copies)
+    [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     cost = Cost(
         num_rows=_num_train_rows(config, size) + size.rows["val"],
         num_steps=epochs * _steps_per_epoch(config, size),

@@ -42,7 +42,7 @@ SVHN_EXTRA_ROWS = 531_131
 
 
 def size_before_ingest(data: DataConfig) -> DataSize | None:
-    """What ingest will write, or None for data that nobody has counted yet."""
+    """What ingest will write, or None for data whose size is not known yet."""
     official = OFFICIAL.get(data.source)
     if official is None:
         return None

@@ -101,7 +101,7 @@ class Pace:
         return bool(answer)
 
     def _is_over_here(self, num_steps: int) -> bool:
-        """Whether so many more steps and a validation would end after the limit."""
+        """Whether this many more steps, with a validation, would exceed the limit."""
         return self.seconds + num_steps * self._step_seconds + self._seconds_of_validation() > self.max_seconds
 
     def _seconds_of_validation(self) -> float:

@@ -3,8 +3,6 @@
 In: a point of the search space. Out: a report to Ray Tune after each epoch, and a note on the driver's board.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from rcnn.errors import RcnnError, TrainingError
 from rcnn.results import Choice
 from rcnn.storage import Storage
 from rcnn.train.loop import Metrics, fit, training_data
+from rcnn.train.pace import peak_bytes
 from rcnn.tune.space import trial_config
 
 WORST_ERROR = 1.0
@@ -77,7 +76,7 @@ def _fit_here(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs, 
 
     def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
         nonlocal last
-        last = metrics | {"peak_memory_mb": _peak_memory_mb()}
+        last = metrics | {"peak_memory_mb": peak_bytes(torch.device("cpu")) / 1e6}
         inputs.board.put.remote("trial", (run["name"], Choice(run["choice"]), metrics))
         send(last)
         require_time(metrics["epoch"])
@@ -125,7 +124,7 @@ def _run_worker(settings: dict[str, Any]) -> None:
 
 
 class _NoBoard:
-    """Takes notes of workers that nobody should hear twice."""
+    """Drops the notes of all workers but the first: each would arrive once per worker."""
 
     class put:
         """Drops it."""
@@ -133,9 +132,3 @@ class _NoBoard:
         @staticmethod
         def remote(kind: str, value: Any) -> None:
             """Drops it."""
-
-
-def _peak_memory_mb() -> float:
-    """Of this process since it started; earlier trials in it count too."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # macOS counts bytes, Linux KiB

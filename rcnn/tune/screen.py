@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rcnn.config import PipelineConfig
-from rcnn.progress import say
+from rcnn.progress import as_duration, say
 from rcnn.results import Choice
 from rcnn.tune.ledger import Record
 
@@ -93,7 +93,7 @@ class SearchScreen:
         left = ""
         if self.seconds and self.num_left > 0:
             mean = sum(self.seconds) / len(self.seconds)
-            left = f", about {_duration(mean * self.num_left / self.num_at_once)} left"
+            left = f", about {as_duration(mean * self.num_left / self.num_at_once)} left"
         return f"{num_ended} of {num_ended + max(self.num_left, 0)} trials ended{left}"
 
 
@@ -123,14 +123,4 @@ class _Line:
         if not self.images_per_second:
             return "running"
         seconds = (self.num_epochs - self.epoch) * rows / self.images_per_second - (time.monotonic() - self.since)
-        return f"{_duration(max(seconds, 0))} left"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+        return f"{as_duration(max(seconds, 0))} left"

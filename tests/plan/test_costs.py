@@ -11,9 +11,10 @@ from rcnn.data.loader import load_training_data
 from rcnn.data.sources import SOURCES
 from rcnn.model.build import cost_of
 from rcnn.plan import costs
-from rcnn.plan.bill import as_duration, as_quantity, bill_of
+from rcnn.plan.bill import as_quantity, bill_of
 from rcnn.plan.calibrate import Calibration, Job, calibrations_of
 from rcnn.plan.size import OFFICIAL, size_before_ingest
+from rcnn.progress import as_duration
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train.loop import fit
