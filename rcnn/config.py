@@ -263,6 +263,11 @@ class ExecutionConfig(Section):
         "auto",
         description="Whether torch compiles the step, which takes a minute at the start; auto: in long runs on a GPU.",
     )
+    convolution: Literal["auto", "direct", "winograd"] = Field(
+        "auto",
+        description="How recurrent layers convolve on a CPU; winograd: with a quarter of the arithmetic, wherever the "
+        "kernel applies; direct: by torch; auto: winograd where it is faster.",
+    )
     recompute: bool = Field(
         False,
         description="Trades time for memory: the backward pass computes each recurrent step's activations once more.",

@@ -5,11 +5,18 @@ In: the layer's static input u (N, C, H, W). Out: the state x(T) (N, K, H, W) af
     z(t) = w_f * u + w_r * x(t-1) + b        x(t) = g(relu(z(t)))        paper section 3.1, equations (1) to (3)
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rcnn.model import lrn_cpu, rcl_cpu
+from rcnn.model.dropout import Dropout
+from rcnn.model.lrn import LocalResponseNorm
 from rcnn.model.norms import Norms, local_response_norms
+
+Convolution = Literal["auto", "direct", "winograd"]
 
 
 class RecurrentConvLayer(nn.Module):
@@ -21,9 +28,16 @@ class RecurrentConvLayer(nn.Module):
         num_steps: T, recurrent steps after the feed-forward step; with 0, the layer is convolution + ReLU + g, without a
             recurrent kernel.
         norms: g, the normalisation of each of the T + 1 time steps; see `norms.py`.
+        dropout: rate of the dropout after the last time step.
+        convolution: "winograd": the compiled layer of `rcl_cpu.py` wherever it applies: on a CPU with a compiler, in float32
+            or float64, with the paper's LRN and as many maps of the input as of the state, a multiple of 8. "direct": torch's
+            convolutions. "auto": the compiled layer where it is also faster.
         recompute: activation checkpointing: the backward pass recomputes each step's activations from the previous state
             instead of storing them. Not for batch normalisation, whose statistics would count each batch twice.
     """
+
+    ADDS_INPUT = True
+    """Whether each recurrent step adds the static input w_f * u + b, or only b."""
 
     RECURRENT_GAIN = 0.25
     """Standard deviation of the recurrent kernel's initial weights, as a fraction of He's. Every step adds to the static
@@ -36,14 +50,17 @@ class RecurrentConvLayer(nn.Module):
         num_steps: int,
         *,
         norms: Norms = local_response_norms,
+        dropout: float = 0.0,
+        convolution: Convolution = "auto",
         recompute: bool = False,
     ):
         super().__init__()
-        self.num_steps, self.recompute = num_steps, recompute
+        self.num_steps, self.convolution, self.recompute = num_steps, convolution, recompute
         self.feed_forward = nn.Conv2d(in_maps, num_maps, kernel_size=3, padding=1)
         # An unused kernel would count as parameters, and DDP would wait for a gradient that never arrives.
         self.recurrent = nn.Conv2d(num_maps, num_maps, kernel_size=3, padding=1, bias=False) if num_steps else None
         self.norms = nn.ModuleList(norms(num_maps, num_steps + 1))
+        self.dropout = Dropout(dropout)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -57,6 +74,8 @@ class RecurrentConvLayer(nn.Module):
 
     def forward(self, u_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H, W)."""
+        if self._is_compiled(u_NCHW):
+            return self._compiled(u_NCHW)
         first, *later = self.norms
         z0_NKHW = self.feed_forward(u_NCHW)
         x_NKHW = first.rectified(z0_NKHW)
@@ -66,11 +85,41 @@ class RecurrentConvLayer(nn.Module):
                 x_NKHW = checkpoint(self._step, norm, x_NKHW, plus_NKHW, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_NKHW = self._step(norm, x_NKHW, plus_NKHW)
-        return x_NKHW
+        return self.dropout(x_NKHW)
+
+    def _is_compiled(self, u_NCHW: Tensor) -> bool:
+        """Whether the compiled layer is to compute this input."""
+        if self.convolution == "direct" or not rcl_cpu.can_compute(u_NCHW, self.feed_forward.out_channels):
+            return False
+        if self.convolution == "auto" and not rcl_cpu.pays(*u_NCHW.shape[2:]):
+            return False
+        norm = self.norms[0]
+        is_papers = isinstance(norm, LocalResponseNorm) and norm.beta == lrn_cpu.EXPONENT
+        return is_papers and rcl_cpu.kernel(norm.num_maps, norm.window, u_NCHW.dtype) is not None
+
+    def _compiled(self, u_NCHW: Tensor) -> Tensor:
+        norm = self.norms[0]
+        drops = self.dropout.is_active
+        step = rcl_cpu.Step(
+            num_steps=self.num_steps,
+            window=norm.window,
+            scale=norm.alpha / norm.window,
+            adds_input=self.ADDS_INPUT,
+            recompute=self.recompute,
+            name=self.dropout.next_name() if drops else (0, 0, 0, 0),
+            rate=self.dropout.rate_in_65536ths if drops else 0,
+        )
+        recurrent = None if self.recurrent is None else self.recurrent.weight
+        feed = self.feed_forward
+        return rcl_cpu.CompiledLayer.apply(u_NCHW, feed.weight, feed.bias, recurrent, step)
 
     def _static_input(self, z0_NKHW: Tensor) -> Tensor:
-        """The term that each recurrent step adds to w_r * x(t-1): w_f * u + b, constant over t and so computed once."""
-        return z0_NKHW
+        """The term that each recurrent step adds to w_r * x(t-1), constant over t."""
+        if self.ADDS_INPUT:
+            return z0_NKHW
+        bias_K = self.feed_forward.bias
+        assert bias_K is not None, "the feed-forward kernel has a bias"
+        return bias_K.to(z0_NKHW.dtype)[None, :, None, None].expand_as(z0_NKHW)
 
     def _step(self, norm: nn.Module, x_NKHW: Tensor, plus_NKHW: Tensor) -> Tensor:
         assert self.recurrent is not None, "a layer with num_steps = 0 has no recurrent kernel"

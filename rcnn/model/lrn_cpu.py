@@ -2,37 +2,22 @@
 
 As torch operations, LRN makes two dozen passes over memory and takes longer than the convolutions around it, with a tenth
 of their arithmetic; one pass takes 1.4 ns per element forward and backward instead of 6.5 (`tests/bench/NOTES.md`).
-Compiling takes a quarter of a second per network and process, needs a C compiler, and leaves no files. Without a compiler,
-`kernel` logs a warning and returns None, and `lrn.py` uses torch operations.
+Without a compiler, `kernel` returns None, and `lrn.py` uses torch operations.
 
 In and out: (N, K, H, W), viewed here as a matrix of M = N H W positions by K maps (channels last in memory).
 """
 
 import ctypes
 import functools
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_name("lrn_cpu.c")
-# `-ffast-math` without its assumption that there are no NaNs, and without its start-up code, which would set the processor's
-# flush-to-zero flag for all of torch.
-FLAGS = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-freciprocal-math"),
-    *("-fno-signed-zeros", "-fopenmp", "-shared", "-fPIC", "-Wl,--no-undefined", "-Wl,--as-needed"),
-)
-TYPES = {torch.float32: ("float", 0), torch.float64: ("double", 0), torch.bfloat16: ("float", 1)}
+from rcnn.model.compiled import compiled
+
 EXPONENT = 0.75
 """The only beta that the kernel implements, the paper's."""
-
-_log = logging.getLogger("rcnn")
 
 
 class CompiledLrn(torch.autograd.Function):
@@ -83,63 +68,12 @@ class CompiledLrn(torch.autograd.Function):
 @functools.cache
 def kernel(num_maps: int, window: int, dtype: torch.dtype, is_rectified: bool) -> ctypes.CDLL | None:
     """The compiled functions for a network and dtype; None if they cannot be compiled."""
-    if dtype not in TYPES or not can_compile():
-        return None
-    real, is_bfloat16 = TYPES[dtype]
-    names = {"MAPS": num_maps, "WINDOW": window, "REAL": real, "BFLOAT16": is_bfloat16, "RECTIFIED": int(is_rectified)}
-    try:
-        library = _compiled([f"-D{name}={value}" for name, value in names.items()])
-    except (OSError, subprocess.CalledProcessError) as error:
-        _log.warning("  using the slower LRN: its kernel cannot be compiled (%s)", _reason(error))
-        return None
-    for function in (library.lrn_forward, library.lrn_backward):
-        function.argtypes = [*3 * [ctypes.c_void_p], ctypes.c_long, ctypes.c_double, ctypes.c_int]
-        function.restype = None
+    library = compiled("lrn_cpu.c", dtype, {"MAPS": num_maps, "WINDOW": window, "RECTIFIED": int(is_rectified)})
+    if library is not None:
+        for function in (library.lrn_forward, library.lrn_backward):
+            function.argtypes = [*3 * [ctypes.c_void_p], ctypes.c_long, ctypes.c_double, ctypes.c_int]
+            function.restype = None
     return library
-
-
-@functools.cache
-def can_compile() -> bool:
-    """Whether there is a compiler and torch's OpenMP library to link with; logs a warning if not."""
-    if compiler() and _openmp():
-        return True
-    what = "this build of torch has no libgomp" if compiler() else "there is no gcc; install it"
-    _log.warning("  using the slower LRN, so steps take a fifth to a third longer: %s", what)
-    return False
-
-
-def compiler() -> str | None:
-    """The path of a C compiler: CC, gcc or cc. Not clang: its OpenMP library is not the one that torch uses."""
-    found = filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "cc")))
-    return next((path for path in found if "clang" not in _output([path, "--version"])), None)
-
-
-def _compiled(definitions: list[str]) -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory(prefix="rcnn-", ignore_cleanup_errors=True) as folder:
-        file = Path(folder, "lrn.so")
-        _output(
-            [str(compiler()), *FLAGS, *definitions, str(SOURCE), str(_openmp()), "-lm", "-o", str(file)], check=True
-        )
-        return ctypes.CDLL(str(file))  # stays mapped after the file is deleted
-
-
-def _output(command: list[str], *, check: bool = False) -> str:
-    return subprocess.run(command, check=check, capture_output=True, text=True, errors="replace").stdout
-
-
-def _reason(error: Exception) -> str:
-    """The first error line of the compiler's output."""
-    if isinstance(error, subprocess.CalledProcessError):
-        lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
-        faults = [line for line in lines if "error" in line.lower()]
-        return next(iter(faults + lines), f"{error.cmd[0]} ended with exit code {error.returncode}")
-    return str(error)
-
-
-def _openmp() -> Path | None:
-    """The OpenMP library that torch has loaded: the threads of a second one would compete with its threads for the cores."""
-    package = Path(torch.__file__).parent
-    return next(iter([*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]), None)
 
 
 def _rows(x_NKHW: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from rcnn.model.layers import RecurrentConvLayer
+from rcnn.model.layers import Convolution, RecurrentConvLayer
 from rcnn.model.norms import Norms, local_response_norms
 
 
@@ -22,7 +22,7 @@ class RCNN(nn.Module):
         dropout: rate after each RCL except the last. The paper does not state it; re-implementations use 0.2 to 0.5.
         norms: the normalisation, by default the paper's LRN with its constants; see `norms.py`.
         layer: the class of the four recurrent layers.
-        recompute: see `RecurrentConvLayer`.
+        convolution, recompute: see `RecurrentConvLayer`.
 
     Input (N, C, H, W) with H, W >= 1; output (N, num_classes), before the softmax.
     """
@@ -37,6 +37,7 @@ class RCNN(nn.Module):
         dropout: float = 0.2,
         norms: Norms = local_response_norms,
         layer: type[RecurrentConvLayer] = RecurrentConvLayer,
+        convolution: Convolution = "auto",
         recompute: bool = False,
     ):
         super().__init__()
@@ -45,11 +46,10 @@ class RCNN(nn.Module):
         [self.first_norm] = norms(num_maps, 1)
         # Padding 1 gives 32 -> 16 -> 8. The paper does not state it; re-implementations use it.
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        how = {"norms": norms, "convolution": convolution, "recompute": recompute}
         self.recurrent_layers = nn.ModuleList(
-            [layer(num_maps, num_maps, num_steps, norms=norms, recompute=recompute) for _ in range(4)]
+            [layer(num_maps, num_maps, num_steps, dropout=rate, **how) for rate in (dropout, dropout, dropout, 0.0)]
         )
-        # 6 % of a step at K = 96 and 11 % at K = 32 (CPU), but a faster generator would change all stored losses.
-        self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(num_maps, num_classes)
         nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
         nn.init.zeros_(self.first.bias)  # type: ignore[arg-type]
@@ -58,8 +58,7 @@ class RCNN(nn.Module):
         """(N, C, H, W) -> logits (N, num_classes)."""
         one, two, three, four = self.recurrent_layers
         x_NKHW = self.pool(self.first_norm.rectified(self.first(images_NCHW)))
-        x_NKHW = self.dropout(two(self.dropout(one(x_NKHW))))
-        x_NKHW = four(self.dropout(three(self.pool(x_NKHW))))
+        x_NKHW = four(three(self.pool(two(one(x_NKHW)))))
         return self.classifier(x_NKHW.amax(dim=(2, 3)))
 
 
@@ -73,10 +72,12 @@ def build(
     lrn_alpha: float,
     lrn_beta: float,
     triton: bool = False,
+    convolution: Convolution = "auto",
     recompute: bool = False,
     layer: type[RecurrentConvLayer] = RecurrentConvLayer,
 ) -> nn.Module:
     """RCNN-K with T recurrent steps and LRN, as published; RCNN-96 has 0.67 M parameters on CIFAR-10."""
     norms = partial(local_response_norms, alpha=lrn_alpha, beta=lrn_beta, triton=triton)
     channels = image_shape[2]
-    return RCNN(k, t, channels, num_classes, dropout=dropout, norms=norms, layer=layer, recompute=recompute)
+    how = {"norms": norms, "layer": layer, "convolution": convolution, "recompute": recompute}
+    return RCNN(k, t, channels, num_classes, dropout=dropout, **how)

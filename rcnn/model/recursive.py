@@ -9,7 +9,7 @@ paper's equation with u = 0; no source confirms or contradicts it.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rcnn.model.layers import RecurrentConvLayer
 from rcnn.model.rcnn import build as build_rcnn
@@ -21,10 +21,7 @@ class RecursiveConvLayer(RecurrentConvLayer):
     RECURRENT_GAIN = 1.0
     """He's deviation, since the recurrent kernel is a step's only input: a quarter of it left gradients of 1e-7 at T = 3."""
 
-    def _static_input(self, z0_NKHW: Tensor) -> Tensor:
-        bias_K = self.feed_forward.bias
-        assert bias_K is not None, "the feed-forward kernel has a bias"
-        return bias_K.to(z0_NKHW.dtype)[None, :, None, None].expand_as(z0_NKHW)
+    ADDS_INPUT = False
 
 
 def build(image_shape: tuple[int, int, int], num_classes: int, **settings: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rcnn.config import PipelineConfig
+from rcnn.config import ExecutionConfig, PipelineConfig
 from rcnn.data.manifest import Manifest
 from rcnn.errors import ConfigError, DataError, TrainingError
 from rcnn.model.build import build_network
@@ -134,7 +134,7 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
         mean = [sum(mean[channel::channels]) / (height * width) for channel in range(channels)] * (height * width)
         std = list(manifest.channel_std)
     normalise = MeanRemoval(mean, std, manifest.image_shape)
-    how = {"recompute": config.execution.recompute, "triton": config.execution.triton}
+    how = {name: getattr(config.execution, name) for name in ("convolution", "recompute", "triton")}
     _require_read(config.model.network, how)
     try:
         return _assembled(config.model.model_dump() | how, normalise, manifest.image_shape, len(manifest.classes))
@@ -146,11 +146,15 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
         ) from error
 
 
-def _require_read(network: str, how: dict[str, bool]) -> None:
-    for name in [name for name, value in unread_settings(network, how).items() if value]:
-        raise ConfigError(
-            f"is not read by model.network = {network!r}", where=f"execution.{name} = true", remedy="Set it to false"
-        )
+def _require_read(network: str, how: dict[str, Any]) -> None:
+    usual = ExecutionConfig().model_dump()
+    for name, value in unread_settings(network, how).items():
+        if value != usual[name]:
+            raise ConfigError(
+                f"is not read by model.network = {network!r}",
+                where=f"execution.{name} = {str(value).lower()}",
+                remedy=f"Set it to {str(usual[name]).lower()}",
+            )
 
 
 def _assembled(

@@ -8,7 +8,8 @@ machine's speed drifts. A step is forward, backward and update of SGD with momen
 
     plain           eager, float32, contiguous, as anybody would write it
     plain-bfloat16  the same under bfloat16 autocast, channels last (on a GPU, or with --precision bfloat16)
-    floor           ours with the normalisations left out: convolutions, ReLU, pools and the rest
+    floor           direct convolutions, and ours around them with the normalisations left out
+    ours-direct     ours with direct convolutions
     ours            the step that `fit` runs
     ours-NAME       ours with the setting NAME, or without a C compiler (no-gcc), for each NAME of --also
 
@@ -73,7 +74,7 @@ def side_names(options: argparse.Namespace) -> list[str]:
     """Who takes part."""
     has_bfloat16 = options.device == "cuda" or options.precision == "bfloat16"
     plain = ["plain", "plain-bfloat16"] if has_bfloat16 else ["plain"]
-    return [*plain, "floor", "ours", *(f"ours-{also}" for also in options.also)]
+    return [*plain, "floor", "ours-direct", "ours", *(f"ours-{also}" for also in options.also)]
 
 
 class Side:

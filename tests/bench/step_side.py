@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rcnn.config import PipelineConfig
-from rcnn.model import RCNN, lrn_cpu
+from rcnn.model import RCNN, compiled
 from rcnn.model.norms import local_response_norms
 from rcnn.train.execution import choose_execution, prepare
 from rcnn.train.optim import build_optimizer
@@ -29,6 +29,7 @@ IMAGE_SIDE, IN_CHANNELS, NUM_CLASSES = 32, 3, 10
 SECONDS_PER_ROUND = 0.5
 FEW_IMAGES, MORE_IMAGES = 32, 96
 VARIANTS: dict[str, dict[str, Any]] = {
+    "direct": {"execution.convolution": "direct"},
     "recompute": {"execution.recompute": True},
     "deterministic": {"train.deterministic": True},
     "compiled": {"execution.compile": "on"},
@@ -100,10 +101,11 @@ class Side:
         if not self.measures_memory:  # where freed memory is to be given back at once
             prepare(self.device, deterministic=config.train.deterministic)
         norms = partial(local_response_norms, triton=how.triton)
-        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, norms=norms, recompute=how.recompute)
+        execution = {"convolution": how.convolution, "recompute": how.recompute}
+        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, norms=norms, **execution)
         model.to(self.device, memory_format=self._memory_format)
         if self.variant == "no-gcc":
-            lrn_cpu.kernel = lambda *network: None
+            compiled.can_compile = lambda: False
         if self.name == "floor":
             leave_out_normalisations(model)
         network = choose_execution(config, self.device, num_steps=0).compiled(model)
