@@ -272,20 +272,9 @@ class ExecutionConfig(Section):
         False,
         description="Trades time for memory: the backward pass computes each recurrent step's activations once more.",
     )
-    triton: bool = Field(
-        False,
-        description="Whether a Triton kernel normalises on the GPU, for K up to 128; checked against the equation at "
-        "the start.",
-    )
     max_failures: int = Field(
         2, ge=0, le=1000, description="Worker failures after which training resumes from a checkpoint."
     )
-
-    @model_validator(mode="after")
-    def _triton_has_a_gpu(self) -> Self:
-        if self.triton and not self.use_gpu:
-            raise ValueError("triton = true needs a GPU; set use_gpu to true, or triton to false")
-        return self
 
 
 SEARCHED_SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "train": TrainConfig, "augment": AugmentConfig}

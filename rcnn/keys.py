@@ -68,9 +68,14 @@ def _digest_of(module: str) -> str:
     assert file is not None, f"{module} has a file"
     text = "\n".join(_tokens(ast.parse(file.read_text(encoding="utf-8"))))
     in_c = file.with_suffix(".c")
-    if in_c.exists():
-        text += without_comments(in_c.read_text(encoding="utf-8"))
-    return _digest(text)
+    return _digest(text + (_c_code(in_c) if in_c.exists() else ""))
+
+
+def _c_code(file: Path) -> str:
+    """A C file without comments, and the files beside it that it includes."""
+    code = without_comments(file.read_text(encoding="utf-8"))
+    included = re.findall(r'#include "([^"]+)"', code)
+    return code + "".join(_c_code(file.with_name(name)) for name in included)
 
 
 @cache

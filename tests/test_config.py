@@ -55,7 +55,7 @@ SMALLEST_WRONG = {
     "train.one_cycle_warmup": 0, "augment.max_shift": -1, "train.clip_norm": -1, "train.ema_decay": 1,
     "train.num_rows": -1, "execution.keep_checkpoints": 0, "execution.num_workers": 0, "execution.cpus_per_worker": 0,
     "execution.max_failures": -1, "execution.use_gpu": "perhaps", "train.precision": "float8", "execution.compile": "perhaps",
-    "train.deterministic": "perhaps", "execution.recompute": "perhaps", "execution.triton": "perhaps",
+    "train.deterministic": "perhaps", "execution.recompute": "perhaps", "execution.convolution": "fast",
     "train.nesterov": "perhaps", "train.max_minutes": -1, "tune.enabled": "perhaps",
     "tune.num_trials": 0, "tune.space": {"model.k": []}, "tune.search": "best", "tune.early_stopping": "perhaps",
     "tune.seeds": 0, "tune.num_finalists": 0, "tune.max_minutes": -1, "tune.trial_minutes": -1,

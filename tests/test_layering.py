@@ -127,7 +127,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         name: {known for known in names if any(f"{module}.".startswith(f"{known}.") for module in modules)}
         for name, modules in ((name, list(imports(file))) for name, file in names.items())
     }
-    assert graph["rcnn.model.lrn"] >= {"rcnn.model.lrn_triton", "rcnn.model.lrn_equation"}
+    assert graph["rcnn.model.lrn"] >= {"rcnn.model.lrn_cpu", "rcnn.model.lrn_equation"}
     assert graph["rcnn.data.loader"] >= {"rcnn.data.streaming", "rcnn.data.batches"}
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError
 
@@ -160,9 +160,6 @@ def test_the_model_needs_torch_and_the_standard_library_alone() -> None:
     for file in (ROOT / "rcnn" / "model").glob("*.py"):
         for module in imports(file):
             top = module.split(".")[0]
-            if top == "triton":
-                assert file.name == "lrn_triton.py"
-                continue
             assert top in ("torch", *sys.stdlib_module_names) or module.startswith("rcnn.model"), f"{file}: {module}"
 
 

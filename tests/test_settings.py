@@ -107,7 +107,6 @@ def test_a_rule_over_two_settings_blames_who_set_them(
     [
         ("tune.epochs=2", "tune.grace_epochs=3"),
         ('tune.space={"train.momentum": {"min": 0, "max": 0.5}}', "tune.search=grid"),
-        ("execution.use_gpu=false", "execution.triton=true"),
         ("data.source=svhn", "data.on_error=skip"),
         ("data.root=", "data.source=folder"),
         ("data.source=svhn", "data.follow_links=true"),

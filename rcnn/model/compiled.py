@@ -1,7 +1,7 @@
 """C code of this package, compiled on first use for the network at hand and linked with the OpenMP library that torch uses.
 
-Compiling takes a quarter of a second to a second per kernel and process, needs gcc, and leaves no files. Without a compiler, the
-callers use torch operations, after one warning.
+Compiling takes a quarter of a second to a second per kernel and process, needs gcc, and leaves no files. Without a compiler,
+the callers use torch operations, after one warning.
 """
 
 import ctypes

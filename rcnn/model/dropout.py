@@ -1,7 +1,7 @@
 """Dropout whose masks follow from (seed, epoch, step, share, layer): the same on any number of threads and workers.
 
 A mask of a training step is not stored: the backward pass draws it again. On the CPU the draws are those of a counter-based
-generator, compiled from `dropout_cpu.c`: a tenth of the time of `bernoulli_`, which runs on one thread. Elsewhere, and without
+generator, compiled from `dropout.c`: a tenth of the time of `bernoulli_`, which runs on one thread. Elsewhere, and without
 a compiler, torch draws them.
 
 Shapes in names: N images, K feature maps, H, W.
@@ -37,18 +37,14 @@ class Position:
     """The part of the global batch that the images are: the rank, or a share of a fixed number."""
 
 
-class Dropout(nn.Module):
-    """Zeroes each element with a probability of `rate` and divides the others by 1 - rate, in training.
+class Dropout(nn.Dropout):
+    """In training, zeroes each element with a probability of p in [0, 1) and divides the others by 1 - p.
 
-    Args:
-        rate: in [0, 1); on the CPU it is rounded to a multiple of 2^-16.
-
-    Unless `set_position` has named the step, it is named by torch's global generator, as of `nn.Dropout`.
+    On the CPU, p is rounded to a multiple of 2^-16. Unless `set_position` has named the step, torch's global generator does.
     """
 
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
+    def __init__(self, p: float):
+        super().__init__(p)
         self.position: tuple[Position, int] | None = None
 
     def forward(self, x_NKHW: Tensor) -> Tensor:
@@ -57,17 +53,17 @@ class Dropout(nn.Module):
             return x_NKHW
         if _runs_compiled(x_NKHW) and kernel(x_NKHW.dtype) is not None:
             return _CompiledDropout.apply(x_NKHW, self.next_name(), self.rate_in_65536ths)
-        return nn.functional.dropout(x_NKHW, self.rate)
+        return nn.functional.dropout(x_NKHW, self.p)
 
     @property
     def is_active(self) -> bool:
         """Whether it changes anything now."""
-        return self.training and self.rate > 0
+        return bool(self.training and self.p > 0)
 
     @property
     def rate_in_65536ths(self) -> int:
         """The rate that the compiled code draws with."""
-        return min(round(self.rate * ONE), ONE - 1)
+        return min(round(float(self.p) * ONE), ONE - 1)
 
     def next_name(self) -> Name:
         """The name of this step's draws."""
@@ -76,10 +72,6 @@ class Dropout(nn.Module):
         position, layer = self.position
         words = struct.pack("<5q", *astuple(position), layer)
         return struct.unpack("<4I", hashlib.blake2b(words, digest_size=16).digest())  # type: ignore[return-value]
-
-    def extra_repr(self) -> str:
-        """The rate, for `print(model)`."""
-        return f"rate={self.rate}"
 
 
 def set_position(model: nn.Module, position: Position) -> None:
@@ -117,7 +109,7 @@ def _dropped(x: Tensor, name: Name, rate: int) -> Tensor:
 @functools.cache
 def kernel(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled functions for a dtype; None if they cannot be compiled."""
-    library = compiled("dropout_cpu.c", dtype, {})
+    library = compiled("dropout.c", dtype, {})
     if library is not None:
         library.dropout.argtypes = [
             *2 * [ctypes.c_void_p], *2 * [ctypes.c_long], ctypes.POINTER(ctypes.c_uint32), ctypes.c_uint32, ctypes.c_int

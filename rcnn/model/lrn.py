@@ -7,13 +7,12 @@ because autograd through the formula takes several times as long as the convolut
 
     d = 1 + (alpha / N) band(x^2)        y = x d^-beta        dx = g d^-beta - (2 alpha beta / N) x band'(g y / d)
 
-The implementation depends on the device: `lrn_cpu.py` and `lrn_triton.py` do everything in one pass over memory. Everywhere
-else, the sum over neighbouring maps is a 1x1 convolution with a banded kernel.
+On a CPU with a compiler, `lrn_cpu.py` does everything in one pass over memory. Everywhere else, the sum over neighbouring maps
+is a 1x1 convolution with a banded kernel.
 
 Shapes in names: N images, K feature maps, H, W.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rcnn.model import lrn_cpu
-from rcnn.model.lrn_equation import LARGEST_TRITON_K, band_matrix
+from rcnn.model.lrn_equation import band_matrix
 
 
 class LocalResponseNorm(nn.Module):
@@ -32,16 +31,14 @@ class LocalResponseNorm(nn.Module):
         num_maps: K, the feature maps of the input.
         window: N, the number of feature maps in a sum; K / 8 + 1 in the paper.
         alpha, beta: the paper's constants (0.001 and 0.75).
-        triton: whether to use the Triton kernel on GPUs, for K up to 128.
 
     The result can be differentiated once: there is no double backward.
     """
 
     band: Tensor
 
-    def __init__(self, num_maps: int, *, window: int, alpha: float = 0.001, beta: float = 0.75, triton: bool = False):
+    def __init__(self, num_maps: int, *, window: int, alpha: float = 0.001, beta: float = 0.75):
         super().__init__()
-        self.triton = triton
         self.num_maps, self.window, self.alpha, self.beta = num_maps, window, alpha, beta
         self.register_buffer("band", band_matrix(num_maps, window), persistent=False)
 
@@ -64,10 +61,6 @@ class LocalResponseNorm(nn.Module):
         """The fused implementation for this device and input, or None."""
         if type(z) is not Tensor or z.dim() != 4 or z.shape[1] != self.num_maps:
             return None  # torch's FakeTensor has no storage; a wrong shape is reported by the convolution
-        if self.triton and z.dtype != torch.float64 and self.num_maps <= LARGEST_TRITON_K and _runs_triton(z):
-            from rcnn.model.lrn_triton import TritonLrn  # Triton is not installed on every machine
-
-            return lambda z, plus: TritonLrn.apply(z, plus, self._scaled_band(z), self.beta, is_rectified)
         if z.device.type != "cpu" or self.beta != lrn_cpu.EXPONENT or torch.compiler.is_compiling():
             return None
         if lrn_cpu.kernel(self.num_maps, self.window, z.dtype, is_rectified) is None:
@@ -113,10 +106,6 @@ def _band_sum(values_NKHW: Tensor, band_KK11: Tensor) -> Tensor:
         if values_NKHW.is_cuda:  # convolutions round to TF32 by default, matrix products do not
             return functional.linear(values_NKHW.permute(0, 2, 3, 1), band_KK11[:, :, 0, 0]).permute(0, 3, 1, 2)
         return functional.conv2d(values_NKHW, band_KK11)
-
-
-def _runs_triton(z: Tensor) -> bool:
-    return z.is_cuda or "TRITON_INTERPRET" in os.environ
 
 
 def _wide(x: Tensor) -> torch.dtype:

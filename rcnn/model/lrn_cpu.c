@@ -47,7 +47,7 @@ static inline real decayed(real d) {
     real error = 1 - dyy * dyy * d;
     y += y * error * ((real)0.25 + (real)0.15625 * error);
   }
-  return y;
+  return d >= (real)1e25 ? 0 : y; /* where y * y underflows; y of infinity is 0, and of NaN NaN */
 }
 
 static inline void sum_fours(block *b, long rows) {

@@ -1,14 +1,8 @@
-"""LRN as the paper writes it, and the band matrix of its sum: the reference for the fast implementations.
-
-A separate file, so that `lrn.py` can import the Triton kernel while the kernel's self-check imports the equation.
-"""
+"""LRN as the paper writes it, and the band matrix of its sum: the reference for the fast implementations."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-LARGEST_TRITON_K = 128
-"""The banded matrix of more maps does not fit the shared memory of a Triton program."""
 
 
 def reference_lrn(x_NKHW: Tensor, *, window: int, alpha: float = 0.001, beta: float = 0.75) -> Tensor:

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rcnn.model.dropout import Dropout
+
 
 @dataclass(frozen=True)
 class MaxoutConvolution:
@@ -93,7 +95,7 @@ class Maxout(nn.Module):
         layers: list[nn.Module] = []
         for number, layer in enumerate(convolutions):
             layers += [
-                nn.Dropout(0.5 if number else 0.2),
+                Dropout(0.5 if number else 0.2),
                 _initialised(nn.Conv2d(in_maps, layer.maps * layer.pieces, layer.kernel, padding=layer.padding)),
                 LargestPiece(layer.pieces),
                 nn.MaxPool2d(layer.pool, stride=2, ceil_mode=True),
@@ -107,9 +109,9 @@ class Maxout(nn.Module):
         width = height * width * in_maps
         if dense_units:
             dense = _initialised(nn.Linear(width, dense_units * DENSE_PIECES))
-            layers += [nn.Dropout(0.5), dense, LargestPiece(DENSE_PIECES)]
+            layers += [Dropout(0.5), dense, LargestPiece(DENSE_PIECES)]
             width = dense_units
-        self.layers = nn.Sequential(*layers, nn.Dropout(0.5), _initialised(nn.Linear(width, num_classes)))
+        self.layers = nn.Sequential(*layers, Dropout(0.5), _initialised(nn.Linear(width, num_classes)))
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """(N, C, H, W) -> logits (N, num_classes)."""

@@ -24,7 +24,7 @@ class Network:
         build: `module:function`, imported when the network is built.
         title: its name in reports, with settings of `model` in braces.
         reads: the keyword arguments of `build`: settings of `model`, and settings that change only how the network is
-            computed (`convolution`, `recompute`, `triton`).
+            computed (`convolution`, `recompute`).
     """
 
     build: str
@@ -37,7 +37,7 @@ class Network:
         return self.build.partition(":")[0]
 
 
-_LRN = ("lrn_alpha", "lrn_beta", "triton", "convolution")
+_LRN = ("lrn_alpha", "lrn_beta", "convolution")
 NETWORKS: dict[str, Network] = {
     "rcnn": Network("rcnn.model.rcnn:build", "RCNN-{k}, T = {t}", ("k", "t", "dropout", *_LRN, "recompute")),
     "recursive": Network("rcnn.model.recursive:build", "rCNN-{k}, T = {t}", ("k", "t", "dropout", *_LRN, "recompute")),

@@ -25,6 +25,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rcnn.model.dropout import Dropout
+
 Block = tuple[int, tuple[int, ...]]
 """Side of the first kernel, and the maps of the three convolutions; in the last block, the third has one map per class."""
 
@@ -53,7 +55,7 @@ class NIN(nn.Module):
             widths = (in_maps, *maps, num_classes) if is_last else (in_maps, *maps)
             layers += _block(kernel, widths)
             if not is_last:
-                layers += [nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True), nn.Dropout(0.5)]
+                layers += [nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True), Dropout(0.5)]
             in_maps = widths[-1]
         self.layers = nn.Sequential(*layers)
 

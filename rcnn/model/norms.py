@@ -26,10 +26,10 @@ def lrn_window(num_maps: int) -> int:
 
 
 def local_response_norms(
-    num_maps: int, num_times: int, *, alpha: float = 0.001, beta: float = 0.75, triton: bool = False
+    num_maps: int, num_times: int, *, alpha: float = 0.001, beta: float = 0.75
 ) -> Sequence[nn.Module]:
     """The paper's normalisation, by default with its constants."""
-    norm = LocalResponseNorm(num_maps, window=lrn_window(num_maps), alpha=alpha, beta=beta, triton=triton)
+    norm = LocalResponseNorm(num_maps, window=lrn_window(num_maps), alpha=alpha, beta=beta)
     return [norm] * num_times
 
 

@@ -18,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "dropout_cpu.c"
+#include "dropout.c"
 #include "lrn_cpu.c"
 
 #ifdef __AVX512F__ /* 32 registers of 64 bytes; elsewhere 16 of 32 bytes, or 32 of 16 */
@@ -287,7 +287,7 @@ typedef struct {
   const real *feed_forward_turned, *recurrent_turned; /* with inputs and outputs exchanged, for the backward pass */
   const real *bias;
   double scale;                          /* of LRN: alpha / N */
-  uint32_t name[4], rate;                /* of the dropout; see dropout_cpu.c */
+  uint32_t name[4], rate;                /* of the dropout; see dropout.c */
   int adds_input;                        /* whether each step adds z(0) (RCNN), or only the bias (the recursive network) */
   int threads;
 } layer;

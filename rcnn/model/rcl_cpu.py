@@ -84,6 +84,7 @@ class CompiledLayer(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, u_NKHW: Tensor, feed_KK33: Tensor, bias_K: Tensor, recurrent_KK33: Tensor | None, step: Step
     ) -> Tensor:
+        """Saves u and z(0) to z(T), or only u if the step is to recompute."""
         u_NHWK = _maps_last(u_NKHW)
         x_NHWK = torch.empty_like(u_NHWK)
         is_stored = any(ctx.needs_input_grad) and not step.recompute
@@ -100,6 +101,7 @@ class CompiledLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NKHW: Tensor):  # type: ignore[no-untyped-def]
+        """The gradients of u, the two kernels and the bias."""
         u_NHWK, feed_KK33, bias_K, recurrent_KK33, z_TNHWK = ctx.saved_tensors
         kernels = [weight for weight in (feed_KK33, recurrent_KK33) if weight is not None]
         grad_NHWK, du_NHWK = _maps_last(grad_NKHW), torch.empty_like(u_NHWK)
@@ -107,7 +109,9 @@ class CompiledLayer(torch.autograd.Function):
         kernel_size = PLANES * num_maps**2
         sums = u_NHWK.new_empty(len(kernels) * kernel_size + num_maps)
         planes = [_planes(weight) for weight in kernels] if z_TNHWK is None else []
-        layer = _layer(u_NHWK, bias_K, ctx.step, planes=planes, turned=[_planes(weight, turned=True) for weight in kernels])
+        layer = _layer(
+            u_NHWK, bias_K, ctx.step, planes=planes, turned=[_planes(weight, turned=True) for weight in kernels]
+        )
         _require_memory(
             _library(u_NHWK, ctx.step).rcl_backward(
                 ctypes.byref(layer), *map(_address, (u_NHWK, z_TNHWK, grad_NHWK, du_NHWK, sums))

@@ -4,6 +4,7 @@
 """
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class RCNN(nn.Module):
         [self.first_norm] = norms(num_maps, 1)
         # Padding 1 gives 32 -> 16 -> 8. The paper does not state it; re-implementations use it.
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        how = {"norms": norms, "convolution": convolution, "recompute": recompute}
+        how: dict[str, Any] = {"norms": norms, "convolution": convolution, "recompute": recompute}
         self.recurrent_layers = nn.ModuleList(
             [layer(num_maps, num_maps, num_steps, dropout=rate, **how) for rate in (dropout, dropout, dropout, 0.0)]
         )
@@ -71,13 +72,12 @@ def build(
     dropout: float,
     lrn_alpha: float,
     lrn_beta: float,
-    triton: bool = False,
     convolution: Convolution = "auto",
     recompute: bool = False,
     layer: type[RecurrentConvLayer] = RecurrentConvLayer,
 ) -> nn.Module:
     """RCNN-K with T recurrent steps and LRN, as published; RCNN-96 has 0.67 M parameters on CIFAR-10."""
-    norms = partial(local_response_norms, alpha=lrn_alpha, beta=lrn_beta, triton=triton)
+    norms = partial(local_response_norms, alpha=lrn_alpha, beta=lrn_beta)
     channels = image_shape[2]
-    how = {"norms": norms, "layer": layer, "convolution": convolution, "recompute": recompute}
+    how: dict[str, Any] = {"norms": norms, "layer": layer, "convolution": convolution, "recompute": recompute}
     return RCNN(k, t, channels, num_classes, dropout=dropout, **how)

@@ -99,7 +99,6 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
         "train.num_rows": tune.num_rows or config.train.num_rows,
         "execution.num_workers": tune.workers_per_trial,
         "execution.use_gpu": tune.gpus_per_trial > 0,
-        "execution.triton": config.execution.triton and tune.gpus_per_trial > 0,
     }
     trial = config.with_settings(settings)
     points = networks_of(config)

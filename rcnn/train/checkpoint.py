@@ -134,7 +134,7 @@ def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
         mean = [sum(mean[channel::channels]) / (height * width) for channel in range(channels)] * (height * width)
         std = list(manifest.channel_std)
     normalise = MeanRemoval(mean, std, manifest.image_shape)
-    how = {name: getattr(config.execution, name) for name in ("convolution", "recompute", "triton")}
+    how = {name: getattr(config.execution, name) for name in ("convolution", "recompute")}
     _require_read(config.model.network, how)
     try:
         return _assembled(config.model.model_dump() | how, normalise, manifest.image_shape, len(manifest.classes))

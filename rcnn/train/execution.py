@@ -20,7 +20,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 BYTES_TO_KEEP, OLDER_GLIBCS_LIMIT = 2**31 - 1, 2**25
 
 STEPS_WORTH_COMPILING = 5_000  # on a GPU; an estimate, not measured
-LARGEST_KERNEL_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,11 @@ def choose_execution(config: PipelineConfig, device: torch.device, *, num_steps:
     """Resolves `train.precision` and `execution.compile` for a device and a run of `num_steps` steps.
 
     Raises:
-        ClusterError: compiling is on, but there is no compiler; or the Triton kernel is on, but does not agree with the
-            equation on this GPU.
+        ClusterError: compiling is on, but there is no compiler.
     """
     how, wanted = config.execution, config.train.precision
     is_narrow = wanted == "bfloat16" or (wanted == "auto" and _has_bfloat16(device))
     precision = torch.bfloat16 if is_narrow else torch.float32
-    if how.triton:
-        _check_kernel(device, precision)
     if how.compile == "on":
         _require_compiler()
         return Execution(device, precision, True, "execution.compile = on")
@@ -109,23 +105,6 @@ def _require_compiler() -> None:
 
 def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def _check_kernel(device: torch.device, precision: torch.dtype) -> None:
-    try:
-        from rcnn.model.lrn_triton import largest_error  # Triton is not installed on every machine
-
-        error = largest_error(device, precision)
-    except Exception as fault:  # Triton's compiler and the driver raise many types
-        raise _kernel_error(f"cannot run ({fault})") from fault
-    if not error < LARGEST_KERNEL_ERROR[precision]:
-        raise _kernel_error(f"has a relative error of {error:.1e}")
-
-
-def _kernel_error(what: str) -> ClusterError:
-    return ClusterError(
-        f"the Triton kernel {what} on this GPU", where="execution.triton = true", remedy="Set execution.triton to false"
-    )
 
 
 def prepare(device: torch.device, *, deterministic: bool = False) -> None:

@@ -21,6 +21,7 @@ from rcnn.data.augment import Augmentation
 from rcnn.data.batches import Loader, Order, RowSource
 from rcnn.data.loader import Rows, TrainingData, load_training_data
 from rcnn.errors import TrainingError
+from rcnn.model.dropout import Position, set_position
 from rcnn.progress import say
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
@@ -92,8 +93,8 @@ def fit(
         num_ranks=num_ranks,
     )
     while state.epoch < config.train.epochs and not (state.history and pace.is_over()):
-        # Each epoch's dropout depends on its number and the rank alone: a resumed run draws what the first one would have
-        # drawn. It is the one thing in which another number of ranks differs.
+        # What torch draws, such as dropout on a GPU, depends on the epoch and the rank only: a resumed run draws what the first
+        # one would have drawn.
         torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
         position = copy.deepcopy(state.position()) if max_seconds else None
         metrics, num_steps = train_epoch(state, network, loader, execution, pace, on_progress)
@@ -154,10 +155,12 @@ def train_epoch(
         TrainingError: the loss is no longer a number.
     """
     learning_rate, clip_norm = state.schedule.learning_rate, state.config.train.clip_norm
+    rank, _ = process_group()
     network.train()
     started = last_progress = time.perf_counter()
     total_loss = torch.zeros((), device=execution.device)
     for step, (images_NCHW, labels_N) in enumerate(loader.epoch(state.epoch), start=1):
+        set_position(state.model, Position(state.config.seed, state.epoch, step, share=rank))
         total_loss += train_step(
             network, state.optimizer, images_NCHW, labels_N, clip_norm=clip_norm, precision=execution.precision
         )

@@ -173,6 +173,5 @@ def trial_config(config: PipelineConfig, choice: Choice, *, seed: int) -> Pipeli
         "execution.num_workers": tune.workers_per_trial,
         "execution.cpus_per_worker": tune.cpus_per_trial,
         "execution.use_gpu": tune.gpus_per_trial > 0,
-        "execution.triton": config.execution.triton and tune.gpus_per_trial > 0,
     }
     return config.with_settings(settings)

@@ -10,7 +10,6 @@ import math
 import resource
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import nn
 
 from rcnn.config import PipelineConfig
 from rcnn.model import RCNN, compiled
-from rcnn.model.norms import local_response_norms
 from rcnn.train.execution import choose_execution, prepare
 from rcnn.train.optim import build_optimizer
 from rcnn.train.step import train_step
@@ -33,7 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recompute": {"execution.recompute": True},
     "deterministic": {"train.deterministic": True},
     "compiled": {"execution.compile": "on"},
-    "triton": {"execution.triton": True},
     "no-gcc": {},  # as where there is no C compiler
 }
 
@@ -100,9 +97,8 @@ class Side:
         how = config.execution
         if not self.measures_memory:  # where freed memory is to be given back at once
             prepare(self.device, deterministic=config.train.deterministic)
-        norms = partial(local_response_norms, triton=how.triton)
         execution = {"convolution": how.convolution, "recompute": how.recompute}
-        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, norms=norms, **execution)
+        model = RCNN(num_maps, num_steps, IN_CHANNELS, NUM_CLASSES, **execution)
         model.to(self.device, memory_format=self._memory_format)
         if self.variant == "no-gcc":
             compiled.can_compile = lambda: False

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rcnn.model import RecurrentConvLayer, lrn_cpu
+from rcnn.model.compiled import can_compile
 from rcnn.model.lrn import LocalResponseNorm
 from rcnn.model.lrn_equation import reference_lrn
 
@@ -16,7 +17,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """The CPU's way where there is a compiler, and where there is none."""
     if request.param == "by convolution":
         monkeypatch.setattr(lrn_cpu, "kernel", lambda *network: None)
-    elif not lrn_cpu.can_compile():
+    elif not can_compile():
         pytest.skip("there is no C compiler")
 
 
@@ -118,8 +119,8 @@ def test_memory_layout_does_not_matter(form: None) -> None:
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_recomputing_gives_the_same_gradients_from_less_memory(num_steps: int) -> None:
     torch.manual_seed(3)
-    keeping = RecurrentConvLayer(3, 12, num_steps)
-    recomputing = RecurrentConvLayer(3, 12, num_steps, recompute=True)
+    keeping = RecurrentConvLayer(3, 12, num_steps, convolution="direct")
+    recomputing = RecurrentConvLayer(3, 12, num_steps, convolution="direct", recompute=True)
     recomputing.load_state_dict(keeping.state_dict())
     u = torch.randn(2, 3, 6, 5)
     saved: dict[str, int] = {}

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcnn.model import lrn_cpu
+from rcnn.model import compiled, lrn_cpu
 from rcnn.model.lrn import LocalResponseNorm
 from rcnn.model.lrn_equation import reference_lrn
 
 NETWORK = (16, 3, torch.float32, True)
 
-needs_compiler = pytest.mark.skipif(not lrn_cpu.can_compile(), reason="there is no C compiler")
+needs_compiler = pytest.mark.skipif(not compiled.can_compile(), reason="there is no C compiler")
 
 
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What was compiled, or found missing, is forgotten before and after."""
     lrn_cpu.kernel.cache_clear()
-    lrn_cpu.can_compile.cache_clear()
+    compiled.can_compile.cache_clear()
     yield
     lrn_cpu.kernel.cache_clear()
-    lrn_cpu.can_compile.cache_clear()
+    compiled.can_compile.cache_clear()
 
 
 @needs_compiler
@@ -144,7 +144,7 @@ def test_without_a_compiler_it_says_so_once(
         ("echo 'warning: old' >&2; echo 'lrn.c:1: error: no assembler' >&2; exit 1", "error: no assembler"),
         ("printf 'caf\\351\\n\\n' >&2; exit 1", "caf"),
         ("exit 3", "ended with exit code 3"),
-        ("exit 0", "lrn.so"),
+        ("exit 0", "kernel.so"),
     ],
 )
 def test_a_compiler_that_fails_is_reported_with_its_words(
@@ -167,4 +167,4 @@ def test_clang_is_passed_over(forgetful: None, monkeypatch: pytest.MonkeyPatch, 
     clang.write_text("#!/bin/sh\necho clang version 22\n")
     clang.chmod(0o700)
     monkeypatch.setenv("CC", str(clang))
-    assert lrn_cpu.compiler() not in (None, str(clang))
+    assert compiled.compiler() not in (None, str(clang))

@@ -142,7 +142,7 @@ def test_a_fresh_network_has_logits_and_gradients_of_a_scale_to_learn_from(name:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_row_reads_what_its_function_takes_and_names_the_network(name: str) -> None:
     row, settings = NETWORKS[name], ModelConfig(network=name).model_dump()
-    everything = settings | {"recompute": True, "triton": True}
+    everything = settings | {"recompute": True, "convolution": "direct"}
     assert set(row.reads) <= set(everything)
     assert isinstance(build_network(name, CIFAR, 10, {key: everything[key] for key in row.reads}), nn.Module)
     required = [key for key in row.reads if key in settings]

@@ -11,7 +11,7 @@ import torch
 
 from rcnn.config import PipelineConfig
 from rcnn.data.loader import TrainingData, load_training_data
-from rcnn.errors import ClusterError, ConfigError
+from rcnn.errors import ClusterError
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train import execution
@@ -156,25 +156,3 @@ def test_without_a_compiler_on_is_an_error_and_auto_is_off(
         choose_execution(on, CPU, num_steps=10)
     monkeypatch.setattr(execution, "_has_bfloat16", lambda device: True)
     assert "not compiled (auto: there is no C++ compiler)" in str(choose_execution(auto, GPU, num_steps=10**6))
-
-
-def test_the_triton_kernel_needs_a_gpu(tiny_config: PipelineConfig) -> None:
-    with pytest.raises(ConfigError, match="triton = true needs a GPU"):
-        tiny_config.with_settings({"execution.triton": True})
-
-
-def test_a_triton_kernel_that_cannot_run_is_not_used(tiny_config: PipelineConfig) -> None:
-    config = tiny_config.with_settings({"execution.triton": True, "execution.use_gpu": True})
-    with pytest.raises(ClusterError, match="the Triton kernel cannot run"):
-        choose_execution(config, CPU, num_steps=10)  # as on a GPU that Triton does not know
-
-
-@pytest.mark.parametrize("error", [0.02, float("nan")])
-def test_a_triton_kernel_that_is_wrong_is_not_used(
-    tiny_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, error: float
-) -> None:
-    pytest.importorskip("triton", reason="there is no Triton for this system")
-    monkeypatch.setattr("rcnn.model.lrn_triton.largest_error", lambda device, dtype: error)
-    config = tiny_config.with_settings({"execution.triton": True, "execution.use_gpu": True})
-    with pytest.raises(ClusterError, match="the Triton kernel has a relative error of"):
-        choose_execution(config, GPU, num_steps=10)

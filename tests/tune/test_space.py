@@ -102,13 +102,6 @@ def test_a_trial_has_the_settings_of_its_point_and_its_own_length() -> None:
     assert trial.data == base.data
 
 
-def test_trials_without_a_gpu_do_without_its_kernel() -> None:
-    config = debug_tiny().with_settings({"execution.use_gpu": True, "execution.triton": True})
-    choice = Choice({"model.k": 24})
-    assert not trial_config(config, choice, seed=0).execution.triton
-    assert trial_config(config.with_settings({"tune.gpus_per_trial": 0.5}), choice, seed=0).execution.triton
-
-
 def test_settings_that_exclude_each_other_are_refused_before_the_trial() -> None:
     config = config_of({"train.batch_size": [15, 16]}, tune__workers_per_trial=2)
     with pytest.raises(ConfigError, match=r"train\.batch_size = 15 does not divide"):
