@@ -5,6 +5,7 @@ In: each epoch of each trial, and each record as it ends. Out: standard error.
 
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ from rcnn.config import PipelineConfig
 from rcnn.progress import as_duration, say
 from rcnn.results import Choice
 from rcnn.tune.ledger import Record
+from rcnn.tune.search import rungs_of
 
 MAX_ROWS = 20
 """Of the table, so that it fits on a screen."""
@@ -34,6 +36,7 @@ class SearchScreen:
     ):
         self.config, self.num_left, self.num_at_once, self.rows = config, num_runs, num_at_once, rows
         self.lines: dict[str, _Line] = {record.name: _Line.of(record, config.tune.epochs) for record in records}
+        self.rungs = rungs_of(config)
         self.seconds: list[float] = []
         self.live: Any = None
 
@@ -79,11 +82,14 @@ class SearchScreen:
         from rich.table import Table
 
         table = Table(title=self._title(), title_justify="left")
-        for heading in ("trial", "settings", "epoch", "val error", "images/s", "state"):
-            table.add_column(heading, justify="right" if heading in ("epoch", "val error", "images/s") else "left")
+        rung_heading = ["rung"] if self.rungs else []
+        for heading in ("trial", "settings", *rung_heading, "epoch", "val error", "images/s", "state"):
+            table.add_column(heading, justify="left" if heading in ("trial", "settings", "state") else "right")
         ranked = sorted(self.lines.items(), key=lambda item: item[1].val_error)
         for name, line in ranked[:MAX_ROWS]:
-            table.add_row(name, *line.cells(self.rows), style="dim" if line.outcome else "")
+            settings, *rest = line.cells(self.rows)
+            rung = [f"{bisect_right(self.rungs, line.epoch)}/{len(self.rungs)}"] if self.rungs else []
+            table.add_row(name, settings, *rung, *rest, style="dim" if line.outcome else "")
         if len(ranked) > MAX_ROWS:
             table.caption = f"and {len(ranked) - MAX_ROWS} more"
         return table

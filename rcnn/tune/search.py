@@ -5,18 +5,21 @@ In: a config and the records of the ledger. Out: runs to start; the stage's resu
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import TrainingError
 from rcnn.results import MAX_LISTED, Choice, TuneResult
 from rcnn.storage import StageFolder
+from rcnn.text import counted
 from rcnn.tune.ledger import Record
-from rcnn.tune.space import Space, num_trials_wanted
+from rcnn.tune.space import Point, Space, key_of_point, num_trials_wanted
 
 NUM_STARTUP_TRIALS = 5
 """Random points before Optuna's estimator decides. Its own default, 10, is more than most searches here have trials."""
+MAX_REPEATS = 20
+"""Known points that Optuna may suggest in a row: it has no memory of them, and repeats the best ones of a small space."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def trial_name(number: int) -> str:
 
 
 def runs_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
-    """The trials of the search that have not ended yet."""
+    """The trials of the search that have not ended yet; with `tpe`, those after the first have no choice yet."""
     tune = config.tune
     wanted = num_trials_wanted(config)
     num_fixed = min(wanted, NUM_STARTUP_TRIALS) if tune.search == "tpe" else wanted
@@ -42,6 +45,59 @@ def runs_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run
     choices = [Choice(point) for point in points] + [None] * (wanted - num_fixed)
     runs = [Run(trial_name(number), choice, config.seed) for number, choice in enumerate(choices)]
     return [run for run in runs if run.name not in records]
+
+
+class NewPoints:
+    """Points that have no trial yet.
+
+    Args:
+        config: has the space.
+        known: the points that have one.
+    """
+
+    def __init__(self, config: PipelineConfig, known: Iterable[Choice]):
+        self.space, self.taken = Space(config), {key_of_point(choice.root) for choice in known}
+
+    def take(self, suggest: Callable[[int], Point]) -> Choice:
+        """The first new point that is suggested or, after `MAX_REPEATS` known ones, the first of a random search.
+
+        Args:
+            suggest: called with 0, 1, ...; its points may miss those of the space by a rounding.
+        """
+        for number in range(MAX_REPEATS):
+            point = self.space.nearest(suggest(number))
+            if self._is_new(point):
+                break
+        else:
+            points = self.space.first_points(len(self.taken) + 1, search="random")
+            point = next(point for point in points if self._is_new(point))
+        self.taken.add(key_of_point(point))
+        return Choice(point)
+
+    def _is_new(self, point: Point) -> bool:
+        return key_of_point(point) not in self.taken
+
+
+def coverage(config: PipelineConfig) -> str:
+    """How much of a space that has an end the search tries, where that is not what its settings lead to expect."""
+    size, num_trials = Space(config).size, config.tune.num_trials
+    if size is None or size == num_trials:
+        return ""
+    if size < num_trials:
+        return f"tune.space has {counted(size, 'point')}, fewer than tune.num_trials = {num_trials}: each is tried once"
+    if config.tune.search == "grid":
+        return f"tune.num_trials = {num_trials} ends the grid after {num_trials} of its {size:,} points"
+    return ""
+
+
+def rungs_of(config: PipelineConfig) -> list[int]:
+    """The epochs after which ASHA compares trials and stops the worse ones; none with another rule."""
+    tune, rungs = config.tune, []
+    epoch = tune.grace_epochs if tune.early_stopping == "asha" else tune.epochs + 1
+    while epoch <= tune.epochs:
+        rungs.append(epoch)
+        epoch *= tune.reduction_factor
+    return rungs
 
 
 def searched(config: PipelineConfig, records: Mapping[str, Record]) -> list[Record]:
@@ -102,6 +158,7 @@ def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Rec
         outcomes=dict(Counter(record.outcome for record in trials)),
         seeds=min(map(len, groups.values())) if config.tune.seeds > 1 else 1,
         trial_minutes=config.tune.trial_minutes,
+        num_grid_points=Space(config).size or 0 if config.tune.search == "grid" else 0,
         num_finalists=config.tune.num_finalists if config.tune.seeds > 1 else 0,
         minutes_allowed=config.tune.max_minutes if was_cut else 0.0,
     )
@@ -156,7 +213,8 @@ def covers(config: PipelineConfig, result: TuneResult, target: StageFolder) -> b
     A search that its time limit ended stands as long as the limit is not raised; the same goes for a trial's limit.
     """
     tune = config.tune
-    if result.outcomes.get("out of time") and not 0 < tune.trial_minutes <= result.trial_minutes:
+    has_same_limit = tune.trial_minutes == result.trial_minutes
+    if result.outcomes.get("out of time") and not (has_same_limit or 0 < tune.trial_minutes <= result.trial_minutes):
         return False
     if result.minutes_allowed and 0 < tune.max_minutes <= result.minutes_allowed:
         return True
