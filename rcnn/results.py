@@ -160,9 +160,9 @@ class TuneResult(StageResult):
             f"{num} {outcome}" for outcome, num in self.outcomes.items() if num and outcome != "finished"
         )
         ended = f"; the search ended after {self.minutes_allowed:g} min" if self.minutes_allowed else ""
-        told = f" ({others}{ended})" if others or ended else ""
+        details = f" ({others}{ended})" if others or ended else ""
         grid = f" (the grid has {self.num_grid_points:,} points)" if self.num_grid_points > self.num_trials else ""
-        return {"best trial": f"{self.best_trial} of {self.num_trials}{grid}: {self.best!s}, {error}{told}"}
+        return {"best trial": f"{self.best_trial} of {self.num_trials}{grid}: {self.best!s}, {error}{details}"}
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each trial."""

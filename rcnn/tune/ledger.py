@@ -1,6 +1,6 @@
 """What is known of the trials that have ended: one small JSON file each, in the search's folder.
 
-In: records, as trials end. Out: all records, whoever wrote them; and one Parquet table of them. The ledger is the only
+In: records, as trials end. Out: the records of all attempts; and one Parquet table of them. The ledger is the only
 state of a search. Ray Tune's own folder is scratch: its state is written every few seconds, so a search that was killed in
 its first second could not be restored from it (`KeyError: 'k'`), nor can a finished search be extended with it.
 """

@@ -36,12 +36,12 @@ from rcnn.tune.screen import SearchScreen
 from rcnn.tune.search import (
     NUM_STARTUP_TRIALS,
     NewPoints,
-    Run,
+    PlannedTrial,
     coverage,
     lost_too_many,
     repeats_left,
     result_of,
-    runs_left,
+    trials_left,
 )
 from rcnn.tune.space import Domain, Interval, Point, Space, require_searchable
 
@@ -73,8 +73,8 @@ def _run_attempt(search: "_Search") -> TuneResult:
         say(f"  {line}")
     try:
         search.close_left_runs()
-        search.run(runs_left(config, search.records), _scheduler(config, search.records.values()))
-        search.run(repeats_left(config, search.records), FIFOScheduler())
+        search.run_trials(trials_left(config, search.records), _scheduler(config, search.records.values()))
+        search.run_trials(repeats_left(config, search.records), FIFOScheduler())
         ended = sorted([*search.records.values(), *search.lost.values()], key=lambda each: (len(each.name), each.name))
         result = result_of(config, target, ended, was_cut=search.was_cut)
         search.close()
@@ -95,7 +95,7 @@ class _Search:
         self.config, self.data, self.target, self.tracker = config, data, target, tracker
         in_ledger = read_records(target)
         self.records = {name: each for name, each in in_ledger.items() if each.has_ended(config.tune.trial_minutes)}
-        self.num_runs = len(self.records)
+        self.num_planned = len(self.records)
         """Trials that have ended, or that this attempt starts."""
         self.lost: dict[str, Record] = {}
         """Trials that failed or were cut off: not in the ledger, so that the next attempt trains them."""
@@ -109,29 +109,29 @@ class _Search:
         self.labelled: set[str] = set()
         """Trials whose MLflow run has ended."""
 
-    def run(self, runs: Sequence[Run], scheduler: Any) -> None:
-        """Runs trials to their end, or to the deadline."""
-        if not runs or self.was_cut:
+    def run_trials(self, planned: Sequence[PlannedTrial], scheduler: Any) -> None:
+        """Runs trials until they have ended, or the search must."""
+        if not planned or self.was_cut:
             return
         if self.budget.is_spent():  # by earlier attempts
             self._cut()
             return
         room = self._prepare()
-        self.num_runs = len(self.records) + len(runs)
-        if self.records:
-            say(f"  resuming: {len(self.records)} trials have ended, {len(runs)} are left")
+        self.num_planned = len(self.records) + len(planned)
+        if self.records and not self.ended_now:
+            say(f"  resuming: {len(self.records)} trials have ended, {len(planned)} are left")
         say(f"  {room.reason}")
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks; a failed trial has a line of ours
         self.board = new_board()
         with (
-            SearchScreen(self.config, self.records.values(), num_runs=len(runs), num_at_once=room.num_trials,
-                         rows=self.rows) as screen,
+            SearchScreen(self.config, self.records.values(), num_planned=len(planned), num_at_once=room.num_trials,
+                         num_rows=self.num_rows) as screen,
             following(self.board, {"trial": lambda note: self._note_epoch(screen, *note), "end": self._note_end}) as self.fatal,
             scratch(self.target) as folder,
         ):  # fmt: skip
-            recorder = _Recorder(self, screen, num_runs=len(runs))
+            recorder = _Recorder(self, screen, num_planned=len(planned))
             inputs = TrialInputs(self.config, self.target.storage.root, self.data.folder, folder, self.board)
-            _tuner(inputs, room, runs, scheduler, recorder, self).fit()
+            _tuner(inputs, room, planned, scheduler, recorder, self).fit()
             recorder.finish()
         self.budget.note()
         if self.was_cut:
@@ -159,7 +159,7 @@ class _Search:
         """Whether the time is up, too many trials failed, or one met an error that all would meet."""
         self.was_cut = self.budget.is_spent() or self.was_cut
         num_failed = sum(record.outcome == "failed" for record in self.lost.values())
-        return self.was_cut or bool(self.fatal) or lost_too_many(num_failed, self.num_runs)
+        return self.was_cut or bool(self.fatal) or lost_too_many(num_failed, self.num_planned)
 
     def close_left_runs(self) -> None:
         """Ends the MLflow runs that a killed attempt left: as the ledger says, or as failed where the trial had not ended."""
@@ -186,7 +186,7 @@ class _Search:
     def _prepare(self) -> Room:
         """Starts Ray, and finds out what there is room for."""
         tune_, manifest = self.config.tune, require_manifest(self.target.storage, self.data.folder)
-        self.rows = min(tune_.num_rows or self.config.train.num_rows or 10**9, manifest.splits["train"].rows)
+        self.num_rows = min(tune_.num_rows or self.config.train.num_rows or 10**9, manifest.splits["train"].rows)
         ensure_ray(self.config, self.target.storage)
         require_room(
             self.config,
@@ -202,7 +202,7 @@ class _Search:
         screen.show_epoch(name, choice, metrics)  # last: if MLflow is down, this handler is retried
 
     def _note_end(self, record: Record) -> None:
-        """Labels and ends the MLflow run of a trial, one that never came to an epoch included."""
+        """Labels and ends the MLflow run of a trial, also of one that finished no epoch."""
         run = self._tracked(record.name, record.choice)
         run.set_tags({"outcome": record.outcome})
         run.finish(failed=record.outcome == "failed")
@@ -216,7 +216,12 @@ class _Search:
 
 
 def _tuner(
-    inputs: TrialInputs, room: Room, runs: Sequence[Run], scheduler: Any, recorder: "_Recorder", search: _Search
+    inputs: TrialInputs,
+    room: Room,
+    planned: Sequence[PlannedTrial],
+    scheduler: Any,
+    recorder: "_Recorder",
+    search: _Search,
 ) -> tune.Tuner:
     settings, storage = inputs.config.tune, search.target.storage
     resources = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial, "memory": room.memory_bytes}
@@ -224,11 +229,11 @@ def _tuner(
     if has_workers:
         # The trial itself only waits, and its workers take the cores: a share of one here would keep the last from starting.
         resources = {"memory": PROCESS_BYTES}
-    searcher = _Queue(inputs.config, runs, search.records.values())
+    searcher = _Queue(inputs.config, planned, search.records.values())
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), resources),
         tune_config=tune.TuneConfig(
-            num_samples=len(runs),
+            num_samples=len(planned),
             reuse_actors=not has_workers,  # a new process would import torch again
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=room.num_trials),
             scheduler=scheduler,
@@ -276,8 +281,8 @@ class _Stopper(_Unsaved, tune.Stopper):
 class _Recorder(_Unsaved, tune.Callback):
     """Makes a record of each trial as it ends."""
 
-    def __init__(self, search: _Search, screen: SearchScreen, *, num_runs: int):
-        self.search, self.screen, self.num_runs = search, screen, num_runs
+    def __init__(self, search: _Search, screen: SearchScreen, *, num_planned: int):
+        self.search, self.screen, self.num_planned = search, screen, num_planned
         self.running: dict[str, Any] = {}
         self.val_errors: dict[str, list[float]] = {}
         self.speeds: dict[str, list[float]] = {}
@@ -352,29 +357,31 @@ def _fault_of(trial: Any) -> str:
 
 
 class _Queue(Searcher):
-    """Hands the runs to Ray Tune in their order. Those without a choice get one of Optuna's, from what is known then.
+    """Hands the planned trials to Ray Tune in their order. Those without a choice get one of Optuna's, from what is known then.
 
     No configuration is handed out twice.
     """
 
-    def __init__(self, config: PipelineConfig, runs: Sequence[Run], records: Iterable[Record]):
+    def __init__(self, config: PipelineConfig, planned: Sequence[PlannedTrial], records: Iterable[Record]):
         super().__init__(metric=METRIC, mode=MODE)
         known = [record for record in records if record.seed == config.seed]
-        self.runs = list(runs)
+        self.planned = list(planned)
         self.choices: dict[str, Choice] = {}
-        self.points = NewPoints(config, [*(each.choice for each in known), *(run.choice for run in runs if run.choice)])
-        needs_optuna = any(run.choice is None for run in runs)
+        self.points = NewPoints(
+            config, [*(each.choice for each in known), *(trial.choice for trial in planned if trial.choice)]
+        )
+        needs_optuna = any(trial.choice is None for trial in planned)
         self.optuna: Any = _optuna_search(config, len(known)) if needs_optuna else None
         for record in known:
             self._learn(record.choice, record.val_error)
 
     def suggest(self, trial_id: str) -> Any:
-        """The next run."""
-        if not self.runs:
+        """The next trial."""
+        if not self.planned:
             return Searcher.FINISHED
-        run = self.runs.pop(0)
-        self.choices[trial_id] = run.choice or self.points.take(lambda number: self._ask(f"{trial_id} {number}"))
-        return {"name": run.name, "choice": self.choices[trial_id].root, "seed": run.seed}
+        trial = self.planned.pop(0)
+        self.choices[trial_id] = trial.choice or self.points.take(lambda number: self._ask(f"{trial_id} {number}"))
+        return {"name": trial.name, "choice": self.choices[trial_id].root, "seed": trial.seed}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Lets Optuna learn from it."""

@@ -36,7 +36,7 @@ class Room:
 
     num_trials: int
     memory_bytes: int
-    """Of one worker; never more than the largest node has, or Ray would wait for ever."""
+    """Of one worker; never more than the largest node has, or Ray would never start one."""
     reason: str
 
 

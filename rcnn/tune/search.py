@@ -1,6 +1,6 @@
 """Which trials are still to be run, and which one is the best of those that have ended.
 
-In: a config and the records of the ledger. Out: runs to start; the stage's result. Nothing here needs Ray.
+In: a config and the records of the ledger. Out: trials to start; the stage's result. Nothing here needs Ray.
 """
 
 import statistics
@@ -23,8 +23,8 @@ MAX_REPEATS = 20
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trial to start. Without a choice, the searcher makes it."""
+class PlannedTrial:
+    """A trial to start. Without a choice, the searcher makes one."""
 
     name: str
     choice: Choice | None
@@ -36,15 +36,15 @@ def trial_name(number: int) -> str:
     return f"trial-{number:02d}"
 
 
-def runs_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
+def trials_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[PlannedTrial]:
     """The trials of the search that have not ended yet; with `tpe`, those after the first have no choice yet."""
     tune = config.tune
     wanted = num_trials_wanted(config)
     num_fixed = min(wanted, NUM_STARTUP_TRIALS) if tune.search == "tpe" else wanted
     points = Space(config).first_points(num_fixed, search=tune.search)
     choices = [Choice(point) for point in points] + [None] * (wanted - num_fixed)
-    runs = [Run(trial_name(number), choice, config.seed) for number, choice in enumerate(choices)]
-    return [run for run in runs if run.name not in records]
+    planned = [PlannedTrial(trial_name(number), choice, config.seed) for number, choice in enumerate(choices)]
+    return [trial for trial in planned if trial.name not in records]
 
 
 class NewPoints:
@@ -116,14 +116,14 @@ def finalists(config: PipelineConfig, records: Mapping[str, Record]) -> list[Rec
     return sorted(complete, key=lambda record: record.val_error)[: config.tune.num_finalists]
 
 
-def repeats_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
+def repeats_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[PlannedTrial]:
     """The finalists' trainings with further seeds that have not ended yet."""
-    runs = [
-        Run(_repeat_name(record, config.seed + extra), record.choice, config.seed + extra)
+    planned = [
+        PlannedTrial(_repeat_name(record, config.seed + extra), record.choice, config.seed + extra)
         for record in finalists(config, records)
         for extra in range(1, config.tune.seeds)
     ]
-    return [run for run in runs if run.name not in records]
+    return [trial for trial in planned if trial.name not in records]
 
 
 def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Record], *, was_cut: bool) -> TuneResult:
@@ -141,7 +141,7 @@ def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Rec
     by_name = {record.name: record for record in records}
     trials = searched(config, by_name)
     _require_enough(trials)
-    _require_enough([*trials, *(run for record in trials for run in _repeats_of(record, by_name, config))])
+    _require_enough([*trials, *(repeat for record in trials for repeat in _repeats_of(record, by_name, config))])
     groups = {
         record.name: [record.val_error, *_errors_of(_repeats_of(record, by_name, config))]
         for record in (finalists(config, by_name) if config.tune.seeds > 1 else usable_of(trials))
@@ -185,7 +185,7 @@ def _errors_of(repeats: Iterable[Record]) -> list[float]:
 
 
 def lost_too_many(num_failed: int, num_trials: int) -> bool:
-    """Whether so many trials failed that the rest says little."""
+    """Whether too many trials failed for a result of the rest."""
     return num_failed > num_trials / 2
 
 
@@ -199,9 +199,9 @@ def _require_enough(trials: Sequence[Record]) -> None:
             retryable=False,
         )
     if not usable_of(trials):
-        told = ", ".join(f"{num} {outcome}" for outcome, num in Counter(each.outcome for each in trials).items())
+        counts = ", ".join(f"{num} {outcome}" for outcome, num in Counter(each.outcome for each in trials).items())
         raise TrainingError(
-            f"no trial has a usable error ({told or 'none was started'})",
+            f"no trial has a usable error ({counts or 'none was started'})",
             where="tune",
             remedy="Lower train.learning_rate in tune.space, allow more minutes, or try `rcnn train` with --debug",
         )

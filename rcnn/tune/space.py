@@ -1,4 +1,4 @@
-"""The points of the search space, in an order that depends on the settings and the seed alone.
+"""The points of the search space, in an order that depends only on the settings and the seed.
 
 In: a config. Out: its n-th point, for `random` and `grid`; the config of a trial. An interrupted or extended search finds
 the points that it has not tried by their numbers.

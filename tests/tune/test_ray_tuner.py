@@ -13,7 +13,7 @@ from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
 from rcnn.tune.attempt import Budget
 from rcnn.tune.ledger import FOLDER, Record, read_records, write_record
-from rcnn.tune.search import runs_left
+from rcnn.tune.search import trials_left
 from rcnn.tune.space import Space
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -207,7 +207,7 @@ def test_optuna_never_suggests_a_point_twice_and_tries_all_of_a_small_space(tiny
 
     space = {"model.k": {"min": 4, "max": 8}, "train.momentum": {"min": 0.1, "max": 0.5, "step": 0.1}}
     config = tiny_config.with_settings({"tune.search": "tpe", "tune.num_trials": 99, "tune.space": space})
-    runs = runs_left(config, {})
+    runs = trials_left(config, {})
     assert len(runs) == 25
     queue, given = _Queue(config, runs, []), []
     for number in range(25):

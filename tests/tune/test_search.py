@@ -16,7 +16,7 @@ from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
 from rcnn.tune.ledger import Record, read_records, write_record, write_table
 from rcnn.tune.screen import SearchScreen
-from rcnn.tune.search import NewPoints, coverage, covers, finalists, repeats_left, result_of, rungs_of, runs_left
+from rcnn.tune.search import NewPoints, coverage, covers, finalists, repeats_left, result_of, rungs_of, trials_left
 from rcnn.tune.space import Space
 
 
@@ -61,19 +61,19 @@ def test_a_damaged_record_is_left_out(target: StageFolder, damage: str) -> None:
 
 def test_a_search_runs_what_is_not_in_the_ledger_with_the_same_points() -> None:
     config = tuning(num_trials=4)
-    runs = runs_left(config, {})
+    runs = trials_left(config, {})
     assert [run.name for run in runs] == ["trial-00", "trial-01", "trial-02", "trial-03"]
-    assert runs_left(config, by_name(record(0, 0.1), record(2, 0.1))) == [runs[1], runs[3]]
+    assert trials_left(config, by_name(record(0, 0.1), record(2, 0.1))) == [runs[1], runs[3]]
 
 
 def test_more_trials_extend_a_search_and_fewer_change_nothing() -> None:
     known = by_name(*(record(number, 0.1) for number in range(4)))
-    assert [run.name for run in runs_left(tuning(num_trials=6), known)] == ["trial-04", "trial-05"]
-    assert runs_left(tuning(num_trials=3), known) == []
+    assert [run.name for run in trials_left(tuning(num_trials=6), known)] == ["trial-04", "trial-05"]
+    assert trials_left(tuning(num_trials=3), known) == []
 
 
 def test_optuna_chooses_all_but_the_first_points() -> None:
-    runs = runs_left(tuning(num_trials=7, search="tpe"), by_name(record(1, 0.1)))
+    runs = trials_left(tuning(num_trials=7, search="tpe"), by_name(record(1, 0.1)))
     assert [run.name for run in runs if run.choice is None] == ["trial-05", "trial-06"]
     assert [run.name for run in runs if run.choice] == ["trial-00", "trial-02", "trial-03", "trial-04"]
 
@@ -249,7 +249,7 @@ def test_importance_finds_the_setting_that_matters() -> None:
 
 
 def test_the_table_on_a_terminal_has_the_best_trial_first() -> None:
-    screen = SearchScreen(tuning(epochs=4), [record(0, 0.3)], num_runs=2, num_at_once=1, rows=400)
+    screen = SearchScreen(tuning(epochs=4), [record(0, 0.3)], num_planned=2, num_at_once=1, num_rows=400)
     screen.show_epoch("trial-01", record(1, 0.2).choice, {"epoch": 1, "val/error": 0.2, "perf/images_per_second": 10.0})
     screen.show_end(record(2, 0.1))
     late = {"epoch": 4, "val/error": 0.1, "perf/images_per_second": 10.0}
@@ -273,14 +273,17 @@ def test_the_rungs_are_those_of_asha_and_other_rules_have_none() -> None:
     assert rungs_of(tuning(epochs=9, grace_epochs=2)) == [2, 4, 8]
     assert rungs_of(tuning(epochs=9, reduction_factor=3)) == [1, 3, 9]
     assert rungs_of(tuning(early_stopping="none")) == []
-    screen = SearchScreen(tuning(early_stopping="none"), [record(0, 0.3)], num_runs=2, num_at_once=1, rows=400)
+    screen = SearchScreen(tuning(early_stopping="none"), [record(0, 0.3)], num_planned=2, num_at_once=1, num_rows=400)
     assert [column.header for column in screen.table().columns] == [
         "trial", "settings", "epoch", "val error", "images/s", "state"
     ]  # fmt: skip
 
 
 def test_without_a_terminal_each_epoch_is_a_line_and_a_failure_another(caplog: pytest.LogCaptureFixture) -> None:
-    with SearchScreen(tuning(), [], num_runs=2, num_at_once=1, rows=400) as screen, caplog.at_level("INFO", "rcnn"):
+    with (
+        SearchScreen(tuning(), [], num_planned=2, num_at_once=1, num_rows=400) as screen,
+        caplog.at_level("INFO", "rcnn"),
+    ):
         choice = Choice({"model.k": 8})
         screen.show_epoch("trial-01", choice, {"epoch": 1, "val/error": 0.2, "perf/images_per_second": 10.0})
         screen.show_end(record(3, 1.0, "failed", epochs=0))
