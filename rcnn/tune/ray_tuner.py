@@ -129,7 +129,7 @@ class _Search:
             following(self.board, {"trial": lambda note: self._note_epoch(screen, *note), "end": self._note_end}) as self.fatal,
             scratch(self.target) as folder,
         ):  # fmt: skip
-            recorder = _Recorder(self, screen, num_planned=len(planned))
+            recorder = _Recorder(self, screen)
             inputs = TrialInputs(self.config, self.target.storage.root, self.data.folder, folder, self.board)
             _tuner(inputs, room, planned, scheduler, recorder, self).fit()
             recorder.finish()
@@ -281,8 +281,8 @@ class _Stopper(_Unsaved, tune.Stopper):
 class _Recorder(_Unsaved, tune.Callback):
     """Makes a record of each trial as it ends."""
 
-    def __init__(self, search: _Search, screen: SearchScreen, *, num_planned: int):
-        self.search, self.screen, self.num_planned = search, screen, num_planned
+    def __init__(self, search: _Search, screen: SearchScreen):
+        self.search, self.screen = search, screen
         self.running: dict[str, Any] = {}
         self.val_errors: dict[str, list[float]] = {}
         self.speeds: dict[str, list[float]] = {}
@@ -367,11 +367,9 @@ class _Queue(Searcher):
         known = [record for record in records if record.seed == config.seed]
         self.planned = list(planned)
         self.choices: dict[str, Choice] = {}
-        self.points = NewPoints(
-            config, [*(each.choice for each in known), *(trial.choice for trial in planned if trial.choice)]
-        )
-        needs_optuna = any(trial.choice is None for trial in planned)
-        self.optuna: Any = _optuna_search(config, len(known)) if needs_optuna else None
+        fixed = [trial.choice for trial in planned if trial.choice]
+        self.points = NewPoints(config, [*(record.choice for record in known), *fixed])
+        self.optuna: Any = _optuna_search(config, len(known)) if len(fixed) < len(planned) else None
         for record in known:
             self._learn(record.choice, record.val_error)
 
@@ -385,7 +383,7 @@ class _Queue(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Lets Optuna learn from it."""
-        if result and not error:
+        if result and METRIC in result and not error:  # a trial that failed may have no report
             self._learn(self.choices[trial_id], float(result[METRIC]))
 
     def _ask(self, ask_id: str) -> Point:
