@@ -330,10 +330,18 @@ class TuneConfig(Section):
         3, ge=1, le=100, description="Configurations that are trained with every seed, where seeds is above 1."
     )
     max_minutes: float = Field(
-        0, ge=0, le=MAX_MINUTES, description="Minutes after which the search ends with its best result so far; 0: none."
+        0,
+        ge=0,
+        le=MAX_MINUTES,
+        description="Minutes after which the search ends with its best result so far, those of interrupted attempts and of a "
+        "search that this one extends included; 0: no limit.",
     )
     trial_minutes: float = Field(
-        0, ge=0, le=MAX_MINUTES, description="Minutes after which a trial ends with its last epoch; 0: no limit."
+        0,
+        ge=0,
+        le=MAX_MINUTES,
+        description="Minutes after which a trial ends with its last epoch; 0: an hour and 20 times what its first steps "
+        "predict.",
     )
     max_concurrent_trials: int = Field(
         0, ge=0, le=10_000, description="Trials at a time; 0: as many as the cluster has cores, GPUs and memory for."

@@ -130,6 +130,8 @@ def _fault_of(values: Range, *, is_whole: bool) -> str:
         return " has both log and step; leave one out"
     if values.step > values.max - values.min:
         return f".step = {values.step:g} is more than max - min"
+    if values.step and (values.max - values.min) / values.step > LARGEST:
+        return f".step = {values.step:g} is too small for the range; leave it out for any value"
     if is_whole and values.step % 1:
         return f".step is {values.step:g}: should be a whole number"
     return ""

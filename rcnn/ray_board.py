@@ -42,8 +42,8 @@ def new_board() -> Any:
 
 
 @contextmanager
-def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iterator[None]:
-    """Hands each note to the handler of its kind while the body runs.
+def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iterator[list[RcnnError]]:
+    """Hands each note to the handler of its kind while the body runs. Yields the list of fatal errors, which grows.
 
     A note of kind "fault" holds an error that ended one worker, and "fatal" one that ended them all. A handler that fails
     for a reason that may pass (MLflow is away, say) gets the same note again a little later.
@@ -57,7 +57,7 @@ def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iter
     thread = threading.Thread(target=contextvars.copy_context().run, args=(reader.run,), daemon=True)
     thread.start()
     try:
-        yield
+        yield reader.fatal
     except Exception as error:
         reader.finish(thread)
         raise next(iter([*reader.fatal, *reader.faults]), error) from error

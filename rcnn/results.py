@@ -138,7 +138,9 @@ class TuneResult(StageResult):
     minutes_allowed: float = 0.0
     """The limit that ended the search, `tune.max_minutes`; 0: it ended by itself."""
     trial_minutes: float = 0.0
-    """The limit of each trial; 0: none."""
+    """The limit of each trial; 0: far more than its first steps predict."""
+    num_grid_points: int = 0
+    """All points of a grid, of which `tune.num_trials` may leave some out; 0: the search is not a grid."""
 
     @property
     def num_trials(self) -> int:
@@ -158,8 +160,9 @@ class TuneResult(StageResult):
             f"{num} {outcome}" for outcome, num in self.outcomes.items() if num and outcome != "finished"
         )
         ended = f"; the search ended after {self.minutes_allowed:g} min" if self.minutes_allowed else ""
-        told = f" ({others}{ended})" if others or ended else ""
-        return {"best trial": f"{self.best_trial} of {self.num_trials}: {self.best!s}, {error}{told}"}
+        details = f" ({others}{ended})" if others or ended else ""
+        grid = f" (the grid has {self.num_grid_points:,} points)" if self.num_grid_points > self.num_trials else ""
+        return {"best trial": f"{self.best_trial} of {self.num_trials}{grid}: {self.best!s}, {error}{details}"}
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each trial."""

@@ -64,6 +64,9 @@ class Tracker(Protocol):
     def child(self, name: str) -> "Tracker":
         """A run under this one."""
 
+    def unfinished_children(self) -> list[str]:
+        """The names of the runs under this one that have not ended."""
+
     def finish(self, *, failed: bool = False) -> None:
         """Ends the run."""
 
@@ -99,6 +102,10 @@ class NoTracker:
     def child(self, name: str) -> "NoTracker":
         """Itself."""
         return self
+
+    def unfinished_children(self) -> list[str]:
+        """None."""
+        return []
 
     def finish(self, *, failed: bool = False) -> None:
         """Does nothing."""

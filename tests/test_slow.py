@@ -54,7 +54,7 @@ def test_a_search_that_was_killed_at_any_moment_is_resumed_and_repeats_no_trial(
 
     for is_due in (
         lambda: files("tune-*"),
-        lambda: files("tune-*/ray/*"),
+        lambda: files("tune-*/ray-*/*"),
         lambda: files("tune-*/trials/trial-00.json"),
     ):
         killed = command(tmp_path, *search)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rcnn.config import PipelineConfig
@@ -24,7 +25,7 @@ def networks_of(config: PipelineConfig) -> list[dict[str, Any]]:
     return sorted(points, key=lambda point: (own | point)["model.k"] ** 2 * ((own | point)["model.t"] + 1))
 
 
-def _thinned(values: list[Any]) -> list[Any]:
+def _thinned(values: Sequence[Any]) -> Sequence[Any]:
     """The values, or some of many, both ends included."""
     if len(values) <= MAX_VALUES:
         return values

@@ -99,7 +99,15 @@ class MlflowTracker:
         with _reachable(self.config):
             found = self.client.search_runs([self.experiment_id], where, max_results=1)
             run = found[0] if found else self._create(name)
+            if run.info.status != "RUNNING":
+                self.client.update_run(run.info.run_id, status="RUNNING")
         return MlflowTracker(self.config, self.client, self.experiment_id, run.info.run_id)
+
+    def unfinished_children(self) -> list[str]:
+        """The names of the runs under this one that have not ended."""
+        where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.status = 'RUNNING'"
+        with _reachable(self.config):
+            return [run.info.run_name for run in self.client.search_runs([self.experiment_id], where)]
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends the run."""

@@ -45,6 +45,7 @@ def fit(
     on_progress: Callable[[float], None] = lambda epochs_done: None,
     on_forecast: Callable[[Forecast], None] = lambda forecast: None,
     max_seconds: float = 0.0,
+    limit_of: Callable[[Forecast], float] = lambda forecast: 0.0,
     seconds_spent: float = 0.0,
 ) -> TrainState:
     """Trains for `config.train.epochs` epochs, or for what is left of them, or until the time is up.
@@ -61,6 +62,7 @@ def fit(
         on_progress: called now and then with the epochs done, a fraction.
         on_forecast: called once, after the first steps.
         max_seconds: ends training in time for a last validation, after one step at the earliest; 0: no limit.
+        limit_of: the limit where `max_seconds` is 0, from the forecast, for runs that keep no checkpoint; 0: none.
         seconds_spent: seconds that count already; a resumed run counts those of its checkpoint instead.
 
     Raises:
@@ -89,6 +91,7 @@ def fit(
         validation_steps=len(val) / order.share,
         on_forecast=on_forecast,
         max_seconds=max_seconds,
+        limit_of=limit_of,
         seconds_spent=state.seconds or seconds_spent,
         num_ranks=num_ranks,
     )

@@ -37,6 +37,7 @@ class Pace:
         validation_steps: the rank's validation images, in batches of a training step.
         on_forecast: called once, after the first `TIMED_STEPS` steps, or all of them where there are fewer.
         max_seconds: the time limit; 0: none.
+        limit_of: the time limit, where `max_seconds` is 0, from the forecast; 0: none. Either on all ranks or on none.
         seconds_spent: seconds that count already.
         num_ranks: ranks that must agree; rank 0 looks at its clock.
     """
@@ -50,11 +51,12 @@ class Pace:
         validation_steps: float,
         on_forecast: Callable[[Forecast], None],
         max_seconds: float = 0.0,
+        limit_of: Callable[[Forecast], float] = lambda forecast: 0.0,
         seconds_spent: float = 0.0,
         num_ranks: int = 1,
     ):
         self.device, self.num_steps, self.num_epochs = device, num_steps, num_epochs
-        self.max_seconds, self.num_ranks = max_seconds, num_ranks
+        self.max_seconds, self.num_ranks, self._limit_of = max_seconds, num_ranks, limit_of
         self._validation_steps, self._on_forecast = validation_steps, on_forecast
         self._started = time.perf_counter() - seconds_spent
         self._timed_from = time.perf_counter()
@@ -76,7 +78,9 @@ class Pace:
         elif self._steps_done == self._steps_to_time:
             self._wait()
             self._set_step_seconds()
-            self._on_forecast(Forecast(self._seconds_left(), peak_bytes(self.device)))
+            forecast = Forecast(self._seconds_left(), peak_bytes(self.device))
+            self.max_seconds = self.max_seconds or self._limit_of(forecast)
+            self._on_forecast(forecast)
         elif self.max_seconds and self._warmup < self._steps_done:
             self._set_step_seconds()
 

@@ -1,6 +1,6 @@
 """What is known of the trials that have ended: one small JSON file each, in the search's folder.
 
-In: records, as trials end. Out: all records, whoever wrote them; and one Parquet table of them. The ledger is the only
+In: records, as trials end. Out: the records of all attempts; and one Parquet table of them. The ledger is the only
 state of a search. Ray Tune's own folder is scratch: its state is written every few seconds, so a search that was killed in
 its first second could not be restored from it (`KeyError: 'k'`), nor can a finished search be extended with it.
 """
@@ -29,11 +29,13 @@ class Record(Trial):
     fault: str = ""
     """Why it failed."""
     minutes_allowed: float = 0.0
-    """`tune.trial_minutes` at that time; 0: no limit."""
+    """`tune.trial_minutes` at that time."""
 
     def has_ended(self, trial_minutes: float) -> bool:
-        """Whether it need not be trained again: a limit that ended it may have been raised since (0: no limit)."""
-        return self.outcome != "out of time" or 0 < trial_minutes <= self.minutes_allowed
+        """Whether it need not be trained again: a limit that ended it may have been raised since (0: its own forecast's)."""
+        if self.outcome != "out of time" or trial_minutes == self.minutes_allowed:
+            return True
+        return 0 < trial_minutes <= (self.minutes_allowed or self.seconds / 60)
 
     @property
     def trial(self) -> Trial:

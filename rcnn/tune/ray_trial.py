@@ -20,10 +20,13 @@ from rcnn.errors import RcnnError, TrainingError
 from rcnn.results import Choice
 from rcnn.storage import Storage
 from rcnn.train.loop import Metrics, fit, training_data
-from rcnn.train.pace import peak_bytes
+from rcnn.train.pace import Forecast, peak_bytes
 from rcnn.tune.space import trial_config
 
 WORST_ERROR = 1.0
+SLACK, SECONDS_OF_GRACE = 20, 3600.0
+"""Of a trial's time limit where `tune.trial_minutes` is 0. The first steps can be faster than later ones, which wait for rows
+from the network or share the machine with more trials, and reports of short epochs take longer than the epochs."""
 Report = Callable[[Metrics], None]
 
 
@@ -37,10 +40,6 @@ class TrialInputs:
     scratch: str
     """A folder in the storage for what Ray writes."""
     board: Any
-
-
-class _OutOfTime(Exception):
-    """The trial has run for `tune.trial_minutes`."""
 
 
 def run_trial(run: dict[str, Any], *, inputs: TrialInputs) -> None:
@@ -66,38 +65,61 @@ def _fit_here(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs, 
     import torch
 
     torch.set_num_threads(config.execution.cpus_per_worker)
-    limit = inputs.config.tune.trial_minutes * 60 or float("inf")
     started = time.monotonic()
     last: Metrics = {"epoch": 0, "val/error": WORST_ERROR}
 
-    def require_time(epochs_done: float) -> None:
-        if time.monotonic() - started > limit:
-            raise _OutOfTime
-
     def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
         nonlocal last
+        if metrics["epoch"] % 1:
+            return  # the limit ended it in the middle of an epoch, and the others have no such error to compare
         last = metrics | {"peak_memory_mb": peak_bytes(torch.device("cpu")) / 1e6}
         inputs.board.put.remote("trial", (run["name"], Choice(run["choice"]), metrics))
         send(last)
-        require_time(metrics["epoch"])
 
     try:
         data = training_data(config, Storage(inputs.storage), inputs.data_folder)
-        fit(config, data, report, on_progress=require_time)
+        # All workers of a trial share the limit of `fit`: each by its own clock, one would leave the others waiting.
+        fit(
+            config,
+            data,
+            report,
+            max_seconds=inputs.config.tune.trial_minutes * 60,
+            limit_of=generous_limit,
+            seconds_spent=time.monotonic() - started,
+        )
+        if last["epoch"] < config.train.epochs:
+            send(last | {"out_of_time": True})
     except TrainingError:
         send(last | {"val/error": WORST_ERROR, "epoch": config.train.epochs, "diverged": True})
-    except _OutOfTime:
-        send(last | {"out_of_time": True})
+
+
+def generous_limit(forecast: Forecast) -> float:
+    """Seconds after which a trial ends that has no limit of its own: far more than its own first steps promise."""
+    return SECONDS_OF_GRACE + SLACK * forecast.seconds_left
 
 
 def _fit_on_workers(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs) -> None:
-    """Trains on several workers: a trainer inside the trial, which is how Ray's documentation combines Train and Tune."""
+    """Trains on several workers: a trainer inside the trial, which is how Ray's documentation combines Train and Tune.
+
+    Raises:
+        RcnnError: the error of a worker that has one; Ray's own would be retried, whatever caused it.
+    """
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    try:
+        _trainer(config, run, inputs).fit()
+    except TrainingFailedError as error:
+        faults = [fault for fault in getattr(error, "worker_failures", {}).values() if isinstance(fault, RcnnError)]
+        raise min(faults, key=lambda fault: fault.retryable, default=error) from error
+
+
+def _trainer(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs) -> Any:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     storage, gpus = Storage(inputs.storage), inputs.config.tune.gpus_per_trial
-    TorchTrainer(
+    return TorchTrainer(
         _run_worker,
         train_loop_config={"config": config, "run": run, "inputs": inputs},
         scaling_config=ScalingConfig(
@@ -111,7 +133,7 @@ def _fit_on_workers(config: PipelineConfig, run: dict[str, Any], inputs: TrialIn
             storage_filesystem=None if storage.is_local else storage.filesystem,
             callbacks=[TuneReportCallback()],
         ),
-    ).fit()
+    )
 
 
 def _run_worker(settings: dict[str, Any]) -> None:

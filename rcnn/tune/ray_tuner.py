@@ -6,10 +6,8 @@ interrupted or extended search starts Ray Tune with what is left. Tune's own fol
 """
 
 import logging
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +18,43 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from rcnn.config import SEARCHABLE, PipelineConfig
+from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import RcnnError
 from rcnn.progress import say
-from rcnn.ranges import Range
 from rcnn.ray_board import following, new_board
 from rcnn.results import Choice, IngestResult, Outcome, TuneResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import Tracker, finish_failed
 from rcnn.train.loop import Metrics
+from rcnn.tune.attempt import Budget, only_attempt, scratch
 from rcnn.tune.ledger import Record, read_records, write_record, write_table
 from rcnn.tune.plots import write_pictures
 from rcnn.tune.ray_trial import WORST_ERROR, TrialInputs, run_trial
 from rcnn.tune.resources import PROCESS_BYTES, Room, room_for_trials
 from rcnn.tune.screen import SearchScreen
-from rcnn.tune.search import NUM_STARTUP_TRIALS, Run, lost_too_many, repeats_left, result_of, runs_left
-from rcnn.tune.space import require_searchable
+from rcnn.tune.search import (
+    NUM_STARTUP_TRIALS,
+    NewPoints,
+    PlannedTrial,
+    coverage,
+    lost_too_many,
+    repeats_left,
+    result_of,
+    trials_left,
+)
+from rcnn.tune.space import Domain, Interval, Point, Space, require_searchable
 
 METRIC, MODE = "val/error", "min"
 MAX_RETRIES = 2  # of a failed trial
-SCRATCH = "ray"
 MAX_FAULT = 200  # characters of a failed trial's line
 
 
 def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TuneResult:
     """Searches `tune.space` for the point with the lowest validation error.
 
-    Resumes an interrupted search, and extends a finished one: no trial that has ended is trained again.
+    Resumes an interrupted search, and extends a finished one: no trial that has ended is trained again. Waits for another
+    process of this machine that runs the same search, and then finds its trials.
 
     Raises:
         ConfigError: the network does not read what is searched, or a point's settings exclude each other.
@@ -56,10 +63,18 @@ def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tr
         DataError: the data set is not what its manifest says.
     """
     require_searchable(config)
-    search = _Search(config, data, target, tracker)
+    with only_attempt(target):
+        return _run_attempt(_Search(config, data, target, tracker))
+
+
+def _run_attempt(search: "_Search") -> TuneResult:
+    config, target, tracker = search.config, search.target, search.tracker
+    if line := coverage(config):
+        say(f"  {line}")
     try:
-        search.run(runs_left(config, search.records), _scheduler(config, search.records.values()))
-        search.run(repeats_left(config, search.records), FIFOScheduler())
+        search.close_left_runs()
+        search.run_trials(trials_left(config, search.records), _scheduler(config, search.records.values()))
+        search.run_trials(repeats_left(config, search.records), FIFOScheduler())
         ended = sorted([*search.records.values(), *search.lost.values()], key=lambda each: (len(each.name), each.name))
         result = result_of(config, target, ended, was_cut=search.was_cut)
         search.close()
@@ -80,40 +95,54 @@ class _Search:
         self.config, self.data, self.target, self.tracker = config, data, target, tracker
         in_ledger = read_records(target)
         self.records = {name: each for name, each in in_ledger.items() if each.has_ended(config.tune.trial_minutes)}
-        self.num_runs = len(self.records)
+        self.num_planned = len(self.records)
         """Trials that have ended, or that this attempt starts."""
         self.lost: dict[str, Record] = {}
         """Trials that failed or were cut off: not in the ledger, so that the next attempt trains them."""
         self.ended_now: set[str] = set()
         self.was_cut = False
-        self.deadline = time.monotonic() + (config.tune.max_minutes * 60 or float("inf"))
+        self.budget = Budget(target, max_minutes=config.tune.max_minutes)
+        self.board: Any = None
+        self.fatal: Sequence[RcnnError] = ()
+        """Errors that every trial would meet."""
         self.tracked: dict[str, Tracker] = {}
+        self.labelled: set[str] = set()
+        """Trials whose MLflow run has ended."""
 
-    def run(self, runs: Sequence[Run], scheduler: Any) -> None:
-        """Runs trials to their end, or to the deadline."""
-        if not runs or self.was_cut:
+    def run_trials(self, planned: Sequence[PlannedTrial], scheduler: Any) -> None:
+        """Runs trials until they have ended, or the search must."""
+        if not planned or self.was_cut:
+            return
+        if self.budget.is_spent():  # by earlier attempts
+            self._cut()
             return
         room = self._prepare()
-        self.num_runs = len(self.records) + len(runs)
-        if self.records:
-            say(f"  resuming: {len(self.records)} trials have ended, {len(runs)} are left")
+        self.num_planned = len(self.records) + len(planned)
+        if self.records and not self.ended_now:
+            say(f"  resuming: {len(self.records)} trials have ended, {len(planned)} are left")
         say(f"  {room.reason}")
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its tracebacks; a failed trial has a line of ours
-        board = new_board()
+        self.board = new_board()
         with (
-            SearchScreen(self.config, self.records.values(), num_runs=len(runs), num_at_once=room.num_trials,
-                         rows=self.rows) as screen,
-            following(board, {"trial": lambda note: self._note_epoch(screen, *note)}),
-            self._scratch() as scratch,
+            SearchScreen(self.config, self.records.values(), num_planned=len(planned), num_at_once=room.num_trials,
+                         num_rows=self.num_rows) as screen,
+            following(self.board, {"trial": lambda note: self._note_epoch(screen, *note), "end": self._note_end}) as self.fatal,
+            scratch(self.target) as folder,
         ):  # fmt: skip
-            recorder = _Recorder(self, screen, num_runs=len(runs))
-            inputs = TrialInputs(self.config, self.target.storage.root, self.data.folder, scratch, board)
-            _tuner(inputs, room, runs, scheduler, recorder, self).fit()
+            recorder = _Recorder(self, screen)
+            inputs = TrialInputs(self.config, self.target.storage.root, self.data.folder, folder, self.board)
+            _tuner(inputs, room, planned, scheduler, recorder, self).fit()
             recorder.finish()
+        self.budget.note()
         if self.was_cut:
-            say(
-                f"  the search ends after tune.max_minutes = {self.config.tune.max_minutes:g}, with its best result so far"
-            )
+            self._cut()
+
+    def _cut(self) -> None:
+        self.was_cut = True
+        say(
+            f"  the search ends with its best result so far: it has used {self.budget.minutes_used:.1f} min in all, and "
+            f"tune.max_minutes is {self.config.tune.max_minutes:g}; with more, the same command resumes it"
+        )
 
     def keep(self, record: Record) -> None:
         """Notes how a trial ended: in the ledger, unless the next attempt should train it again."""
@@ -124,33 +153,40 @@ class _Search:
             write_record(self.target, record)
             self.records[record.name] = record
             self.lost.pop(record.name, None)
+        self.board.put.remote("end", record)  # the reader of the board is the one thread that writes to MLflow
 
     def must_stop(self) -> bool:
-        """Whether the time is up, or too many trials failed."""
-        self.was_cut = self.was_cut or time.monotonic() > self.deadline
+        """Whether the time is up, too many trials failed, or one met an error that all would meet."""
+        self.was_cut = self.budget.is_spent() or self.was_cut
         num_failed = sum(record.outcome == "failed" for record in self.lost.values())
-        return self.was_cut or lost_too_many(num_failed, self.num_runs)
+        return self.was_cut or bool(self.fatal) or lost_too_many(num_failed, self.num_planned)
+
+    def close_left_runs(self) -> None:
+        """Ends the MLflow runs that a killed attempt left: as the ledger says, or as failed where the trial had not ended."""
+        for name in self.tracker.unfinished_children():
+            if name in self.records:
+                self._note_end(self.records[name])
+            else:
+                self.tracker.child(name).finish(failed=True)
 
     def close(self) -> None:
-        """Labels and ends the MLflow runs of this attempt's trials, those that never came to an epoch included."""
+        """Ends the MLflow runs of the trials whose end is not noted there yet."""
         for record in (*self.records.values(), *self.lost.values()):
-            if record.name in self.ended_now:
-                run = self._tracked(record.name, record.choice)
-                run.set_tags({"outcome": record.outcome})
-                run.finish(failed=record.outcome == "failed")
+            if record.name in self.ended_now - self.labelled:
+                self._note_end(record)
 
     def fail(self) -> None:
         """Ends the MLflow runs of a search that failed: those of trials that have ended as `close` does."""
         with suppress(RcnnError):
             self.close()
         for name, run in self.tracked.items():
-            if name not in self.ended_now:
+            if name not in self.labelled:
                 finish_failed(run)
 
     def _prepare(self) -> Room:
         """Starts Ray, and finds out what there is room for."""
         tune_, manifest = self.config.tune, require_manifest(self.target.storage, self.data.folder)
-        self.rows = min(tune_.num_rows or self.config.train.num_rows or 10**9, manifest.splits["train"].rows)
+        self.num_rows = min(tune_.num_rows or self.config.train.num_rows or 10**9, manifest.splits["train"].rows)
         ensure_ray(self.config, self.target.storage)
         require_room(
             self.config,
@@ -160,18 +196,17 @@ class _Search:
         )
         return room_for_trials(self.config, manifest, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
-    @contextmanager
-    def _scratch(self) -> Iterator[str]:
-        """A folder for what Ray Tune writes, new for each attempt; what killed ones left is deleted."""
-        folder = self.target.path(SCRATCH)
-        self.target.storage.delete(folder)
-        yield f"{folder}/{uuid.uuid4().hex[:8]}"
-        self.target.storage.delete(folder)
-
     def _note_epoch(self, screen: SearchScreen, name: str, choice: Choice, metrics: Metrics) -> None:
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         self._tracked(name, choice).log_metrics(values, step=int(metrics["epoch"]))
         screen.show_epoch(name, choice, metrics)  # last: if MLflow is down, this handler is retried
+
+    def _note_end(self, record: Record) -> None:
+        """Labels and ends the MLflow run of a trial, also of one that finished no epoch."""
+        run = self._tracked(record.name, record.choice)
+        run.set_tags({"outcome": record.outcome})
+        run.finish(failed=record.outcome == "failed")
+        self.labelled.add(record.name)
 
     def _tracked(self, name: str, choice: Choice) -> Tracker:
         if name not in self.tracked:
@@ -181,7 +216,12 @@ class _Search:
 
 
 def _tuner(
-    inputs: TrialInputs, room: Room, runs: Sequence[Run], scheduler: Any, recorder: "_Recorder", search: _Search
+    inputs: TrialInputs,
+    room: Room,
+    planned: Sequence[PlannedTrial],
+    scheduler: Any,
+    recorder: "_Recorder",
+    search: _Search,
 ) -> tune.Tuner:
     settings, storage = inputs.config.tune, search.target.storage
     resources = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial, "memory": room.memory_bytes}
@@ -189,11 +229,11 @@ def _tuner(
     if has_workers:
         # The trial itself only waits, and its workers take the cores: a share of one here would keep the last from starting.
         resources = {"memory": PROCESS_BYTES}
-    searcher = _Queue(inputs.config, runs, search.records.values())
+    searcher = _Queue(inputs.config, planned, search.records.values())
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, inputs=inputs), resources),
         tune_config=tune.TuneConfig(
-            num_samples=len(runs),
+            num_samples=len(planned),
             reuse_actors=not has_workers,  # a new process would import torch again
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=room.num_trials),
             scheduler=scheduler,
@@ -217,7 +257,7 @@ def _name_of(trial: Any) -> str:
 
 
 class _Unsaved:
-    """What Ray Tune writes beside its state, which nobody restores."""
+    """What Ray Tune writes beside its state, which is never restored."""
 
     def __reduce__(self) -> tuple:
         return object, ()
@@ -241,8 +281,8 @@ class _Stopper(_Unsaved, tune.Stopper):
 class _Recorder(_Unsaved, tune.Callback):
     """Makes a record of each trial as it ends."""
 
-    def __init__(self, search: _Search, screen: SearchScreen, *, num_runs: int):
-        self.search, self.screen, self.num_runs = search, screen, num_runs
+    def __init__(self, search: _Search, screen: SearchScreen):
+        self.search, self.screen = search, screen
         self.running: dict[str, Any] = {}
         self.val_errors: dict[str, list[float]] = {}
         self.speeds: dict[str, list[float]] = {}
@@ -317,65 +357,73 @@ def _fault_of(trial: Any) -> str:
 
 
 class _Queue(Searcher):
-    """Hands the runs to Ray Tune in their order. Those without a choice get one of Optuna's, from what is known then."""
+    """Hands the planned trials to Ray Tune in their order. Those without a choice get one of Optuna's, from what is known then.
 
-    def __init__(self, config: PipelineConfig, runs: Sequence[Run], records: Iterable[Record]):
+    No configuration is handed out twice.
+    """
+
+    def __init__(self, config: PipelineConfig, planned: Sequence[PlannedTrial], records: Iterable[Record]):
         super().__init__(metric=METRIC, mode=MODE)
-        self.runs = list(runs)
-        needs_optuna = any(run.choice is None for run in runs)
-        self.optuna = _optuna_search(config, runs, list(records)) if needs_optuna else None
+        known = [record for record in records if record.seed == config.seed]
+        self.planned = list(planned)
+        self.choices: dict[str, Choice] = {}
+        fixed = [trial.choice for trial in planned if trial.choice]
+        self.points = NewPoints(config, [*(record.choice for record in known), *fixed])
+        self.optuna: Any = _optuna_search(config, len(known)) if len(fixed) < len(planned) else None
+        for record in known:
+            self._learn(record.choice, record.val_error)
 
     def suggest(self, trial_id: str) -> Any:
-        """The next run."""
-        if not self.runs:
+        """The next trial."""
+        if not self.planned:
             return Searcher.FINISHED
-        run = self.runs.pop(0)
-        suggested = self.optuna.suggest(trial_id) if self.optuna else None
-        choice = run.choice or Choice(suggested)
-        return {"name": run.name, "choice": choice.root, "seed": run.seed}
+        trial = self.planned.pop(0)
+        self.choices[trial_id] = trial.choice or self.points.take(lambda number: self._ask(f"{trial_id} {number}"))
+        return {"name": trial.name, "choice": self.choices[trial_id].root, "seed": trial.seed}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Lets Optuna learn from it."""
+        if result and METRIC in result and not error:  # a trial that failed may have no report
+            self._learn(self.choices[trial_id], float(result[METRIC]))
+
+    def _ask(self, ask_id: str) -> Point:
+        """A point of Optuna's. It forgets having given it, since the point may be known, and learns it with its error."""
+        point: Point = self.optuna.suggest(ask_id)
+        self.optuna.on_trial_complete(ask_id, error=True)
+        return point
+
+    def _learn(self, choice: Choice, val_error: float) -> None:
         if self.optuna:
-            self.optuna.on_trial_complete(trial_id, result, error)
+            self.optuna.add_evaluated_point(choice.root, val_error)
 
     def save(self, checkpoint_path: str) -> None:
         """Ray Tune wants a file; the ledger holds what the next attempt reads."""
         Path(checkpoint_path).touch()
 
 
-def _optuna_search(config: PipelineConfig, runs: Sequence[Run], records: Sequence[Record]) -> Any:
-    """Optuna's search over the space, which knows the trials that have ended, and starts with the points that are fixed."""
+def _optuna_search(config: PipelineConfig, num_known: int) -> Any:
+    """Optuna's search over the space, before it has learned anything."""
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Another seed for each number of known trials: the same one would suggest what an earlier attempt has tried.
     sampler = optuna.samplers.TPESampler(
-        n_startup_trials=NUM_STARTUP_TRIALS, seed=(config.seed * 1_000_003 + len(records)) % 2**32
+        n_startup_trials=NUM_STARTUP_TRIALS, seed=(config.seed * 1_000_003 + num_known) % 2**32
     )
-    search = OptunaSearch(
-        {name: _distribution(config, name) for name in sorted(config.tune.space)},
-        metric=METRIC,
-        mode=MODE,
-        sampler=sampler,
-        points_to_evaluate=[run.choice.root for run in runs if run.choice is not None],
-    )
-    for record in records:
-        if record.seed == config.seed:
-            search.add_evaluated_point(record.choice.root, record.val_error)
-    return search
+    space = {name: _distribution(domain) for name, domain in Space(config).domains.items()}
+    return OptunaSearch(space, metric=METRIC, mode=MODE, sampler=sampler)
 
 
-def _distribution(config: PipelineConfig, name: str) -> Any:
+def _distribution(domain: Domain) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    values = config.tune.space[name]
-    if not isinstance(values, Range):
-        return CategoricalDistribution(values)
-    if SEARCHABLE[name].annotation is int:
-        return IntDistribution(int(values.min), int(values.max), log=values.log, step=int(values.step) or 1)
-    return FloatDistribution(values.min, values.max, log=values.log, step=values.step or None)
+    if not isinstance(domain, Interval):
+        return CategoricalDistribution(domain.values() or ())
+    high: Any = domain.nearest(domain.high)  # Optuna warns of an end that no step reaches
+    if domain.is_whole:
+        return IntDistribution(int(domain.low), high, log=domain.is_log, step=int(domain.step) or 1)
+    return FloatDistribution(domain.low, high, log=domain.is_log, step=domain.step or None)
 
 
 def _scheduler(config: PipelineConfig, records: Iterable[Record]) -> Any:

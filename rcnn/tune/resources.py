@@ -5,8 +5,9 @@ largest point of the space before anything starts: Ray would otherwise start as 
 ones that the machine has no memory for.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import Manifest
+from rcnn.ranges import Scalar
 from rcnn.results import Choice
 from rcnn.train.checkpoint import build_classifier
-from rcnn.tune.space import Space, trial_config
+from rcnn.tune.space import Domain, Interval, Space, trial_config
 
 PROCESS_BYTES = 950_000_000
 """A worker that has imported torch, Ray and pyarrow and holds next to nothing. Measured: 0.96 GB of
@@ -34,7 +36,7 @@ class Room:
 
     num_trials: int
     memory_bytes: int
-    """Of one worker; never more than the largest node has, or Ray would wait for ever."""
+    """Of one worker; never more than the largest node has, or Ray would never start one."""
     reason: str
 
 
@@ -77,7 +79,11 @@ def memory_of_trial(config: PipelineConfig, manifest: Manifest) -> int:
 
     On a GPU the activations are in its own memory, of which Ray keeps no account; they are counted here all the same.
     """
-    config = trial_config(config, _largest(config), seed=config.seed)
+    points = largest_points(config)
+    return max(_memory_of(trial_config(config, point, seed=config.seed), manifest) for point in points)
+
+
+def _memory_of(config: PipelineConfig, manifest: Manifest) -> int:
     classifier = build_classifier(config, manifest).to(memory_format=torch.channels_last)
     weights = sum(parameter.nbytes for parameter in classifier.parameters())
     rows = min(config.train.num_rows or math.inf, manifest.splits["train"].rows) + manifest.splits["val"].rows
@@ -87,15 +93,24 @@ def memory_of_trial(config: PipelineConfig, manifest: Manifest) -> int:
     return int(PROCESS_BYTES + kept + COPIES_OF_WEIGHTS * weights + ROOM_FOR_GRADIENTS * activations)
 
 
-def _largest(config: PipelineConfig) -> Choice:
-    """The point with the largest value of each number."""
-    point = {}
-    for name, values in config.tune.space.items():
-        domain = Space(config).domains[name].values() or [getattr(values, "max", 0)]
-        if name == "model.crop" and 0 in domain:
-            domain = [0]  # the whole image
-        point[name] = max(domain) if all(isinstance(value, int | float) for value in domain) else domain[0]  # type: ignore
-    return Choice(point)
+def largest_points(config: PipelineConfig) -> list[Choice]:
+    """The points with the largest value of each number, and every combination of the texts: no order says which is largest.
+
+    Of the texts, those outside `model` take no memory, and the first stands for all.
+    """
+    candidates = {name: _candidates(name, domain) for name, domain in Space(config).domains.items()}
+    return [Choice(dict(zip(candidates, point, strict=True))) for point in itertools.product(*candidates.values())]
+
+
+def _candidates(name: str, domain: Domain) -> Sequence[Scalar]:
+    if name == "model.crop" and 0 in domain:
+        return [0]  # the whole image
+    if isinstance(domain, Interval):
+        return [domain.nearest(domain.high)]
+    values = domain.values() or []
+    if any(isinstance(value, str) for value in values):
+        return values if name.startswith("model.") else values[:1]
+    return [max(values)]
 
 
 def saved_bytes_per_image(network: nn.Module, image_shape: tuple[int, int, int], *, num_images: int = 2) -> int:

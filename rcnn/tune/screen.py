@@ -5,6 +5,7 @@ In: each epoch of each trial, and each record as it ends. Out: standard error.
 
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
@@ -13,27 +14,29 @@ from rcnn.config import PipelineConfig
 from rcnn.progress import as_duration, say
 from rcnn.results import Choice
 from rcnn.tune.ledger import Record
+from rcnn.tune.search import rungs_of
 
-MAX_ROWS = 20
+MAX_LINES = 20
 """Of the table, so that it fits on a screen."""
 
 
 class SearchScreen:
-    """The trials of one search, as they come.
+    """The trials of one search, as they are reported.
 
     Args:
         config: says how long trials are.
         records: the trials that ended in earlier attempts.
-        num_runs: trials that this attempt starts.
+        num_planned: trials that this attempt starts.
         num_at_once: trials that run at a time.
-        rows: training rows of a trial.
+        num_rows: training rows of a trial.
     """
 
     def __init__(
-        self, config: PipelineConfig, records: Iterable[Record], *, num_runs: int, num_at_once: int, rows: int
+        self, config: PipelineConfig, records: Iterable[Record], *, num_planned: int, num_at_once: int, num_rows: int
     ):
-        self.config, self.num_left, self.num_at_once, self.rows = config, num_runs, num_at_once, rows
+        self.config, self.num_left, self.num_at_once, self.num_rows = config, num_planned, num_at_once, num_rows
         self.lines: dict[str, _Line] = {record.name: _Line.of(record, config.tune.epochs) for record in records}
+        self.rungs = rungs_of(config)
         self.seconds: list[float] = []
         self.live: Any = None
 
@@ -79,13 +82,16 @@ class SearchScreen:
         from rich.table import Table
 
         table = Table(title=self._title(), title_justify="left")
-        for heading in ("trial", "settings", "epoch", "val error", "images/s", "state"):
-            table.add_column(heading, justify="right" if heading in ("epoch", "val error", "images/s") else "left")
+        rung_heading = ["rung"] if self.rungs else []
+        for heading in ("trial", "settings", *rung_heading, "epoch", "val error", "images/s", "state"):
+            table.add_column(heading, justify="left" if heading in ("trial", "settings", "state") else "right")
         ranked = sorted(self.lines.items(), key=lambda item: item[1].val_error)
-        for name, line in ranked[:MAX_ROWS]:
-            table.add_row(name, *line.cells(self.rows), style="dim" if line.outcome else "")
-        if len(ranked) > MAX_ROWS:
-            table.caption = f"and {len(ranked) - MAX_ROWS} more"
+        for name, line in ranked[:MAX_LINES]:
+            settings, *rest = line.cells(self.num_rows)
+            rung = [f"{bisect_right(self.rungs, line.epoch)}/{len(self.rungs)}"] if self.rungs else []
+            table.add_row(name, settings, *rung, *rest, style="dim" if line.outcome else "")
+        if len(ranked) > MAX_LINES:
+            table.caption = f"and {len(ranked) - MAX_LINES} more"
         return table
 
     def _title(self) -> str:
@@ -113,14 +119,20 @@ class _Line:
         line.images_per_second, line.outcome = record.images_per_second, record.outcome
         return line
 
-    def cells(self, rows: int) -> tuple[str, ...]:
-        """Text of each column but the first; `rows` is the number of images in an epoch."""
+    def cells(self, num_rows: int) -> tuple[str, ...]:
+        """Text of each column but the first; `num_rows` is the number of images in an epoch."""
         speed = f"{self.images_per_second:,.0f}" if self.images_per_second else ""
         error = f"{100 * self.val_error:.2f} %"
-        return str(self.choice), f"{self.epoch}/{self.num_epochs}", error, speed, self.outcome or self._time_left(rows)
+        return (
+            str(self.choice),
+            f"{self.epoch}/{self.num_epochs}",
+            error,
+            speed,
+            self.outcome or self._time_left(num_rows),
+        )
 
-    def _time_left(self, rows: int) -> str:
+    def _time_left(self, num_rows: int) -> str:
         if not self.images_per_second:
             return "running"
-        seconds = (self.num_epochs - self.epoch) * rows / self.images_per_second - (time.monotonic() - self.since)
+        seconds = (self.num_epochs - self.epoch) * num_rows / self.images_per_second - (time.monotonic() - self.since)
         return f"{as_duration(max(seconds, 0))} left"

@@ -1,27 +1,30 @@
 """Which trials are still to be run, and which one is the best of those that have ended.
 
-In: a config and the records of the ledger. Out: runs to start; the stage's result. Nothing here needs Ray.
+In: a config and the records of the ledger. Out: trials to start; the stage's result. Nothing here needs Ray.
 """
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import TrainingError
 from rcnn.results import MAX_LISTED, Choice, TuneResult
 from rcnn.storage import StageFolder
+from rcnn.text import counted
 from rcnn.tune.ledger import Record
-from rcnn.tune.space import Space, num_trials_wanted
+from rcnn.tune.space import Point, Space, key_of_point, num_trials_wanted
 
 NUM_STARTUP_TRIALS = 5
 """Random points before Optuna's estimator decides. Its own default, 10, is more than most searches here have trials."""
+MAX_REPEATS = 20
+"""Known points that Optuna may suggest in a row: it has no memory of them, and repeats the best ones of a small space."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trial to start. Without a choice, the searcher makes it."""
+class PlannedTrial:
+    """A trial to start. Without a choice, the searcher makes one."""
 
     name: str
     choice: Choice | None
@@ -33,15 +36,68 @@ def trial_name(number: int) -> str:
     return f"trial-{number:02d}"
 
 
-def runs_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
-    """The trials of the search that have not ended yet."""
+def trials_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[PlannedTrial]:
+    """The trials of the search that have not ended yet; with `tpe`, those after the first have no choice yet."""
     tune = config.tune
     wanted = num_trials_wanted(config)
     num_fixed = min(wanted, NUM_STARTUP_TRIALS) if tune.search == "tpe" else wanted
     points = Space(config).first_points(num_fixed, search=tune.search)
     choices = [Choice(point) for point in points] + [None] * (wanted - num_fixed)
-    runs = [Run(trial_name(number), choice, config.seed) for number, choice in enumerate(choices)]
-    return [run for run in runs if run.name not in records]
+    planned = [PlannedTrial(trial_name(number), choice, config.seed) for number, choice in enumerate(choices)]
+    return [trial for trial in planned if trial.name not in records]
+
+
+class NewPoints:
+    """Points that have no trial yet.
+
+    Args:
+        config: has the space.
+        known: the points that have one.
+    """
+
+    def __init__(self, config: PipelineConfig, known: Iterable[Choice]):
+        self.space, self.taken = Space(config), {key_of_point(choice.root) for choice in known}
+
+    def take(self, suggest: Callable[[int], Point]) -> Choice:
+        """The first new point that is suggested or, after `MAX_REPEATS` known ones, the first of a random search.
+
+        Args:
+            suggest: called with 0, 1, ...; its points may miss those of the space by a rounding.
+        """
+        for number in range(MAX_REPEATS):
+            point = self.space.nearest(suggest(number))
+            if self._is_new(point):
+                break
+        else:
+            points = self.space.first_points(len(self.taken) + 1, search="random")
+            point = next(point for point in points if self._is_new(point))
+        self.taken.add(key_of_point(point))
+        return Choice(point)
+
+    def _is_new(self, point: Point) -> bool:
+        return key_of_point(point) not in self.taken
+
+
+def coverage(config: PipelineConfig) -> str:
+    """How much of a space that has an end the search tries, where that is not what its settings lead to expect."""
+    size, num_trials = Space(config).size, config.tune.num_trials
+    if size is None or size == num_trials:
+        return ""
+    if size < num_trials:
+        return f"tune.space has {counted(size, 'point')}, fewer than tune.num_trials = {num_trials}: each is tried once"
+    if config.tune.search == "grid":
+        return f"tune.num_trials = {num_trials} ends the grid after {num_trials} of its {size:,} points"
+    return ""
+
+
+def rungs_of(config: PipelineConfig) -> list[int]:
+    """The epochs after which ASHA compares trials and stops the worse ones; none with another rule."""
+    tune, rungs = config.tune, []
+    epoch = tune.grace_epochs if tune.early_stopping == "asha" else tune.epochs + 1
+    while epoch <= tune.epochs:
+        rungs.append(epoch)
+        epoch *= tune.reduction_factor
+    return rungs
 
 
 def searched(config: PipelineConfig, records: Mapping[str, Record]) -> list[Record]:
@@ -60,14 +116,14 @@ def finalists(config: PipelineConfig, records: Mapping[str, Record]) -> list[Rec
     return sorted(complete, key=lambda record: record.val_error)[: config.tune.num_finalists]
 
 
-def repeats_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[Run]:
+def repeats_left(config: PipelineConfig, records: Mapping[str, Record]) -> list[PlannedTrial]:
     """The finalists' trainings with further seeds that have not ended yet."""
-    runs = [
-        Run(_repeat_name(record, config.seed + extra), record.choice, config.seed + extra)
+    planned = [
+        PlannedTrial(_repeat_name(record, config.seed + extra), record.choice, config.seed + extra)
         for record in finalists(config, records)
         for extra in range(1, config.tune.seeds)
     ]
-    return [run for run in runs if run.name not in records]
+    return [trial for trial in planned if trial.name not in records]
 
 
 def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Record], *, was_cut: bool) -> TuneResult:
@@ -85,7 +141,7 @@ def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Rec
     by_name = {record.name: record for record in records}
     trials = searched(config, by_name)
     _require_enough(trials)
-    _require_enough([*trials, *(run for record in trials for run in _repeats_of(record, by_name, config))])
+    _require_enough([*trials, *(repeat for record in trials for repeat in _repeats_of(record, by_name, config))])
     groups = {
         record.name: [record.val_error, *_errors_of(_repeats_of(record, by_name, config))]
         for record in (finalists(config, by_name) if config.tune.seeds > 1 else usable_of(trials))
@@ -102,6 +158,7 @@ def result_of(config: PipelineConfig, target: StageFolder, records: Sequence[Rec
         outcomes=dict(Counter(record.outcome for record in trials)),
         seeds=min(map(len, groups.values())) if config.tune.seeds > 1 else 1,
         trial_minutes=config.tune.trial_minutes,
+        num_grid_points=Space(config).size or 0 if config.tune.search == "grid" else 0,
         num_finalists=config.tune.num_finalists if config.tune.seeds > 1 else 0,
         minutes_allowed=config.tune.max_minutes if was_cut else 0.0,
     )
@@ -128,7 +185,7 @@ def _errors_of(repeats: Iterable[Record]) -> list[float]:
 
 
 def lost_too_many(num_failed: int, num_trials: int) -> bool:
-    """Whether so many trials failed that the rest says little."""
+    """Whether too many trials failed for a result of the rest."""
     return num_failed > num_trials / 2
 
 
@@ -142,9 +199,9 @@ def _require_enough(trials: Sequence[Record]) -> None:
             retryable=False,
         )
     if not usable_of(trials):
-        told = ", ".join(f"{num} {outcome}" for outcome, num in Counter(each.outcome for each in trials).items())
+        counts = ", ".join(f"{num} {outcome}" for outcome, num in Counter(each.outcome for each in trials).items())
         raise TrainingError(
-            f"no trial has a usable error ({told or 'none was started'})",
+            f"no trial has a usable error ({counts or 'none was started'})",
             where="tune",
             remedy="Lower train.learning_rate in tune.space, allow more minutes, or try `rcnn train` with --debug",
         )
@@ -156,7 +213,8 @@ def covers(config: PipelineConfig, result: TuneResult, target: StageFolder) -> b
     A search that its time limit ended stands as long as the limit is not raised; the same goes for a trial's limit.
     """
     tune = config.tune
-    if result.outcomes.get("out of time") and not 0 < tune.trial_minutes <= result.trial_minutes:
+    has_same_limit = tune.trial_minutes == result.trial_minutes
+    if result.outcomes.get("out of time") and not (has_same_limit or 0 < tune.trial_minutes <= result.trial_minutes):
         return False
     if result.minutes_allowed and 0 < tune.max_minutes <= result.minutes_allowed:
         return True

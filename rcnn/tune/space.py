@@ -1,4 +1,4 @@
-"""The points of the search space, in an order that depends on the settings and the seed alone.
+"""The points of the search space, in an order that depends only on the settings and the seed.
 
 In: a config. Out: its n-th point, for `random` and `grid`; the config of a trial. An interrupted or extended search finds
 the points that it has not tried by their numbers.
@@ -7,8 +7,9 @@ the points that it has not tried by their numbers.
 import itertools
 import math
 import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 from rcnn.config import SEARCHABLE, PipelineConfig
 from rcnn.errors import ConfigError
@@ -25,8 +26,11 @@ class Domain(Protocol):
     def draw(self, rng: random.Random) -> Scalar:
         """A random one."""
 
-    def values(self) -> list[Scalar] | None:
+    def values(self) -> Sequence[Scalar] | None:
         """All of them, in order; None where there is one between any two."""
+
+    def nearest(self, value: Any) -> Scalar:
+        """The one that a value, computed in another way, stands for: 0.3 for 0.1 + 2 * 0.1."""
 
     def __contains__(self, value: object) -> bool: ...
 
@@ -41,12 +45,54 @@ class Choices:
         """A random one."""
         return rng.choice(self.choices)
 
-    def values(self) -> list[Scalar]:
+    def values(self) -> Sequence[Scalar]:
         """All of them."""
-        return list(self.choices)
+        return self.choices
+
+    def nearest(self, value: Any) -> Scalar:
+        """Itself."""
+        return self.choices[self.choices.index(value)]
 
     def __contains__(self, value: object) -> bool:
         return value in self.choices
+
+
+@dataclass(frozen=True)
+class Steps(Sequence[Scalar]):
+    """Evenly spaced values, each computed when it is asked for: a fine step makes millions."""
+
+    low: float
+    step: float
+    num_values: int
+    is_whole: bool
+
+    @classmethod
+    def between(cls, low: float, high: float, step: float, *, is_whole: bool) -> "Steps":
+        """From low to high, or to the last one below it."""
+        num_steps = (high - low) / step
+        return cls(
+            low, step, math.floor(num_steps + max(1e-9, 1e-12 * num_steps)) + 1, is_whole
+        )  # 0.3 / 0.1 is below 3
+
+    def __len__(self) -> int:
+        return self.num_values
+
+    @overload
+    def __getitem__(self, index: int) -> Scalar: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Scalar]: ...
+    def __getitem__(self, index: int | slice) -> Scalar | Sequence[Scalar]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(self.num_values))]
+        value = float(f"{self.low + range(self.num_values)[index] * self.step:.12g}")  # 0.3, not 0.1 + 2 * 0.1
+        return int(value) if self.is_whole else value
+
+    def nearest(self, value: float) -> Scalar:
+        """The one that is closest to a value."""
+        return self[min(max(round((value - self.low) / self.step), 0), self.num_values - 1)]
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.nearest(value) == value
 
 
 @dataclass(frozen=True)
@@ -68,14 +114,15 @@ class Interval:
         values = self.values()
         return rng.uniform(self.low, self.high) if values is None else rng.choice(values)
 
-    def values(self) -> list[Scalar] | None:
+    def values(self) -> Steps | None:
         """All of them; None where there is no step and the values are not whole numbers."""
         step = self.step or (1 if self.is_whole else 0)
-        if not step:
-            return None
-        num_steps = math.floor((self.high - self.low) / step + 1e-9)
-        stepped = [float(f"{self.low + i * step:.12g}") for i in range(num_steps + 1)]  # 0.3, not 0.1 + 2 * 0.1
-        return [int(value) for value in stepped] if self.is_whole else list(stepped)
+        return Steps.between(self.low, self.high, step, is_whole=self.is_whole) if step else None
+
+    def nearest(self, value: Any) -> Scalar:
+        """The closest step; the value itself where there are none."""
+        values = self.values()
+        return float(value) if values is None else values.nearest(value)
 
     def __contains__(self, value: object) -> bool:
         values = self.values()
@@ -109,11 +156,21 @@ class Space:
         rest = self._grid() if search == "grid" else self._draws()
         return list(itertools.islice(_without_repeats(itertools.chain(first, rest)), count))
 
-    def _grid(self) -> Any:
-        values = [domain.values() or [] for domain in self.domains.values()]
-        return (dict(zip(self.domains, combination, strict=True)) for combination in itertools.product(*values))
+    def nearest(self, point: Point) -> Point:
+        """The point of the space that another library's arithmetic means."""
+        return {name: domain.nearest(point[name]) for name, domain in self.domains.items()}
 
-    def _draws(self) -> Any:
+    def _grid(self) -> Iterator[Point]:
+        """Every combination, the last setting's value changing fastest. `itertools.product` would list all values first."""
+        values = {name: domain.values() or [] for name, domain in self.domains.items()}
+        for number in range(self.size or 0):
+            point, rest = {}, number
+            for name in reversed(values):
+                rest, index = divmod(rest, len(values[name]))
+                point[name] = values[name][index]
+            yield {name: point[name] for name in values}
+
+    def _draws(self) -> Iterator[Point]:
         """Endless. Each value has a generator of its own, so a setting that joins the space leaves the others' draws."""
         for number in itertools.count():
             yield {
@@ -122,13 +179,17 @@ class Space:
             }
 
 
-def _without_repeats(points: Any) -> Any:
+def _without_repeats(points: Iterable[Point]) -> Iterator[Point]:
     seen = set()
     for point in points:
-        key = tuple(point.values())
-        if key not in seen:
-            seen.add(key)
+        if key_of_point(point) not in seen:
+            seen.add(key_of_point(point))
             yield point
+
+
+def key_of_point(point: Mapping[str, Scalar]) -> tuple[tuple[str, Scalar], ...]:
+    """What two equal points share."""
+    return tuple(sorted(point.items()))
 
 
 def _domain(name: str, values: Values) -> Domain:

@@ -299,6 +299,17 @@ def test_a_resumed_stage_goes_on_in_its_run_and_a_fresh_one_does_not(config: Pip
     assert first.child("trial-00").run_id == first.child("trial-00").run_id
 
 
+def test_what_a_killed_search_left_open_is_found_and_a_trial_that_runs_again_is_running(config: PipelineConfig) -> None:
+    search, other = (mlflow_store.open_run(config, "tune", key=key) for key in ("s", "another"))
+    trials = [search.child(f"trial-{number:02d}") for number in range(3)]
+    other.child("trial-03")
+    trials[0].finish()
+    trials[1].finish(failed=True)
+    assert search.unfinished_children() == ["trial-02"]
+    search.child("trial-01")
+    assert sorted(search.unfinished_children()) == ["trial-01", "trial-02"]
+
+
 def test_a_server_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config = debug_tiny().with_settings({"storage": str(tmp_path), "tracking.uri": "http://127.0.0.1:9"})

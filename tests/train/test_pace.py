@@ -1,6 +1,7 @@
 """The clock of a run, with a clock that the test moves."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def pace_of(forecasts: list[Forecast], **options: float) -> Pace:
+def pace_of(forecasts: list[Forecast], **options: Any) -> Pace:
     device = torch.device("cpu")
     return Pace(device, num_steps=NUM_STEPS, num_epochs=2, validation_steps=30, on_forecast=forecasts.append, **options)  # type: ignore[arg-type]
+
+
+def test_a_limit_may_follow_from_the_forecast(clock: Clock) -> None:
+    pace = pace_of([], limit_of=lambda forecast: 3 * forecast.seconds_left)
+    clock.now += 1e6
+    assert not pace.is_over(0)
+    clock.now -= 1e6
+    take_steps(pace, clock, WARMUP_STEPS + TIMED_STEPS, seconds=1)
+    limit = pace.max_seconds
+    assert limit > 2 * NUM_STEPS
+    clock.now += limit / 3
+    assert not pace.is_over(0)
+    clock.now += limit
+    assert pace.is_over(0)
 
 
 def take_steps(pace: Pace, clock: Clock, count: int, seconds: float) -> None:

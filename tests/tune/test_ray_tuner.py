@@ -1,5 +1,6 @@
 """Real searches on Ray Tune."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from rcnn.errors import DataError
 from rcnn.results import IngestResult, TuneResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
+from rcnn.tune.attempt import Budget
 from rcnn.tune.ledger import FOLDER, Record, read_records, write_record
+from rcnn.tune.search import trials_left
+from rcnn.tune.space import Space
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -24,6 +28,13 @@ class Family(NoTracker):
         self.tags: dict[str, str] = {}
         self.epochs: list[int] = []
         self.files: set[str] = set()
+        self.status = "RUNNING"
+
+    def unfinished_children(self) -> list[str]:
+        return [name for name, child in self.children.items() if child.status == "RUNNING"]
+
+    def finish(self, *, failed: bool = False) -> None:
+        self.status = "FAILED" if failed else "FINISHED"
 
     def child(self, name: str) -> "Family":
         return self.children.setdefault(name, Family())
@@ -52,12 +63,13 @@ def tune(config: PipelineConfig, digits: IngestResult, name: str, tracker: Any =
 
 
 def kill_after(target: StageFolder, records: dict[str, Record], *kept: str) -> None:
-    """Leaves what a kill -9 leaves: some records, half a record's draft, and Ray Tune's unfinished folder."""
+    """Leaves what a kill -9 leaves: some records, half a record's draft, and Ray Tune's unfinished folders."""
     target.storage.delete(target.path(FOLDER))
     for name in kept:
         write_record(target, records[name])
     target.storage.write_text(target.path(f"{FOLDER}/trial-09.json.1a2b3c4d.part"), '{"name": "tri')
-    target.storage.write_text(target.path("ray/0a1b2c3d/tune/tuner.pkl"), "half a pick")
+    for host in (socket.gethostname(), "elsewhere"):
+        target.storage.write_text(target.path(f"ray-{host}-0a1b2c3d/tune/tuner.pkl"), "half a pick")
 
 
 def test_bad_trials_are_stopped_and_an_interrupted_search_repeats_no_ended_trial_and_is_extended(
@@ -83,17 +95,21 @@ def test_bad_trials_are_stopped_and_an_interrupted_search_repeats_no_ended_trial
     }
     assert family.children["trial-03"].params == records["trial-03"].choice.root
     assert family.children["trial-00"].tags == {"outcome": "finished"}
+    assert family.unfinished_children() == []
     assert family.files == {"optimisation_history.png", "importance.png", "parallel_coordinates.png"}
 
     kill_after(target, records, "trial-00", "trial-02")
     family = Family()
+    left = family.child("trial-02")  # the ledger has it, and its MLflow run was still open
+    given_up = family.child("trial-77")
     extended = tune(config.with_settings({"tune.num_trials": 5}), digits, "asha", family)
-    assert set(family.children) == {"trial-01", "trial-03", "trial-04"}
+    assert (left.status, left.tags, given_up.status) == ("FINISHED", {"outcome": "diverged"}, "FAILED")
+    assert set(family.children) - {"trial-02", "trial-77"} == {"trial-01", "trial-03", "trial-04"}
     again = read_records(target)
     assert {name: again[name].choice for name in records} == {name: records[name].choice for name in records}
     assert (again["trial-00"], again["trial-02"]) == (records["trial-00"], records["trial-02"])
     assert [trial.name for trial in extended.trials] == [f"trial-{number:02d}" for number in range(5)]
-    assert not target.storage.exists(target.path("ray"))
+    assert target.storage.list_folders(target.name) == ["pictures", "ray-elsewhere-0a1b2c3d", "trials"]
 
     family = Family()
     assert tune(config.with_settings({"tune.num_trials": 5}), digits, "asha", family).trials == extended.trials
@@ -144,13 +160,14 @@ def test_the_search_ends_in_time_and_marks_what_it_cut_off(
     tiny_config: PipelineConfig, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("rcnn.tune.ray_tuner.time", clock)
+    monkeypatch.setattr("rcnn.tune.attempt.time", clock)
     long = {"tune.epochs": 500, "tune.max_minutes": 1, "tune.early_stopping": "none", "tune.max_concurrent_trials": 1}
     config = tiny_config.with_settings(long)
     result = tune(config, digits, "cut", clock)
     assert result.outcomes == {"cut off": 1}
     assert 0 < result.trials[0].epochs < 500
     assert result.minutes_allowed == 1
+    assert Budget(folder_of(config, "cut"), max_minutes=1).is_spent()  # the next attempt has no more of it
     assert read_records(folder_of(config, "cut")) == {}  # the next attempt trains it again
 
 
@@ -164,5 +181,38 @@ def test_a_trial_ends_at_its_own_limit_with_its_last_epoch(tiny_config: Pipeline
 def test_a_fault_that_all_trials_share_ends_the_search_with_its_own_line(
     tiny_config: PipelineConfig, digits: IngestResult
 ) -> None:
+    config = tiny_config.with_settings({"train.batch_size": 200, "tune.num_trials": 9, "tune.max_concurrent_trials": 1})
+    family = Family()
     with pytest.raises(DataError, match="fewer than one batch"):
-        tune(tiny_config.with_settings({"train.batch_size": 200, "tune.num_trials": 1}), digits, "too-few-rows")
+        tune(config, digits, "too-few-rows", family)
+    assert len(family.children) <= 3  # some may start before the first one's error is read
+
+
+@pytest.mark.slow
+def test_a_trial_of_two_workers_is_trained_limited_and_its_workers_error_ends_the_search(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> None:
+    pair = {"tune.workers_per_trial": 2, "tune.num_trials": 2, "tune.epochs": 1}
+    result = tune(tiny_config.with_settings(pair), digits, "pairs")
+    assert result.outcomes == {"finished": 2}
+    assert all(trial.epochs == 1 and trial.val_error < 1 for trial in result.trials)
+    limited = pair | {"tune.epochs": 500, "tune.trial_minutes": 0.05, "tune.num_trials": 1}
+    assert tune(tiny_config.with_settings(limited), digits, "limited-pairs").outcomes == {"out of time": 1}
+    with pytest.raises(DataError, match="fewer than one batch"):
+        tune(tiny_config.with_settings(pair | {"train.batch_size": 200}), digits, "pairs-of-too-few-rows")
+
+
+def test_optuna_never_suggests_a_point_twice_and_tries_all_of_a_small_space(tiny_config: PipelineConfig) -> None:
+    from rcnn.tune.ray_tuner import _Queue
+
+    space = {"model.k": {"min": 4, "max": 8}, "train.momentum": {"min": 0.1, "max": 0.5, "step": 0.1}}
+    config = tiny_config.with_settings({"tune.search": "tpe", "tune.num_trials": 99, "tune.space": space})
+    runs = trials_left(config, {})
+    assert len(runs) == 25
+    queue, given = _Queue(config, runs, []), []
+    for number in range(25):
+        given.append(queue.suggest(f"id-{number}")["choice"])
+        error = abs(given[-1]["model.k"] - 5) + given[-1]["train.momentum"]
+        queue.on_trial_complete(f"id-{number}", {"val/error": error})
+    assert len({str(choice) for choice in given}) == 25
+    assert all(choice in Space(config) for choice in given)

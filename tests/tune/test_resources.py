@@ -7,7 +7,7 @@ from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import build_classifier
-from rcnn.tune.resources import PROCESS_BYTES, memory_of_trial, room_for_trials, saved_bytes_per_image
+from rcnn.tune.resources import PROCESS_BYTES, largest_points, memory_of_trial, room_for_trials, saved_bytes_per_image
 
 
 @pytest.fixture
@@ -40,6 +40,23 @@ def test_memory_grows_with_the_largest_point_and_the_batch(tiny_config: Pipeline
     wider = tiny_config.with_settings({"tune.space": {"model.k": [8, 256], "model.t": [0, 1]}})
     large_batch = tiny_config.with_settings({"train.batch_size": 160})
     assert PROCESS_BYTES < needed < memory_of_trial(large_batch, manifest) < memory_of_trial(wider, manifest)
+
+
+def test_memory_is_that_of_the_largest_network_whatever_the_order(
+    tiny_config: PipelineConfig, manifest: Manifest
+) -> None:
+    def needed(*networks: str) -> int:
+        space = {"model.network": networks, "model.k": [8, 64], "train.learning_rate": [0.01, 0.02]}
+        return memory_of_trial(tiny_config.with_settings({"model.t": 3, "tune.space": space}), manifest)
+
+    assert needed("wide") < needed("rcnn")
+    assert needed("rcnn", "wide") == needed("wide", "rcnn") == needed("rcnn")
+
+
+def test_a_fine_range_gives_its_largest_value(tiny_config: PipelineConfig) -> None:
+    space = {"model.dropout": {"min": 0, "max": 0.5, "step": 1e-9}, "model.k": {"min": 4, "max": 9, "step": 2}}
+    [point] = largest_points(tiny_config.with_settings({"tune.space": space}))
+    assert point.root == {"model.dropout": 0.5, "model.k": 8}
 
 
 def test_what_a_pass_keeps_is_counted_once_per_image(tiny_config: PipelineConfig, manifest: Manifest) -> None:

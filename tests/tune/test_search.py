@@ -16,7 +16,7 @@ from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
 from rcnn.tune.ledger import Record, read_records, write_record, write_table
 from rcnn.tune.screen import SearchScreen
-from rcnn.tune.search import covers, finalists, repeats_left, result_of, runs_left
+from rcnn.tune.search import NewPoints, coverage, covers, finalists, repeats_left, result_of, rungs_of, trials_left
 from rcnn.tune.space import Space
 
 
@@ -61,19 +61,19 @@ def test_a_damaged_record_is_left_out(target: StageFolder, damage: str) -> None:
 
 def test_a_search_runs_what_is_not_in_the_ledger_with_the_same_points() -> None:
     config = tuning(num_trials=4)
-    runs = runs_left(config, {})
+    runs = trials_left(config, {})
     assert [run.name for run in runs] == ["trial-00", "trial-01", "trial-02", "trial-03"]
-    assert runs_left(config, by_name(record(0, 0.1), record(2, 0.1))) == [runs[1], runs[3]]
+    assert trials_left(config, by_name(record(0, 0.1), record(2, 0.1))) == [runs[1], runs[3]]
 
 
 def test_more_trials_extend_a_search_and_fewer_change_nothing() -> None:
     known = by_name(*(record(number, 0.1) for number in range(4)))
-    assert [run.name for run in runs_left(tuning(num_trials=6), known)] == ["trial-04", "trial-05"]
-    assert runs_left(tuning(num_trials=3), known) == []
+    assert [run.name for run in trials_left(tuning(num_trials=6), known)] == ["trial-04", "trial-05"]
+    assert trials_left(tuning(num_trials=3), known) == []
 
 
 def test_optuna_chooses_all_but_the_first_points() -> None:
-    runs = runs_left(tuning(num_trials=7, search="tpe"), by_name(record(1, 0.1)))
+    runs = trials_left(tuning(num_trials=7, search="tpe"), by_name(record(1, 0.1)))
     assert [run.name for run in runs if run.choice is None] == ["trial-05", "trial-06"]
     assert [run.name for run in runs if run.choice] == ["trial-00", "trial-02", "trial-03", "trial-04"]
 
@@ -156,6 +156,13 @@ def test_trials_that_ran_out_of_time_are_trained_again_with_more(target: StageFo
     assert covered == [False, True, True, False]
 
 
+def test_a_trial_without_a_limit_that_far_exceeded_its_forecast_has_ended(target: StageFolder) -> None:
+    slow = record(1, 0.3, "out of time", epochs=1).model_copy(update={"seconds": 7200.0})
+    assert [slow.has_ended(minutes) for minutes in (0, 120, 121)] == [True, True, False]
+    found = result(tuning(num_trials=2), target, record(0, 0.1), slow)
+    assert covers(tuning(num_trials=2), found, target)
+
+
 def test_a_lost_or_diverged_repeat_does_not_let_a_worse_configuration_win(target: StageFolder) -> None:
     config = tuning(num_trials=2, seeds=3, num_finalists=2)
     worse = [record(1, 0.23), record(1, 0.23, seed=1), record(1, 0.23, seed=2)]
@@ -168,6 +175,30 @@ def test_a_lost_or_diverged_repeat_does_not_let_a_worse_configuration_win(target
     assert result(config, target, record(0, 0.05), record(0, 0.05, seed=1), diverged, *worse).best_trial == "trial-01"
     with pytest.raises(TrainingError, match="2 of 3 trials failed"):
         result(tuning(num_trials=1, seeds=3), target, record(0, 0.05), lost, record(0, 1.0, "failed", epochs=0, seed=1))
+
+
+def test_known_points_are_not_suggested_again() -> None:
+    config = tuning(space={"model.k": [8, 16], "model.t": [0, 1]})
+    points = NewPoints(config, [Choice({"model.k": 8, "model.t": 1})])
+    suggested = [{"model.k": 8, "model.t": 1}, {"model.k": 16, "model.t": 1}]
+    assert points.take(lambda number: suggested[number]).root == suggested[1]
+    rest = [points.take(lambda number: suggested[number % 2]) for _ in range(2)]
+    assert {str(choice) for choice in rest} == {"K 8, T 0", "K 16, T 0"}
+
+
+def test_what_a_search_leaves_out_of_a_grid_is_said(target: StageFolder) -> None:
+    space = {"model.k": [8, 16], "model.t": [0, 1]}
+    assert coverage(tuning(space=space, num_trials=4)) == coverage(tuning(num_trials=9)) == ""
+    assert coverage(tuning(space=space, num_trials=3)) == ""  # random draws are not expected to be all there is
+    cut = tuning(space=space, num_trials=2, search="grid")
+    assert coverage(cut) == "tune.num_trials = 2 ends the grid after 2 of its 4 points"
+    assert coverage(tuning(space=space, num_trials=5, search="tpe")) == (
+        "tune.space has 4 points, fewer than tune.num_trials = 5: each is tried once"
+    )
+    found = result(cut, target, record(0, 0.1), record(1, 0.2))
+    assert found.highlights(str)["best trial"].startswith("trial-00 of 2 (the grid has 4 points): K 8")
+    before = found.model_dump(mode="json", exclude={"num_grid_points"})  # as an earlier version wrote it
+    assert TuneResult.model_validate(before).num_grid_points == 0
 
 
 def test_a_result_stays_short_enough_for_a_command_line(target: StageFolder) -> None:
@@ -218,7 +249,7 @@ def test_importance_finds_the_setting_that_matters() -> None:
 
 
 def test_the_table_on_a_terminal_has_the_best_trial_first() -> None:
-    screen = SearchScreen(tuning(epochs=4), [record(0, 0.3)], num_runs=2, num_at_once=1, rows=400)
+    screen = SearchScreen(tuning(epochs=4), [record(0, 0.3)], num_planned=2, num_at_once=1, num_rows=400)
     screen.show_epoch("trial-01", record(1, 0.2).choice, {"epoch": 1, "val/error": 0.2, "perf/images_per_second": 10.0})
     screen.show_end(record(2, 0.1))
     late = {"epoch": 4, "val/error": 0.1, "perf/images_per_second": 10.0}
@@ -226,6 +257,10 @@ def test_the_table_on_a_terminal_has_the_best_trial_first() -> None:
     console = Console(width=120, file=io.StringIO())
     console.print(screen.table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "trial-0" in line]
+    assert [(row[0], row[2], row[3]) for row in rows] == [
+        ("trial-02", "2/3", "2/4"), ("trial-01", "1/3", "1/4"), ("trial-00", "2/3", "2/4"),
+    ]  # fmt: skip
     names = [line.split("│")[1].strip() for line in text.splitlines() if "trial-0" in line]
     assert names == ["trial-02", "trial-01", "trial-00"]
     assert "2 of 3 trials ended, about 3 s left" in text
@@ -234,8 +269,21 @@ def test_the_table_on_a_terminal_has_the_best_trial_first() -> None:
     assert "2 min left" in text  # 3 epochs of 400 images
 
 
+def test_the_rungs_are_those_of_asha_and_other_rules_have_none() -> None:
+    assert rungs_of(tuning(epochs=9, grace_epochs=2)) == [2, 4, 8]
+    assert rungs_of(tuning(epochs=9, reduction_factor=3)) == [1, 3, 9]
+    assert rungs_of(tuning(early_stopping="none")) == []
+    screen = SearchScreen(tuning(early_stopping="none"), [record(0, 0.3)], num_planned=2, num_at_once=1, num_rows=400)
+    assert [column.header for column in screen.table().columns] == [
+        "trial", "settings", "epoch", "val error", "images/s", "state"
+    ]  # fmt: skip
+
+
 def test_without_a_terminal_each_epoch_is_a_line_and_a_failure_another(caplog: pytest.LogCaptureFixture) -> None:
-    with SearchScreen(tuning(), [], num_runs=2, num_at_once=1, rows=400) as screen, caplog.at_level("INFO", "rcnn"):
+    with (
+        SearchScreen(tuning(), [], num_planned=2, num_at_once=1, num_rows=400) as screen,
+        caplog.at_level("INFO", "rcnn"),
+    ):
         choice = Choice({"model.k": 8})
         screen.show_epoch("trial-01", choice, {"epoch": 1, "val/error": 0.2, "perf/images_per_second": 10.0})
         screen.show_end(record(3, 1.0, "failed", epochs=0))

@@ -50,13 +50,8 @@ def test_the_configs_own_point_is_first_where_it_is_inside() -> None:
 
 def test_a_step_decides_whether_a_value_is_inside() -> None:
     rate = {"min": 0.01, "max": 0.05, "step": 0.01}
-    assert space({"train.learning_rate": rate}).domains["train.learning_rate"].values() == [
-        0.01,
-        0.02,
-        0.03,
-        0.04,
-        0.05,
-    ]
+    values = space({"train.learning_rate": rate}).domains["train.learning_rate"].values()
+    assert list(values or []) == [0.01, 0.02, 0.03, 0.04, 0.05]
     assert {"train.learning_rate": 0.03} in space({"train.learning_rate": rate})
     assert {"train.learning_rate": 0.035} not in space({"train.learning_rate": rate})
 
@@ -68,6 +63,30 @@ def test_a_grid_has_each_point_once() -> None:
     assert len(points) == 16
     assert points[0] == {"model.k": 8, "model.t": 1, "train.momentum": 0.9}  # the config's own
     assert set(Counter(tuple(point.values()) for point in points).values()) == {1}
+
+
+def test_a_fine_step_is_not_listed() -> None:
+    rate = {"min": 0, "max": 1, "step": 1e-9}  # a list of it would take 32 GB
+    fine = space({"train.momentum": {"min": 0, "max": 0.5, "step": 1e-9}, "train.weight_decay": rate})
+    assert fine.size == 500_000_001 * 1_000_000_001
+    assert {"train.momentum": 0.123456789, "train.weight_decay": 1.0} in fine
+    assert {"train.momentum": 0.1234567891, "train.weight_decay": 1.0} not in fine
+    assert fine.first_points(2, search="grid") == [
+        {"train.momentum": 0.0, "train.weight_decay": 0.0},
+        {"train.momentum": 0.0, "train.weight_decay": 1e-9},
+    ]
+    assert all(point in fine for point in fine.first_points(9, search="random"))
+
+
+def test_a_step_too_small_to_count_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.momentum\.step = 1e-12 is too small for the range"):
+        space({"train.momentum": {"min": 0, "max": 0.5, "step": 1e-12}})
+
+
+def test_the_nearest_point_has_no_rounding_of_another_librarys_arithmetic() -> None:
+    domain = space({"train.momentum": {"min": 0.1, "max": 0.55, "step": 0.1}}).domains["train.momentum"]
+    assert domain.nearest(0.1 + 2 * 0.1) == 0.3
+    assert [domain.nearest(value) for value in (0, 0.55)] == [0.1, 0.5]
 
 
 def test_a_small_space_ends_a_random_search_and_no_point_is_drawn_twice() -> None:
@@ -88,7 +107,7 @@ def test_draws_cover_a_range_evenly_in_its_logarithm() -> None:
 
 def test_whole_numbers_of_a_logarithmic_range_reach_both_ends() -> None:
     domain = space({"model.k": {"min": 1, "max": 64, "log": True}}).domains["model.k"]
-    assert domain.values() == list(range(1, 65))
+    assert list(domain.values() or []) == list(range(1, 65))
     points = space({"model.k": {"min": 1, "max": 64, "log": True}}).first_points(64, search="random")
     assert {point["model.k"] for point in points} == set(range(1, 65))
     assert all(type(point["model.k"]) is int for point in points)
