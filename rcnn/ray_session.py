@@ -110,6 +110,13 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def node_here(config: PipelineConfig) -> dict[str, float]:
+    """Cores, and bytes of memory without the object store, that Ray would count if it were started on this machine now."""
+    available = ray._private.utils.estimate_available_memory()
+    memory = available - ray._private.utils.resolve_object_store_memory(available)
+    return {"CPU": config.ray.num_cpus or ray._private.utils.get_num_cpus(), "memory": memory}
+
+
 def require_room(config: PipelineConfig, *, num_cpus: int, num_gpus: float, settings: str) -> None:
     """Checks that cores and GPUs can be had: Ray would wait for ever for what its own machine does not have.
 

@@ -38,12 +38,15 @@ class Stage:
         result: `module:class` of what it hands on, a `StageResult`.
         takes: the earlier stages whose results it is given.
         settings: sections and settings that its result depends on; those after a minus do not count.
+        unread: those of them that another setting overrides in this config.
         identity: what its result depends on besides, as text: the digests of what it reads.
         purpose: what it is about to do, in a line.
         folder: where its folders lie.
         label: the beginning of its folder's name.
         whole: a file that is there when the stage is done, besides its result; empty: none.
-        cost: `module:function` that predicts what it takes, for `rcnn plan`; empty: nothing is known.
+        cost: `module:function` that predicts what it takes, or what is left of it (see `rcnn/plan/costs.py`); empty: nothing
+            is known.
+        progress: `module:function` that says how far an unfinished one has come, given config and folder; empty: unknown.
         check: `module:function` that says whether a result still stands, given config, result and folder; empty: it does.
         modules: where its code is found, besides `run`: modules that are imported by name at run time.
         has_run: whether it has an MLflow run of its own.
@@ -51,6 +54,7 @@ class Stage:
         always_on_ray: whether it always runs on Ray's workers, on one machine too.
         replaces_whole: whether `--fresh` keeps the old result until the new one is complete; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
+        at_end: `module:function` to call at the end of a pipeline, with the config and the result; empty: none.
     """
 
     help: str
@@ -62,8 +66,10 @@ class Stage:
     purpose: Callable[[PipelineConfig], str]
     folder: str
     label: Callable[[PipelineConfig], str]
+    unread: Callable[[PipelineConfig], tuple[str, ...]] = lambda config: ()
     whole: str = ""
     cost: str = ""
+    progress: str = ""
     check: str = ""
     modules: Callable[[PipelineConfig], list[str]] = lambda config: []
     has_run: bool = True
@@ -71,6 +77,7 @@ class Stage:
     always_on_ray: bool = False
     replaces_whole: bool = False
     is_planned: Callable[[PipelineConfig], bool] = lambda config: True
+    at_end: str = ""
 
 
 def _decodes_images(config: PipelineConfig) -> bool:
@@ -124,11 +131,13 @@ STAGES: dict[str, Stage] = {
         result="rcnn.results:TuneResult",
         takes=("ingest",),
         cost="rcnn.plan.costs:cost_of_tune",
+        progress="rcnn.plan.progress:progress_of_tune",
         settings=(
             "model", "train", "augment", "seed",
             "tune.space", "tune.search", "tune.early_stopping", "tune.epochs", "tune.grace_epochs",
             "tune.reduction_factor", "tune.num_rows", "-train.epochs", "-train.max_minutes",
         ),
+        unread=lambda config: ("train.num_rows",) if config.tune.num_rows else (),
         identity=lambda config, results: [results["ingest"].digest],
         purpose=lambda config: (
             f"up to {counted(config.tune.num_trials, 'trial')} of up to {counted(config.tune.epochs, 'epoch')}"
@@ -146,6 +155,7 @@ STAGES: dict[str, Stage] = {
         result="rcnn.results:TrainResult",
         takes=("ingest",),
         cost="rcnn.plan.costs:cost_of_train",
+        progress="rcnn.plan.progress:progress_of_train",
         settings=("model", "train", "augment", "seed", "-train.max_minutes"),
         identity=lambda config, results: [results["ingest"].digest],
         purpose=_training_in_words,
@@ -187,6 +197,7 @@ STAGES: dict[str, Stage] = {
         check="rcnn.registry.known_versions:has_version",
         has_run=False,  # the model goes to its training run
         on_cluster=lambda config: False,
+        at_end="rcnn.registry.register:remember_registered",
     ),
 }  # fmt: skip
 
@@ -229,7 +240,7 @@ def made_of(config: PipelineConfig, name: str, results: Results) -> dict[str, An
     stage = STAGES[name]
     config = effective_config(config, name, results)
     return {
-        "settings": config.values_of(*stage.settings),
+        "settings": config.values_of(*stage.settings, *(f"-{name}" for name in stage.unread(config))),
         "inputs": stage.identity(config, results),
         "code": stage_code(config, name),
     }
@@ -360,6 +371,13 @@ def run_pipeline_until(config: PipelineConfig, last: str, *, fresh: bool = False
     for name in planned(config, last):
         results[name] = run_stage(config, name, results, fresh=fresh and name == last)
     return results
+
+
+def end_pipeline(config: PipelineConfig, results: Results) -> None:
+    """Calls what the stages' rows want done after the last stage, when the run above them has ended too."""
+    for name, result in results.items():
+        if STAGES[name].at_end:
+            imported(STAGES[name].at_end)(config, result)
 
 
 def results_from_json(trees: Mapping[str, Any]) -> Results:

@@ -14,9 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rcnn import errors
@@ -261,9 +262,9 @@ def _forget_peak(device: Any, torch: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def stand_in(job: Job) -> Any:
-    """A manifest of the job's shape, for random images."""
-    from rcnn.data.manifest import Manifest, SourceRecord
+def stand_in(job: Job, *, rows: Mapping[str, int] = MappingProxyType({})) -> Any:
+    """A manifest of the job's shape, for random images, with as many rows in each split."""
+    from rcnn.data.manifest import Manifest, SourceRecord, Split
 
     num_channels = job.image_shape[2]
     return Manifest(
@@ -273,7 +274,7 @@ def stand_in(job: Job) -> Any:
         classes=tuple(map(str, range(job.num_classes))),
         coarse_classes=(),
         image_shape=job.image_shape,
-        splits={},
+        splits={name: Split(rows=count, rows_per_class=(), shards=(), digest="") for name, count in rows.items()},
         skipped=(),
         pixel_mean=(127.5,) * math.prod(job.image_shape),
         pixel_std=73.6,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rcnn.config import DataConfig, PipelineConfig
-from rcnn.results import IngestResult
+from rcnn.results import IngestResult, StageResult
 from rcnn.storage import Storage
 
 
@@ -55,8 +55,9 @@ def size_before_ingest(data: DataConfig) -> DataSize | None:
     return DataSize(rows, official.image_shape, official.num_classes)
 
 
-def size_of(config: PipelineConfig, ingested: IngestResult | None) -> DataSize | None:
-    """The size of the data set that is there, or of the one that ingest will write, where it is known."""
+def size_of(config: PipelineConfig, results: Mapping[str, StageResult]) -> DataSize | None:
+    """The size of the data set among the results, or of the one that ingest will write, where it is known."""
+    ingested = next((result for result in results.values() if isinstance(result, IngestResult)), None)
     if ingested is None:
         return size_before_ingest(config.data)
     from rcnn.data.manifest import require_manifest
