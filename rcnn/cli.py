@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rcnn import __version__
+from rcnn.completion import SHELLS
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 from rcnn.stages import STAGES
 from rcnn.text import printable
@@ -103,7 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
     show.add_argument("--json", action="store_true", help="as one line of JSON, e.g. for a flow's parameter")
-    show.add_argument("--explain", action="store_true", help="each setting with its meaning and bounds")
+    show.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="SETTING",
+        help="a setting, or those of a section (default: all), with meaning and bounds",
+    )
     show.add_argument(
         "--diff",
         nargs=2,
@@ -113,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "recipes", _recipes, "list the named configs, with what each costs and reaches")
     _add(commands, "sources", _sources, "list the data sets, with what each needs")
     completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+    completion.add_argument("shell", choices=SHELLS, help="the shell")
     return parser
 
 
@@ -453,10 +460,12 @@ def _data_export(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    if options.explain:
+    if options.explain is not None:
         from rcnn.settings import explain_settings
 
-        _print_table(explain_settings(), title="settings")
+        is_asked = options.recipe is not None or options.config is not None or options.set
+        config = _resolve(options) if is_asked else None
+        _print_table(explain_settings(options.explain, config), title="settings")
         return
     config = _resolve(options)
     if options.diff:

@@ -23,6 +23,7 @@ from rcnn.text import counted
 if TYPE_CHECKING:
     from rcnn.config import PipelineConfig
     from rcnn.results import StageResult
+    from rcnn.tracking import Tracker
 
 Results = dict[str, Any]
 """The results so far, by stage."""
@@ -202,6 +203,10 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 
 
+FORECAST = "rcnn.plan.forecast:forecast_seconds"
+"""Predicts the time of a stage that is about to run."""
+
+
 @dataclass(frozen=True)
 class Parent:
     """What a stage's MLflow run hangs under, and the tags that it gets."""
@@ -352,11 +357,10 @@ def run_stage(
         target.storage.delete(target.name)
     config = effective_config(config, name, results)
     say(f"{name}: {STAGES[name].purpose(config)}")
-    started = time.perf_counter()
     result = _run_tracked(config, name, results, target, fresh, parent or Parent())
     target.storage.write_json(target.path(MADE_OF), made_of(config, name, results))
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
-    say(f"{name}: done in {time.perf_counter() - started:.0f} s")
+    say(f"{name}: done in {result.duration}")
     return result
 
 
@@ -410,21 +414,33 @@ def _run_tracked(
     from rcnn.tracking import NoTracker, finish_failed
 
     stage = STAGES[name]
-    run = imported(stage.run)
-    inputs = [results[taken] for taken in stage.takes]
     if not stage.has_run:
-        return run(config, *inputs, target, NoTracker())  # type: ignore[no-any-return]
+        return _run_timed(config, name, results, target, NoTracker())
     tags = dict(parent.tags)
     for result in results.values():
         tags |= result.tags()
     tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=tags, fresh=fresh)
     try:
-        result = run(config, *inputs, target, tracker)
+        result = _run_timed(config, name, results, target, tracker)
     except BaseException:
         finish_failed(tracker)
         raise
     tracker.finish()
     return result.model_copy(update={"mlflow_run_id": tracker.run_id})  # type: ignore[no-any-return]
+
+
+def _run_timed(
+    config: PipelineConfig, name: str, results: Results, target: StageFolder, tracker: Tracker
+) -> StageResult:
+    """Runs a stage; its time and the prediction go to its result and, unless it sends its own, to MLflow."""
+    stage = STAGES[name]
+    run, predicted = imported(stage.run), imported(FORECAST)(config, name, results, target)
+    started = time.perf_counter()
+    result: StageResult = run(config, *(results[taken] for taken in stage.takes), target, tracker)
+    times = {"seconds": time.perf_counter() - started, "predicted_seconds": predicted}
+    if not result.seconds:
+        tracker.log_metrics({f"perf/{each}": value for each, value in times.items() if value})
+    return result.timed(**times)
 
 
 def imported(path: str) -> Any:

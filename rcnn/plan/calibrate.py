@@ -108,6 +108,16 @@ def calibrations_of(
     return [Calibration(**found[name]) for name in names]
 
 
+def known_calibrations(
+    jobs: Sequence[Job], storage: Storage, *, num_threads: int, num_copies: int
+) -> list[Calibration]:
+    """Those that `calibrations_of` kept. If one is missing, all of them are empty, with a fault: nothing is timed here."""
+    trees = [_read(storage, _name_of(job, num_threads, num_copies)) for job in jobs]
+    if None in trees:
+        return [Calibration(0, 0, fault="not timed yet") for _ in jobs]
+    return [Calibration(**tree) for tree in trees if tree is not None]
+
+
 def _name_of(job: Job, num_threads: int, num_copies: int) -> str:
     """The file of a calibration: named by the machine, the code, and what is timed."""
     machine = [platform.node(), platform.machine(), str(os.cpu_count()), importlib.metadata.version("torch")]

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rcnn.plan import bill as bill_module
 from rcnn.plan.bill import bill_of
 from rcnn.plan.calibrate import Calibration, Job
 from rcnn.plan.costs import SECONDS_TO_START_RAY
+from rcnn.plan.forecast import forecast_seconds
 from rcnn.results import Choice, IngestResult, TuneResult
 from rcnn.stages import STAGES, Stage, stage_folder
 
@@ -22,6 +24,8 @@ TUNED = TuneResult(
     best=Choice({"model.k": 8}), best_trial="trial-00", val_error=0.5, trials=(), outcomes={"finished": 2}
 )
 
+CALIBRATION = Calibration(1000, 100, 0.01, 0.001, 1_000_000)
+
 
 @pytest.fixture
 def config(
@@ -30,7 +34,7 @@ def config(
     """`debug_tiny`, its data set ingested; every step takes 10 ms, and is not timed."""
 
     def calibrations(jobs: Sequence[Job], *_: Any, **__: Any) -> list[Calibration]:
-        return [Calibration(1000, 100, 0.01, 0.001, 1_000_000) for _ in jobs]
+        return [CALIBRATION for _ in jobs]
 
     monkeypatch.setattr(bill_module, "calibrations_of", calibrations)
     shutil.copytree(Path(tiny_config.storage, digits.folder), tmp_path / "s" / digits.folder)
@@ -57,6 +61,19 @@ def test_a_stage_behind_a_search_that_runs_is_billed_with_a_note(config: Pipelin
     assert not any("may choose" in line for line in bill_of(config.with_settings({"tune.enabled": False})).lines())
 
 
+def test_a_stage_is_predicted_before_it_runs_where_its_steps_were_timed(
+    config: PipelineConfig, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {"ingest": digits}
+    config = config.with_settings({"ray.address": "auto"})  # else Ray's start counts, unless another test started it
+    target = stage_folder(config, "tune", results)
+    assert forecast_seconds(config, "tune", results, target) == 0
+    monkeypatch.setattr("rcnn.plan.calibrate._read", lambda storage, name: asdict(CALIBRATION))
+    assert forecast_seconds(config, "tune", results, target) == seconds_of(config)["tune"] > 0
+    broken = config.with_settings({"model.crop": 99, "tune.max_concurrent_trials": 2})  # the stage reports it
+    assert forecast_seconds(broken, "tune", results, target) == 0
+
+
 def test_a_new_row_of_the_table_is_planned(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +83,7 @@ def test_a_new_row_of_the_table_is_planned(
         label=lambda config: "count",
     )  # fmt: skip
     for name in list(STAGES)[1:]:
-        monkeypatch.delitem(STAGES, name)
+        monkeypatch.setitem(STAGES, name, replace(STAGES[name], is_planned=lambda config: False))
     monkeypatch.setitem(STAGES, "count", row)
     bill = bill_of(config)
     assert [(item.name, item.status.state) for item in bill.items] == [("ingest", "done"), ("count", "runs")]
