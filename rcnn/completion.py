@@ -31,7 +31,7 @@ end
 }
 SHELLS = tuple(FUNCTIONS)
 
-# shtab calls the functions above in a subshell, from which bash cannot be told to leave out the space.
+# shtab calls the functions above in a subshell, from which bash's option to leave out the space cannot be set.
 WITHOUT_SPACE = """
 _rcnn_complete() {
   _shtab_rcnn "$@"

@@ -174,8 +174,8 @@ class TuneResult(StageResult):
             f"{num} {outcome}" for outcome, num in self.outcomes.items() if num and outcome != "finished"
         )
         ended = f"; the search ended after {self.minutes_allowed:g} min" if self.minutes_allowed else ""
-        told = f" ({others}{ended})" if others or ended else ""
-        best = {"best trial": f"{self.best_trial} of {self.num_trials}: {self.best!s}, {error}{told}"}
+        details = f" ({others}{ended})" if others or ended else ""
+        best = {"best trial": f"{self.best_trial} of {self.num_trials}: {self.best!s}, {error}{details}"}
         return best | ({"search": self.duration} if self.seconds else {})
 
     def table(self) -> list[dict[str, Any]]:

@@ -342,8 +342,8 @@ def _error_of(error: ValidationError, tree: type[BaseModel], layers: Sequence[La
     what = _fault(first, at, field) if field else f"{at}{mark}{message}".strip(" .")
     origins = {name: _origin_of(name, layers, base_origin) for name in involved}
     if len(set(filter(None, origins.values()))) > 1:
-        told = ", ".join(f"{name} from {origin}" for name, origin in origins.items() if origin)
-        what = f"{what} ({told})"
+        sources = ", ".join(f"{name} from {origin}" for name, origin in origins.items() if origin)
+        what = f"{what} ({sources})"
     num_wrong = len({tuple(filter(_is_name, each["loc"])) for each in error.errors()})
     if num_wrong > 1:
         what += f" ({counted(num_wrong - 1, 'more wrong setting')})"

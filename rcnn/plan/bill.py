@@ -64,8 +64,8 @@ class Bill:
         """Whether the time of each stage that runs is predicted."""
         return all(item.cost.seconds is not None for item in self.items if item.status.state != "done")
 
-    def rows(self) -> list[dict[str, str]]:
-        """The table, with the total as its last row."""
+    def table(self) -> list[dict[str, str]]:
+        """A row for each stage, and one for the total."""
         rows = [_row(item.name, item.status.state, item.cost) for item in self.items]
         return rows if self.is_done else [*rows, _row("total", "" if self.is_complete else "at least", self.total)]
 

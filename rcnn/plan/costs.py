@@ -84,11 +84,11 @@ def cost_of_ingest(config: PipelineConfig, size: DataSize | None, calibrate: Cal
     """Writing all pixels; downloads come on top."""
     if size is None:
         return Cost(notes=("your own images are counted when ingest reads them",))
-    num_bytes = size.num_rows * size.image_bytes
+    num_bytes = size.num_rows_in_all * size.image_bytes
     downloads = config.data.source not in ("mnist-sample", *IMAGE_FILE_SOURCES) and not config.data.root
     seconds = SECONDS_TO_START_INGEST + num_bytes / PIXELS_PER_SECOND
     return Cost(
-        num_rows=size.num_rows,
+        num_rows=size.num_rows_in_all,
         seconds=seconds,
         cpu_hours=seconds / 3600,
         disk_bytes=num_bytes,
@@ -113,7 +113,7 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
     epochs = expected_epochs(config, ended)
     macs = sum(_epoch_macs(trial, size, each) for each in found) / len(found)
     cost = Cost(
-        num_rows=_num_train_rows(trial, size) + size.rows["val"],
+        num_rows=_num_train_rows(trial, size) + size.num_rows["val"],
         num_steps=round(epochs * _steps_per_epoch(trial, size)),
         multiply_adds=round(epochs * macs),
         disk_bytes=round(num_left * BYTES_OF_A_TRIAL),
@@ -145,7 +145,7 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
     epochs = max(0, config.train.epochs - done.num_epochs)
     [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     cost = Cost(
-        num_rows=_num_train_rows(config, size) + size.rows["val"],
+        num_rows=_num_train_rows(config, size) + size.num_rows["val"],
         num_steps=epochs * _steps_per_epoch(config, size),
         multiply_adds=epochs * _epoch_macs(config, size, found),
         disk_bytes=_checkpoint_bytes(config, found, num_there=done.num_epochs),
@@ -173,7 +173,7 @@ def cost_of_evaluate(
     """One forward pass of each test row, in one process with all cores."""
     if size is None:
         return UNKNOWN
-    num_rows = size.rows["test"]
+    num_rows = size.num_rows["test"]
     [found] = calibrate([_job(config, size)], config.execution.cpus_per_worker, _num_train_copies(config))
     cost = Cost(num_rows=num_rows, multiply_adds=num_rows * found.multiply_adds, disk_bytes=round(BYTES_OF_A_REPORT))
     if found.fault:
@@ -218,11 +218,11 @@ def _num_trials_at_once(config: PipelineConfig, size: DataSize, num_left: int) -
 
     node = node_here(config) | {"GPU": torch.cuda.device_count()}
     job = _job(config, size, is_timed=False)
-    return min(most, room_for_trials(config, stand_in(job, rows=size.rows), [node]).num_trials)
+    return min(most, room_for_trials(config, stand_in(job, num_rows=size.num_rows), [node]).num_trials)
 
 
 def _num_train_rows(config: PipelineConfig, size: DataSize) -> int:
-    return min(config.train.num_rows or size.rows["train"], size.rows["train"])
+    return min(config.train.num_rows or size.num_rows["train"], size.num_rows["train"])
 
 
 def _steps_per_epoch(config: PipelineConfig, size: DataSize) -> int:
@@ -232,12 +232,12 @@ def _steps_per_epoch(config: PipelineConfig, size: DataSize) -> int:
 def _epoch_macs(config: PipelineConfig, size: DataSize, found: Calibration) -> int:
     """Of training and validation, exactly: rows that do not fill a batch are left out of an epoch."""
     num_trained = _steps_per_epoch(config, size) * config.train.batch_size
-    return found.multiply_adds * (FORWARDS_PER_STEP * num_trained + size.rows["val"])
+    return found.multiply_adds * (FORWARDS_PER_STEP * num_trained + size.num_rows["val"])
 
 
 def _epoch_seconds(config: PipelineConfig, size: DataSize, found: Calibration) -> float:
-    val_rows = math.ceil(size.rows["val"] / config.execution.num_workers)
-    return _steps_per_epoch(config, size) * found.step_seconds + val_rows * found.score_seconds
+    num_val_rows = math.ceil(size.num_rows["val"] / config.execution.num_workers)
+    return _steps_per_epoch(config, size) * found.step_seconds + num_val_rows * found.score_seconds
 
 
 def _epoch_seconds_by_macs(config: PipelineConfig, size: DataSize, found: Sequence[Calibration]) -> list[float] | None:
@@ -252,12 +252,14 @@ def _epoch_seconds_by_macs(config: PipelineConfig, size: DataSize, found: Sequen
 
 def _process_bytes(config: PipelineConfig, size: DataSize, found: Sequence[Calibration]) -> int:
     """Of the process that trains the largest network, rows included; on a GPU, of its tensors."""
-    rows = (_num_train_rows(config, size) + size.rows["val"]) * size.image_bytes
+    bytes_of_rows = (_num_train_rows(config, size) + size.num_rows["val"]) * size.image_bytes
     is_streaming = config.execution.loader == "streaming" or (
-        config.execution.loader == "auto" and rows > config.execution.resident_megabytes * 1_000_000
+        config.execution.loader == "auto" and bytes_of_rows > config.execution.resident_megabytes * 1_000_000
     )
     around = 0.0 if config.execution.use_gpu else BYTES_OF_RAY_WORKER
-    return round(max(each.peak_bytes for each in found) + (BYTES_OF_A_WINDOW if is_streaming else rows) + around)
+    return round(
+        max(each.peak_bytes for each in found) + (BYTES_OF_A_WINDOW if is_streaming else bytes_of_rows) + around
+    )
 
 
 def _checkpoint_bytes(config: PipelineConfig, found: Calibration, *, num_there: int = 0) -> int:

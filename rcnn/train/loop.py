@@ -92,8 +92,8 @@ def fit(
         num_ranks=num_ranks,
     )
     while state.epoch < config.train.epochs and not (state.history and pace.is_over()):
-        # Each epoch's dropout depends on its number and the rank alone: a resumed run draws what the first one would have
-        # drawn. It is the one thing in which another number of ranks differs.
+        # Each epoch's dropout depends only on its number and the rank: a resumed run draws what the first one would have
+        # drawn. It is the only thing that another number of ranks changes.
         torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
         position = copy.deepcopy(state.position()) if max_seconds else None
         metrics, num_steps = train_epoch(state, network, loader, execution, pace, on_progress)

@@ -149,11 +149,11 @@ def test_a_checkpoint_has_the_predicted_size(tiny_config: PipelineConfig, digits
 def test_official_data_is_counted_before_ingest_as_ingest_counts_it(digits: IngestResult) -> None:
     size = size_before_ingest(DataConfig(source="mnist-sample", test_fraction=0.1, val_fraction=0.1))
     assert size is not None
-    assert dict(size.rows) == digits.rows
+    assert dict(size.num_rows) == digits.rows
     assert set(OFFICIAL) == set(SOURCES) - {"folder", "parquet"}
     extra = size_before_ingest(DataConfig(source="svhn", svhn_extra=True))
     assert extra is not None
-    assert extra.num_rows == 73_257 + 26_032 + 531_131
+    assert extra.num_rows_in_all == 73_257 + 26_032 + 531_131
 
 
 def test_ones_own_images_are_known_after_ingest(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_ones_own_images_are_known_after_ingest(tmp_path: Path) -> None:
     bill = bill_of(config)
     assert not bill.is_complete
     assert "train: rows and image size are known after ingest" in bill.lines()
-    assert bill.rows()[-1]["state"] == "at least"
+    assert bill.table()[-1]["state"] == "at least"
 
 
 def test_a_calibration_counts_exactly_and_is_kept(tiny_config: PipelineConfig, tmp_path: Path) -> None:
