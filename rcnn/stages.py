@@ -93,6 +93,10 @@ def _fingerprint(config: PipelineConfig, results: Results) -> list[str]:
     return [fingerprint(config.data)]
 
 
+def _data_digest(config: PipelineConfig, results: Results) -> list[str]:
+    return [results["ingest"].digest]
+
+
 def _source_module(config: PipelineConfig) -> list[str]:
     from rcnn.data.sources import SOURCES
 
@@ -139,7 +143,7 @@ STAGES: dict[str, Stage] = {
             "tune.reduction_factor", "tune.num_rows", "-train.epochs", "-train.max_minutes",
         ),
         unread=lambda config: ("train.num_rows",) if config.tune.num_rows else (),
-        identity=lambda config, results: [results["ingest"].digest],
+        identity=_data_digest,
         purpose=lambda config: (
             f"up to {counted(config.tune.num_trials, 'trial')} of up to {counted(config.tune.epochs, 'epoch')}"
         ),
@@ -158,7 +162,7 @@ STAGES: dict[str, Stage] = {
         cost="rcnn.plan.costs:cost_of_train",
         progress="rcnn.plan.progress:progress_of_train",
         settings=("model", "train", "augment", "seed", "-train.max_minutes"),
-        identity=lambda config, results: [results["ingest"].digest],
+        identity=_data_digest,
         purpose=_training_in_words,
         folder="runs",
         label=lambda config: "train",
