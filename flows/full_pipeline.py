@@ -18,9 +18,9 @@ from flows.stages import task_of
 from rcnn.config import PipelineConfig
 from rcnn.progress import say, show_on_screen
 from rcnn.recipes import demo
-from rcnn.registry.answers import remember_model
 from rcnn.stages import (
     Parent,
+    end_pipeline,
     finished,
     finished_pipeline,
     nothing_to_do,
@@ -48,8 +48,7 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False) -> dict[
     with _log_in_prefect(), _pipeline_run(config, fresh) as parent:
         for name in planned(config):
             trees[name] = _run_task(config, name, trees, fresh, parent)
-    if "register" in trees:
-        remember_model(config, trees["register"]["model_name"])
+    end_pipeline(config, results_from_json(trees))
     return trees
 
 

@@ -78,7 +78,7 @@ def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
 
 def _mark_of(job_id: str, flow_run_id: str) -> str:
     """The file that marks that this flow run submitted the job or attached to it."""
-    return f"{_result_folder(job_id)}/followed-by-{flow_run_id or 'nobody'}"
+    return f"{_result_folder(job_id)}/followed-by-{flow_run_id or 'no-flow-run'}"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rcnn import __version__
+from rcnn.completion import SHELLS
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 from rcnn.stages import STAGES
 from rcnn.text import printable
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more, as after `| head`; what is left of it then goes nowhere."""
+    """Whether the reader of standard output has closed it, as `| head` does; the rest of the output is then discarded."""
     output = select.poll()
     output.register(sys.stdout, select.POLLOUT)
     is_gone = any(event & select.POLLERR for _, event in output.poll(0))
@@ -98,12 +99,18 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the only registered model)",
     )
     registry = _add(commands, "registry", _registry, "list the versions of models, or promote one", config=True)
-    registry.add_argument("--model", metavar="NAME", default="", help="this model alone")
+    registry.add_argument("--model", metavar="NAME", default="", help="only this model")
     registry.add_argument("--promote", type=int, metavar="VERSION", help="make this version the champion")
     _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
     show.add_argument("--json", action="store_true", help="as one line of JSON, e.g. for a flow's parameter")
-    show.add_argument("--explain", action="store_true", help="each setting with its meaning and bounds")
+    show.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="SETTING",
+        help="a setting, or those of a section (default: all), with meaning and bounds",
+    )
     show.add_argument(
         "--diff",
         nargs=2,
@@ -113,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "recipes", _recipes, "list the named configs, with what each costs and reaches")
     _add(commands, "sources", _sources, "list the data sets, with what each needs")
     completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+    completion.add_argument("shell", choices=SHELLS, help="the shell")
     return parser
 
 
@@ -134,7 +141,7 @@ def _add_data(commands: Any) -> None:
         )
         if name == "show":
             action.add_argument(
-                "--class", action="append", default=[], metavar="NAME", dest="classes", help="draw this class alone"
+                "--class", action="append", default=[], metavar="NAME", dest="classes", help="draw only this class"
             )
     action.add_argument("--format", choices=["huggingface"], default="huggingface", help="the layout")
     action.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a folder that does not exist yet")
@@ -235,7 +242,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(bill.as_json(), indent=2))
         return
-    _print_table(bill.rows(), title=f"plan: {config.recipe}")
+    _print_table(bill.table(), title=f"plan: {config.recipe}")
     for line in bill.lines():
         print(printable(f"  {line}"))
     print(f"\n{'Nothing is left to run. This shows the results:' if bill.is_done else 'Next:'}")
@@ -262,8 +269,8 @@ def _stage(options: argparse.Namespace) -> None:
         stages.require_same_code(config, options.stage, code)
         result = stages.run_stage(config, options.stage, results, fresh=options.fresh, parent=parent)
     except RcnnError as error:
-        told = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
-        Storage(config.storage).write_json(options.result, {"error": told | {"retryable": error.retryable}})
+        tree = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
+        Storage(config.storage).write_json(options.result, {"error": tree | {"retryable": error.retryable}})
         raise
     Storage(config.storage).write_json(options.result, {"result": result.model_dump(mode="json")})
 
@@ -323,12 +330,12 @@ def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
         yield found
 
 
-def _with_bar(items: Iterator[Any], total: int, unit: str) -> Iterator[Any]:
+def _with_bar(items: Iterator[Any], num_items: int, unit: str) -> Iterator[Any]:
     """The items, with a bar where they go to a file and a person watches."""
     from tqdm import tqdm
 
     is_watched = sys.stderr.isatty() and not sys.stdout.isatty()
-    return iter(tqdm(items, total=total, unit=unit, leave=False, disable=not is_watched))
+    return iter(tqdm(items, total=num_items, unit=unit, leave=False, disable=not is_watched))
 
 
 def _registry(options: argparse.Namespace) -> None:
@@ -453,10 +460,12 @@ def _data_export(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    if options.explain:
+    if options.explain is not None:
         from rcnn.settings import explain_settings
 
-        _print_table(explain_settings(), title="settings")
+        is_asked = options.recipe is not None or options.config is not None or options.set
+        config = _resolve(options) if is_asked else None
+        _print_table(explain_settings(options.explain, config), title="settings")
         return
     config = _resolve(options)
     if options.diff:

@@ -8,13 +8,6 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import shtab
-
-from rcnn.recipes import RECIPES
-from rcnn.settings import setting_names
-
-SHELLS = ("bash", "zsh", "fish")
-
 # What the shells run to list recipes and settings. A setting is completed up to its `=`, without a space behind it.
 FUNCTIONS = {
     "bash": """
@@ -36,7 +29,9 @@ function _rcnn_settings
 end
 """,
 }
-# shtab calls the functions above in a subshell, from which bash cannot be told to leave out the space.
+SHELLS = tuple(FUNCTIONS)
+
+# shtab calls the functions above in a subshell, from which bash's option to leave out the space cannot be set.
 WITHOUT_SPACE = """
 _rcnn_complete() {
   _shtab_rcnn "$@"
@@ -50,18 +45,22 @@ CONFIG_NAMES = {
 }  # fmt: skip
 RECIPE_NAMES = {"bash": "_rcnn_recipes", "zsh": "_rcnn_recipes", "fish": "(_rcnn_recipes)"}
 SETTING_NAMES = {"bash": "_rcnn_settings", "zsh": "_rcnn_settings", "fish": "(_rcnn_settings)"}
-COMPLETED = {
-    "recipe": RECIPE_NAMES, "set": SETTING_NAMES, "config": shtab.FILE, "images": shtab.FILE, "to": shtab.DIRECTORY,
-    "diff": CONFIG_NAMES,
-}  # fmt: skip
-"""How the values of an argument are completed, by the argument's destination."""
 
 
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script that makes `shell`, one of `SHELLS`, complete the command that `parser` reads."""
+    import shtab  # late, as are the names: the command line imports this module for `SHELLS`
+
+    from rcnn.recipes import RECIPES
+    from rcnn.settings import setting_names
+
+    completed = {  # how the values of an argument are completed, by the argument's destination
+        "recipe": RECIPE_NAMES, "set": SETTING_NAMES, "config": shtab.FILE, "images": shtab.FILE, "to": shtab.DIRECTORY,
+        "diff": CONFIG_NAMES,
+    }  # fmt: skip
     for action in _actions(parser):
-        if action.dest in COMPLETED:
-            action.complete = COMPLETED[action.dest]  # type: ignore[attr-defined]
+        if action.dest in completed:
+            action.complete = completed[action.dest]  # type: ignore[attr-defined]
     functions = (
         FUNCTIONS[shell].replace("@RECIPES@", " ".join(RECIPES)).replace("@SETTINGS@", " ".join(setting_names()))
     )

@@ -505,6 +505,10 @@ class PipelineConfig(Section):
             if (name in wanted or name.partition(".")[0] in wanted) and f"-{name}" not in names
         }
 
+    def value_of(self, name: str) -> Any:
+        """The value of one setting by its dotted name."""
+        return functools.reduce(getattr, name.split("."), self)
+
     def with_settings(self, settings: Mapping[str, Any]) -> "PipelineConfig":
         """A copy with dotted settings changed, e.g. `{"model.k": 64}`, and all bounds checked again."""
         return lay(self, [{name: Given(value, "settings") for name, value in settings.items()}])
@@ -525,8 +529,4 @@ class PipelineConfig(Section):
         placing = {name: value for name, value in environ.items() if name.upper().startswith(places)}
         layer = environment_layer(PipelineConfig, placing)
         default = PipelineConfig()
-        return lay(self, [{n: given for n, given in layer.items() if _value(self, n) == _value(default, n)}])
-
-
-def _value(config: PipelineConfig, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), config)
+        return lay(self, [{n: given for n, given in layer.items() if self.value_of(n) == default.value_of(n)}])

@@ -1,10 +1,8 @@
 """Compares two configs, wherever each stands: a recipe, a file, or the config that lies beside a trained model."""
 
-import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ConfigError
@@ -47,7 +45,7 @@ def find_config(name: str, storage: Storage) -> PipelineConfig:
 
 def differences(ours: PipelineConfig, theirs: PipelineConfig) -> list[tuple[str, str, str]]:
     """Each setting that differs: its dotted name and both values, as they would be typed."""
-    pairs = ((name, _value(ours, name), _value(theirs, name)) for name in setting_names())
+    pairs = ((name, ours.value_of(name), theirs.value_of(name)) for name in setting_names())
     return [(name, as_typed(our), as_typed(their)) for name, our, their in pairs if our != their]
 
 
@@ -81,7 +79,3 @@ def _text_of(file: Path) -> str | None:
         return file.read_text(encoding="utf-8") if file.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("cannot be read", where=str(file), remedy="Check its permissions") from error
-
-
-def _value(config: PipelineConfig, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), config)

@@ -51,12 +51,6 @@ def code_of(modules: Iterable[str]) -> Code:
     return dict(sorted(found.items()))
 
 
-def clear_caches() -> None:
-    """Makes the next call read the code again, for processes that outlive an edit of the code, such as notebooks."""
-    _digest_of.cache_clear()
-    _imports_of.cache_clear()
-
-
 def differing(ours: Code, theirs: Code) -> list[str]:
     """The modules in which two versions of the code differ."""
     return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

@@ -83,7 +83,7 @@ class _Reader:
         self.stop = threading.Event()
 
     def run(self) -> None:
-        """Reads until told to stop."""
+        """Reads until `stop` is set."""
         while not self.stop.wait(SECONDS_BETWEEN_READS):
             self.read()
 

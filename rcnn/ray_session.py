@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Ray reads these when it is imported. Reports take 0.1 s instead of 2; the others end noise on the driver's screen, and
-# files of metrics that nobody reads.
+# unused files of metrics.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -47,7 +47,7 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
             else:
                 say("  starting Ray on this machine ...")
                 _stay_on_loopback()
-                # Nobody preempts a machine of one's own, and watching for it takes 10 s of each training's start.
+                # A local machine is not preempted, and watching for it takes 10 s of each training's start.
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 # Without its dashboard, Ray complains every few seconds that its State API is away.
                 ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=True, **quiet)
@@ -110,8 +110,15 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def node_here(config: PipelineConfig) -> dict[str, float]:
+    """Cores, and bytes of memory without the object store, that Ray would count if it were started on this machine now."""
+    available = ray._private.utils.estimate_available_memory()
+    memory = available - ray._private.utils.resolve_object_store_memory(available)
+    return {"CPU": config.ray.num_cpus or ray._private.utils.get_num_cpus(), "memory": memory}
+
+
 def require_room(config: PipelineConfig, *, num_cpus: int, num_gpus: float, settings: str) -> None:
-    """Checks that cores and GPUs can be had: Ray would wait for ever for what its own machine does not have.
+    """Checks that cores and GPUs can be had: a local Ray waits without end for what its machine does not have.
 
     Raises:
         ClusterError: they cannot; where Ray runs on a cluster, which may still grow, a line says so instead.

@@ -3,7 +3,7 @@
 Each docstring says in a line what the recipe is for, and then what it costs and what it reaches, with the machine on which
 that was measured. Each is run by `rcnn pipeline --recipe NAME`.
 
-The experiments of the paper differ in data set, network and size alone, so `paper_recipe` composes them.
+The experiments of the paper differ only in data set, network and size, so `paper_recipe` composes them.
 """
 
 import difflib
@@ -177,14 +177,19 @@ def _paper_augment(augmented: bool, model: ModelConfig) -> AugmentConfig:
     return AugmentConfig(flip=augmented, max_shift=4 if augmented and not model.crop else 0)
 
 
-def _paper_training(network: str, epochs: int) -> TrainConfig:
+def _paper_training(network: str, num_epochs: int) -> TrainConfig:
     if network == "rcnn_bn":  # as the re-implementation says, its 200 epochs included
         return TrainConfig(
-            epochs=2 * epochs, batch_size=64, learning_rate=0.1, nesterov=True, weight_decay=1e-4, plateau_patience=10
+            epochs=2 * num_epochs,
+            batch_size=64,
+            learning_rate=0.1,
+            nesterov=True,
+            weight_decay=1e-4,
+            plateau_patience=10,
         )
     if network in BASELINES:  # ours: their published updates need images that are contrast-normalised and whitened
-        return TrainConfig(epochs=epochs, batch_size=64, learning_rate=0.01, weight_decay=5e-4, plateau_patience=5)
-    return TrainConfig(epochs=epochs, batch_size=64, learning_rate=0.01, plateau_patience=5, clip_norm=2.0)
+        return TrainConfig(epochs=num_epochs, batch_size=64, learning_rate=0.01, weight_decay=5e-4, plateau_patience=5)
+    return TrainConfig(epochs=num_epochs, batch_size=64, learning_rate=0.01, plateau_patience=5, clip_norm=2.0)
 
 
 GROUPS: dict[str, tuple[Recipe, ...]] = {

@@ -1,7 +1,7 @@
 """What each stage hands to the next: small references that go through JSON, in the order of the pipeline. Never tensors."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, RootModel
 
@@ -21,6 +21,22 @@ class StageResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mlflow_run_id: str = ""
+    seconds: float = 0.0
+    """Of this stage, since the last resumption; 0: made before this was kept."""
+    predicted_seconds: float = 0.0
+    """The same, as predicted before it, or after its first steps; 0: not predicted."""
+
+    @property
+    def duration(self) -> str:
+        """The stage's time beside the prediction."""
+        predicted = f" ({self.predicted_seconds:.0f} s predicted)" if self.predicted_seconds else ""
+        return f"{self.seconds:.0f} s{predicted}"
+
+    def timed(self, seconds: float, predicted_seconds: float) -> Self:
+        """A copy with the stage's time and its prediction, unless the stage measured or predicted its own."""
+        times = {"seconds": self.seconds or round(seconds, 1)}
+        times["predicted_seconds"] = self.predicted_seconds or round(predicted_seconds, 1)
+        return self.model_copy(update=times)
 
     def applied_to(self, config: PipelineConfig) -> PipelineConfig:
         """The config for the stages behind this one."""
@@ -162,7 +178,8 @@ class TuneResult(StageResult):
         ended = f"; the search ended after {self.minutes_allowed:g} min" if self.minutes_allowed else ""
         details = f" ({others}{ended})" if others or ended else ""
         grid = f" (the grid has {self.num_grid_points:,} points)" if self.num_grid_points > self.num_trials else ""
-        return {"best trial": f"{self.best_trial} of {self.num_trials}{grid}: {self.best!s}, {error}{details}"}
+        best = {"best trial": f"{self.best_trial} of {self.num_trials}{grid}: {self.best!s}, {error}{details}"}
+        return best | ({"search": self.duration} if self.seconds else {})
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each trial."""
@@ -184,10 +201,6 @@ class TrainResult(StageResult):
     """A fraction where a time limit ended the last one early."""
     num_parameters: int
     images_per_second: float
-    seconds: float
-    """Of this stage, since the last resumption."""
-    predicted_seconds: float = 0.0
-    """The same, as predicted after the first steps; 0: not predicted, since there was nothing left to train."""
     peak_bytes: int = 0
     """Most memory of the first worker: its process, or the tensors on its GPU."""
     predicted_peak_bytes: int = 0
@@ -209,12 +222,6 @@ class TrainResult(StageResult):
         """Also the validation error."""
         best = f"{100 * self.val_error:.2f} % (epoch {self.best_epoch:g} of {self.epochs:g})"
         return {"validation error": best} | super().figures()
-
-    @property
-    def duration(self) -> str:
-        """The stage's time beside the prediction."""
-        predicted = f" ({self.predicted_seconds:.0f} s predicted)" if self.predicted_seconds else ""
-        return f"{self.seconds:.0f} s{predicted}"
 
     @property
     def memory(self) -> str:
@@ -247,6 +254,11 @@ class EvaluateResult(StageResult):
         """Share of the test rows that were classified wrongly."""
         return self.metrics["error"]
 
+    @property
+    def inference(self) -> str:
+        """The speed of scoring, and the time of the stage beside the prediction."""
+        return f"{self.images_per_second:,.0f} images/s" + (f", {self.duration}" if self.seconds else "")
+
     def written_metrics(self) -> dict[str, str]:
         """The metrics by label, as people read them."""
         written = written_metrics(self.metrics, "test")
@@ -256,7 +268,7 @@ class EvaluateResult(StageResult):
         """The metrics on all test rows, and where the report is."""
         return {
             **self.written_metrics(),
-            "inference": f"{self.images_per_second:,.0f} images/s",
+            "inference": self.inference,
             "report": locate(f"{self.folder}/report.md"),
         }
 

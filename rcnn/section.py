@@ -198,10 +198,29 @@ def unknown_setting(
         return ConfigError(f"{name!r} is a section and has no value of its own", where=origin, remedy=remedy)
     if new_name := getattr(tree, "moved", {}).get(name):
         return ConfigError(f"{name!r} is now called {spell(new_name)}", where=origin, remedy="Use that name")
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f"Did you mean {spell(near[0])}? " if near else ""
+    near = _nearest(name.lower(), names)
+    hint = f"Did you mean {spell(near)}? " if near else ""
     remedy = f"{hint}`rcnn config --explain` lists them all"
     return ConfigError(f"there is no setting {shown(name)}", where=origin, remedy=remedy)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The setting that was probably meant; empty if none is near.
+
+    Within the section, if there is one of that name: by the field or its initials, so that `train.lr` is
+    `train.learning_rate`. Then a field of that name in another section, and only then any similar name.
+    """
+    section, _, field = name.rpartition(".")
+    inside = {
+        known.removeprefix(f"{section}."): known for known in names if section and known.startswith(f"{section}.")
+    }
+    by_initials = {"".join(word[0] for word in known.split("_")): known for known in inside}
+    similar = difflib.get_close_matches(field, inside, n=1, cutoff=0.5)
+    if found := by_initials.get(field) or next(iter(similar), ""):
+        return inside[found]
+    if found := next((known for known in names if known.endswith(f".{field}")), ""):
+        return found
+    return "" if inside else next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), "")
 
 
 def value_of(field: FieldInfo, value: Any, name: str) -> Any:
@@ -323,8 +342,8 @@ def _error_of(error: ValidationError, tree: type[BaseModel], layers: Sequence[La
     what = _fault(first, at, field) if field else f"{at}{mark}{message}".strip(" .")
     origins = {name: _origin_of(name, layers, base_origin) for name in involved}
     if len(set(filter(None, origins.values()))) > 1:
-        told = ", ".join(f"{name} from {origin}" for name, origin in origins.items() if origin)
-        what = f"{what} ({told})"
+        sources = ", ".join(f"{name} from {origin}" for name, origin in origins.items() if origin)
+        what = f"{what} ({sources})"
     num_wrong = len({tuple(filter(_is_name, each["loc"])) for each in error.errors()})
     if num_wrong > 1:
         what += f" ({counted(num_wrong - 1, 'more wrong setting')})"

@@ -105,17 +105,30 @@ def setting_names() -> Iterator[str]:
     return names_in(PipelineConfig)
 
 
-def explain_settings() -> list[dict[str, str]]:
-    """Each setting with its default, bounds and meaning."""
+def explain_settings(name: str = "", config: PipelineConfig | None = None) -> list[dict[str, str]]:
+    """Each setting with its default, bounds and meaning, and its value in `config` if there is one.
+
+    Args:
+        name: a setting, or a section; empty: all.
+        config: a resolved config.
+
+    Raises:
+        ConfigError: there is no setting or section of this name.
+    """
+    fields = {each: field for each, field in fields_of(PipelineConfig) if each != "recipe"}
+    wanted = [each for each in fields if not name or each == name or each.startswith(f"{name}.")]
+    if not wanted:
+        raise unknown_setting(PipelineConfig, name, "--explain")
+    values = {each: {"value": as_typed(config.value_of(each))} if config else {} for each in wanted}
     return [
         {
-            "setting": name,
-            "default": as_typed(field.get_default()),
-            "bounds": limits_of(field),
-            "meaning": field.description or "",
+            "setting": each,
+            "default": as_typed(fields[each].get_default()),
+            **values[each],
+            "bounds": limits_of(fields[each]),
+            "meaning": fields[each].description or "",
         }
-        for name, field in fields_of(PipelineConfig)
-        if name != "recipe"
+        for each in wanted
     ]
 
 

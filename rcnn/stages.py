@@ -23,6 +23,7 @@ from rcnn.text import counted
 if TYPE_CHECKING:
     from rcnn.config import PipelineConfig
     from rcnn.results import StageResult
+    from rcnn.tracking import Tracker
 
 Results = dict[str, Any]
 """The results so far, by stage."""
@@ -38,12 +39,15 @@ class Stage:
         result: `module:class` of what it hands on, a `StageResult`.
         takes: the earlier stages whose results it is given.
         settings: sections and settings that its result depends on; those after a minus do not count.
+        unread: those of them that another setting overrides in this config.
         identity: what its result depends on besides, as text: the digests of what it reads.
         purpose: what it is about to do, in a line.
         folder: where its folders lie.
         label: the beginning of its folder's name.
         whole: a file that is there when the stage is done, besides its result; empty: none.
-        cost: `module:function` that predicts what it takes, for `rcnn plan`; empty: nothing is known.
+        cost: `module:function` that predicts what it takes, or what is left of it (see `rcnn/plan/costs.py`); empty: nothing
+            is known.
+        progress: `module:function` that says how far an unfinished one has come, given config and folder; empty: unknown.
         check: `module:function` that says whether a result still stands, given config, result and folder; empty: it does.
         modules: where its code is found, besides `run`: modules that are imported by name at run time.
         has_run: whether it has an MLflow run of its own.
@@ -51,6 +55,7 @@ class Stage:
         always_on_ray: whether it always runs on Ray's workers, on one machine too.
         replaces_whole: whether `--fresh` keeps the old result until the new one is complete; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
+        at_end: `module:function` to call at the end of a pipeline, with the config and the result; empty: none.
     """
 
     help: str
@@ -62,8 +67,10 @@ class Stage:
     purpose: Callable[[PipelineConfig], str]
     folder: str
     label: Callable[[PipelineConfig], str]
+    unread: Callable[[PipelineConfig], tuple[str, ...]] = lambda config: ()
     whole: str = ""
     cost: str = ""
+    progress: str = ""
     check: str = ""
     modules: Callable[[PipelineConfig], list[str]] = lambda config: []
     has_run: bool = True
@@ -71,6 +78,7 @@ class Stage:
     always_on_ray: bool = False
     replaces_whole: bool = False
     is_planned: Callable[[PipelineConfig], bool] = lambda config: True
+    at_end: str = ""
 
 
 def _decodes_images(config: PipelineConfig) -> bool:
@@ -83,6 +91,10 @@ def _fingerprint(config: PipelineConfig, results: Results) -> list[str]:
     from rcnn.data.sources import fingerprint
 
     return [fingerprint(config.data)]
+
+
+def _data_digest(config: PipelineConfig, results: Results) -> list[str]:
+    return [results["ingest"].digest]
 
 
 def _source_module(config: PipelineConfig) -> list[str]:
@@ -124,12 +136,14 @@ STAGES: dict[str, Stage] = {
         result="rcnn.results:TuneResult",
         takes=("ingest",),
         cost="rcnn.plan.costs:cost_of_tune",
+        progress="rcnn.plan.progress:progress_of_tune",
         settings=(
             "model", "train", "augment", "seed",
             "tune.space", "tune.search", "tune.early_stopping", "tune.epochs", "tune.grace_epochs",
             "tune.reduction_factor", "tune.num_rows", "-train.epochs", "-train.max_minutes",
         ),
-        identity=lambda config, results: [results["ingest"].digest],
+        unread=lambda config: ("train.num_rows",) if config.tune.num_rows else (),
+        identity=_data_digest,
         purpose=lambda config: (
             f"up to {counted(config.tune.num_trials, 'trial')} of up to {counted(config.tune.epochs, 'epoch')}"
         ),
@@ -146,8 +160,9 @@ STAGES: dict[str, Stage] = {
         result="rcnn.results:TrainResult",
         takes=("ingest",),
         cost="rcnn.plan.costs:cost_of_train",
+        progress="rcnn.plan.progress:progress_of_train",
         settings=("model", "train", "augment", "seed", "-train.max_minutes"),
-        identity=lambda config, results: [results["ingest"].digest],
+        identity=_data_digest,
         purpose=_training_in_words,
         folder="runs",
         label=lambda config: "train",
@@ -187,8 +202,13 @@ STAGES: dict[str, Stage] = {
         check="rcnn.registry.known_versions:has_version",
         has_run=False,  # the model goes to its training run
         on_cluster=lambda config: False,
+        at_end="rcnn.registry.register:remember_registered",
     ),
 }  # fmt: skip
+
+
+FORECAST = "rcnn.plan.forecast:forecast_seconds"
+"""Predicts the time of a stage that is about to run."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +249,7 @@ def made_of(config: PipelineConfig, name: str, results: Results) -> dict[str, An
     stage = STAGES[name]
     config = effective_config(config, name, results)
     return {
-        "settings": config.values_of(*stage.settings),
+        "settings": config.values_of(*stage.settings, *(f"-{name}" for name in stage.unread(config))),
         "inputs": stage.identity(config, results),
         "code": stage_code(config, name),
     }
@@ -341,11 +361,10 @@ def run_stage(
         target.storage.delete(target.name)
     config = effective_config(config, name, results)
     say(f"{name}: {STAGES[name].purpose(config)}")
-    started = time.perf_counter()
     result = _run_tracked(config, name, results, target, fresh, parent or Parent())
     target.storage.write_json(target.path(MADE_OF), made_of(config, name, results))
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
-    say(f"{name}: done in {time.perf_counter() - started:.0f} s")
+    say(f"{name}: done in {result.duration}")
     return result
 
 
@@ -360,6 +379,13 @@ def run_pipeline_until(config: PipelineConfig, last: str, *, fresh: bool = False
     for name in planned(config, last):
         results[name] = run_stage(config, name, results, fresh=fresh and name == last)
     return results
+
+
+def end_pipeline(config: PipelineConfig, results: Results) -> None:
+    """Calls what the stages' rows want done after the last stage, when the run above them has ended too."""
+    for name, result in results.items():
+        if STAGES[name].at_end:
+            imported(STAGES[name].at_end)(config, result)
 
 
 def results_from_json(trees: Mapping[str, Any]) -> Results:
@@ -392,21 +418,33 @@ def _run_tracked(
     from rcnn.tracking import NoTracker, finish_failed
 
     stage = STAGES[name]
-    run = imported(stage.run)
-    inputs = [results[taken] for taken in stage.takes]
     if not stage.has_run:
-        return run(config, *inputs, target, NoTracker())  # type: ignore[no-any-return]
+        return _run_timed(config, name, results, target, NoTracker())
     tags = dict(parent.tags)
     for result in results.values():
         tags |= result.tags()
     tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=tags, fresh=fresh)
     try:
-        result = run(config, *inputs, target, tracker)
+        result = _run_timed(config, name, results, target, tracker)
     except BaseException:
         finish_failed(tracker)
         raise
     tracker.finish()
     return result.model_copy(update={"mlflow_run_id": tracker.run_id})  # type: ignore[no-any-return]
+
+
+def _run_timed(
+    config: PipelineConfig, name: str, results: Results, target: StageFolder, tracker: Tracker
+) -> StageResult:
+    """Runs a stage; its time and the prediction go to its result and, unless it sends its own, to MLflow."""
+    stage = STAGES[name]
+    run, predicted = imported(stage.run), imported(FORECAST)(config, name, results, target)
+    started = time.perf_counter()
+    result: StageResult = run(config, *(results[taken] for taken in stage.takes), target, tracker)
+    times = {"seconds": time.perf_counter() - started, "predicted_seconds": predicted}
+    if not result.seconds:
+        tracker.log_metrics({f"perf/{each}": value for each, value in times.items() if value})
+    return result.timed(**times)
 
 
 def imported(path: str) -> Any:

@@ -1,7 +1,7 @@
 """How a stage reports progress, whatever records it.
 
 Stages get a `Tracker` handed in and never import MLflow; `registry/mlflow_store.py` holds the one that writes to it. The
-driver alone tracks: workers send their numbers to it (one writer, so SQLite is enough, and no credential leaves the driver).
+driver is the only writer: workers send their numbers to it (so SQLite is enough, and no credential leaves the driver).
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class Tracker(Protocol):
 
 
 def finish_failed(tracker: Tracker) -> None:
-    """Ends a run whose work failed; if that cannot be told, the failure itself is still the error to raise."""
+    """Ends a run whose work failed; if MLflow cannot be reached, the failure itself is still the error to raise."""
     try:
         tracker.finish(failed=True)
     except ClusterError as error:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ sys.addaudithook(_refuse_the_users_storage)
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is not a fault
 hypothesis.settings.load_profile("suite")
 
+from rcnn import keys
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import SourceRecord
 from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
@@ -98,6 +99,17 @@ def _users_storage_stays_as_it_is() -> Iterator[None]:
 def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets each test run in a folder of its own: the default storage is `storage` there."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def reread_code() -> Callable[[], None]:
+    """Makes `rcnn.keys` read code again that a test has edited; it reads each module once."""
+
+    def forget() -> None:
+        for read in (keys._digest_of, keys._imports_of):
+            read.cache_clear()
+
+    return forget
 
 
 @pytest.fixture(scope="session")

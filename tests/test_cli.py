@@ -32,6 +32,42 @@ def test_lists_are_printed(command: list[str], capsys: pytest.CaptureFixture[str
     assert len(capsys.readouterr().out.splitlines()) > 4
 
 
+def test_explain_takes_a_setting_or_a_section_and_shows_the_value_of_a_recipe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def rows(*options: str) -> list[list[str]]:
+        assert main(["config", "--explain", *options]) == 0
+        lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        return [[cell.strip() for cell in line] for line in lines if line[0].strip()]
+
+    assert [row[:3] for row in rows("model.k")] == [["model.k", "32", "1 to 2048"]]
+    assert [row[:3] for row in rows("model.k", "--recipe", "cifar10_rcnn96")] == [["model.k", "32", "96"]]
+    assert [row[0] for row in rows("augment")] == ["augment.max_shift", "augment.flip", "augment.cutout"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--explain", "--recipe", "nope"], "there is no recipe 'nope'"),
+        (["--explain", "model.k", "--set", "model.k=0"], "model.k is 0"),
+        (["--explain", "train.lr"], "--explain: there is no setting 'train.lr'. Did you mean 'train.learning_rate'?"),
+    ],
+)
+def test_explain_refuses_what_is_not_there(options: list[str], fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", *options]) == 2
+    error = capsys.readouterr().err
+    assert fault in error
+    assert error.count("\n") == 1
+
+
+def test_explain_works_beside_a_wrong_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RCNN_MODEL__K", "0")  # whose error names this command
+    assert main(["config", "--explain"]) == 0
+    assert "model.k" in capsys.readouterr().out
+
+
 def test_a_wrong_setting_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--set", "model.k=0"]) == 2
     error = capsys.readouterr().err

@@ -2,11 +2,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from rcnn.config import ExecutionConfig, PipelineConfig
 from rcnn.errors import ClusterError, DataError
+from rcnn.plan.costs import PIXELS_PER_SECOND, SECONDS_TO_START_INGEST
+from rcnn.progress import show_on_screen
 from rcnn.recipes import debug_tiny
-from rcnn.results import Choice, EvaluateResult, IngestResult, TrainResult, TuneResult
+from rcnn.results import Choice, EvaluateResult, IngestResult, StageResult, TrainResult, TuneResult
 from rcnn.stages import (
     STAGES,
     effective_config,
@@ -18,6 +21,7 @@ from rcnn.stages import (
     stage_code,
     stage_folder,
 )
+from rcnn.tracking import tracking_uri
 
 pytestmark = pytest.mark.long
 
@@ -89,6 +93,16 @@ def test_a_search_is_named_by_what_its_trials_read() -> None:
     assert folder("tune", results, augment__flip=True) != tune
 
 
+def test_the_rows_of_training_name_a_search_only_where_its_trials_train_on_them() -> None:
+    results: dict[str, object] = {"ingest": DATA}
+    own = folder("tune", results, tune__num_rows=500)
+    assert folder("tune", results, tune__num_rows=500, train__num_rows=64) == own
+    assert folder("tune", results, tune__num_rows=64) != own
+    shared = folder("tune", results, tune__num_rows=0, train__num_rows=500)
+    assert folder("tune", results, tune__num_rows=0, train__num_rows=64) != shared
+    assert folder("train", results, tune__num_rows=500, train__num_rows=64) != folder("train", results)
+
+
 def test_a_job_with_other_code_than_the_drivers_stops_and_names_it() -> None:
     code = stage_code(debug_tiny(), "train")
     require_same_code(debug_tiny(), "train", code)
@@ -131,9 +145,29 @@ def test_a_damaged_or_partial_result_is_no_result(tmp_path: Path) -> None:
     (tmp_path / target.path("_result.json")).write_text("{")
     assert finished(config, "ingest", {}) is None
     again = run_stage(config, "ingest", {})
-    assert again.model_copy(update={"mlflow_run_id": first.mlflow_run_id}) == first
+    assert without_run(again) == without_run(first)
     (tmp_path / target.path("_manifest.json")).unlink()
     assert finished(config, "ingest", {}) is None
+
+
+def without_run(result: StageResult) -> StageResult:
+    """What a result says, whichever run made it."""
+    return result.model_copy(update={"mlflow_run_id": "", "seconds": 0.0})
+
+
+def test_a_result_keeps_the_time_that_the_stage_took_beside_the_prediction(
+    tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config.with_settings({"storage": str(tmp_path)})
+    show_on_screen()
+    result = run_stage(config, "ingest", {})
+    assert finished(config, "ingest", {}) == result
+    assert result.seconds > 0
+    predicted = SECONDS_TO_START_INGEST + 5000 * 28 * 28 / PIXELS_PER_SECOND
+    assert result.predicted_seconds == round(predicted, 1)
+    assert f"ingest: done in {result.seconds:.0f} s (3 s predicted)" in capsys.readouterr().err
+    run = MlflowClient(tracking_uri(config)).get_run(result.mlflow_run_id)
+    assert run.data.metrics["perf/predicted_seconds"] == pytest.approx(predicted)
 
 
 def truncate(shard: Path) -> None:
@@ -184,7 +218,7 @@ def test_fresh_repairs_a_data_set(tmp_path: Path) -> None:
     shard.write_bytes(b"broken")
     again = run_stage(config, "ingest", {}, fresh=True)
     assert shard.read_bytes() == whole
-    assert again.model_copy(update={"mlflow_run_id": ""}) == first.model_copy(update={"mlflow_run_id": ""})
+    assert without_run(again) == without_run(first)
 
 
 @pytest.mark.parametrize("storage", ["file", "file/below"])

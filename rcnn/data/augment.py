@@ -57,13 +57,15 @@ class Augmentation:
         height, width = image_shape
         return (min(self.crop, height), min(self.crop, width)) if self.crop else (height, width)
 
-    def draw(self, rng: np.random.Generator, count: int, image_shape: tuple[int, int]) -> Draws:
-        """Draws the random numbers for `count` images of (H, W)."""
+    def draw(self, rng: np.random.Generator, num_images: int, image_shape: tuple[int, int]) -> Draws:
+        """Draws the random numbers for `num_images` images of (H, W)."""
         height, width = self.window(image_shape)
         room = (image_shape[0] + 2 * self.max_shift - height, image_shape[1] + 2 * self.max_shift - width)
-        offsets = rng.integers(0, np.array(room) + 1, (count, 2))
-        flips = rng.random(count) < 0.5 if self.flip else np.zeros(count, bool)
-        cutouts = rng.integers(0, (height, width), (count, 2)) if self.cutout else np.zeros((count, 2), np.int64)
+        offsets = rng.integers(0, np.array(room) + 1, (num_images, 2))
+        flips = rng.random(num_images) < 0.5 if self.flip else np.zeros(num_images, bool)
+        cutouts = (
+            rng.integers(0, (height, width), (num_images, 2)) if self.cutout else np.zeros((num_images, 2), np.int64)
+        )
         return Draws(offsets, flips, cutouts)
 
     def apply(self, images_NCHW: Tensor, draws: Draws) -> Tensor:

@@ -44,8 +44,8 @@ class Order:
 class Loader(ABC):
     """Shuffled and augmented batches of one rank.
 
-    An epoch has as many steps on every rank, shows no row twice, and follows from (seed, epoch, rank, number of ranks)
-    alone. The rows that do not fill the last batch wait for another epoch.
+    An epoch has equally many steps on every rank, shows no row twice, and depends only on (seed, epoch, rank, number of
+    ranks). The rows that do not fill the last batch are left out of it.
 
     Raises:
         DataError: there are fewer rows than one batch.

@@ -126,7 +126,7 @@ class StoredRows:
 def stored_rows(
     storage: Storage, folder: str, manifest: Manifest, split: str, *, num_rows: int = 0, seed: int = 0
 ) -> StoredRows:
-    """The rows of a split; `num_rows` > 0 keeps so many, as many of each row group as of any other, drawn by `seed`."""
+    """The rows of a split; `num_rows` > 0 keeps that many, equally many of each row group, drawn by `seed`."""
     group = rows_per_group(manifest.image_bytes)
     shards = manifest.splits[split].shards
     segments = [
@@ -225,9 +225,9 @@ class _Window:
     def __len__(self) -> int:
         return len(self.order)
 
-    def after(self, count: int) -> "_Window":
+    def after(self, num_rows: int) -> "_Window":
         """Without the first rows."""
-        return replace(self, order=self.order[count:], draws=self.draws[count:])
+        return replace(self, order=self.order[num_rows:], draws=self.draws[num_rows:])
 
     def take(self, rows: slice) -> _Piece:
         """Some of the rows."""

@@ -1,18 +1,19 @@
 """`rcnn plan`: what each stage would do and cost, as rows for a table and as JSON."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rcnn.config import PipelineConfig
 from rcnn.plan.calibrate import Calibration, Job, calibrations_of
-from rcnn.plan.costs import SECONDS_TO_START_PREFECT, Cost
+from rcnn.plan.costs import SECONDS_TO_START_PREFECT, SECONDS_TO_START_RAY, Calibrate, Cost
 from rcnn.plan.size import size_of
 from rcnn.plan.status import Status, statuses_of
 from rcnn.progress import as_duration
-from rcnn.stages import STAGES, effective_config, imported
-from rcnn.storage import Storage
+from rcnn.results import StageResult
+from rcnn.stages import STAGES, Results, effective_config, imported, stage_folder
+from rcnn.storage import StageFolder, Storage
 
 BUSY = 0.5  # of the cores: above this load, times are too long
 
@@ -63,8 +64,8 @@ class Bill:
         """Whether the time of each stage that runs is predicted."""
         return all(item.cost.seconds is not None for item in self.items if item.status.state != "done")
 
-    def rows(self) -> list[dict[str, str]]:
-        """The table, with the total as its last row."""
+    def table(self) -> list[dict[str, str]]:
+        """A row for each stage, and one for the total."""
         rows = [_row(item.name, item.status.state, item.cost) for item in self.items]
         return rows if self.is_done else [*rows, _row("total", "" if self.is_complete else "at least", self.total)]
 
@@ -93,39 +94,97 @@ def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
     """
     load = os.getloadavg()[0]  # before the timed steps add to it
     statuses, results = statuses_of(config)
-    size = size_of(config, results.get("ingest"))
-    storage = Storage(config.storage)
-    found: dict[str, list[Calibration]] = {}
-
-    def calibrate(jobs: Sequence[Job], num_threads: int, num_copies: int) -> list[Calibration]:
-        asked = repr((*jobs, num_threads, num_copies))
-        if asked not in found:  # train and evaluate ask the same
-            how = {"num_threads": num_threads, "num_copies": num_copies}
-            found[asked] = calibrations_of(jobs, storage, **how, fresh=fresh)
-        return found[asked]
-
+    calibrate = Calibrations(Storage(config.storage), fresh=fresh)
+    on_ray = [name for name, status in statuses.items() if STAGES[name].always_on_ray and status.state != "done"]
     items = []
     for name, status in statuses.items():
         cost = Cost()
-        if status.state != "done" and STAGES[name].cost:
-            of_stage = effective_config(config, name, results)
-            cost = imported(STAGES[name].cost)(of_stage, size, calibrate)
+        if status.state != "done":
+            target = stage_folder(config, name, results) if status.state == "resumes" else None
+            cost = cost_of(config, name, results, calibrate, target)
+        if name in on_ray[:1] and not config.ray.address:
+            cost = after_ray_started(cost)
         items.append(Item(name, status, cost))
-    return Bill(tuple(items), tuple(_notes_on(config, statuses, load)) if found else ())
+    notes = (*_notes_on(config, load), *_notes_on_choices(items)) if calibrate.was_asked else ()
+    return Bill(tuple(items), notes)
 
 
-def _notes_on(config: PipelineConfig, statuses: dict[str, Status], load: float) -> list[str]:
+class Calibrations:
+    """Calibrations for the cost functions; train and evaluate ask for the same one.
+
+    Args:
+        storage: keeps them.
+        fresh: whether to time again what was timed before.
+    """
+
+    def __init__(self, storage: Storage, *, fresh: bool = False):
+        self.storage, self.fresh = storage, fresh
+        self._found: dict[str, list[Calibration]] = {}
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether any figure rests on timed steps."""
+        return bool(self._found)
+
+    def __call__(self, jobs: Sequence[Job], num_threads: int, num_copies: int) -> list[Calibration]:
+        """See `Calibrate` in `costs.py`."""
+        asked = repr((*jobs, num_threads, num_copies))
+        if asked not in self._found:
+            how = {"num_threads": num_threads, "num_copies": num_copies}
+            self._found[asked] = calibrations_of(jobs, self.storage, **how, fresh=self.fresh)
+        return self._found[asked]
+
+
+def cost_of(
+    config: PipelineConfig, name: str, results: Results, calibrate: Calibrate, target: StageFolder | None = None
+) -> Cost:
+    """What a stage costs by its row, without Ray's start; unknown where the row has no function for it.
+
+    Args:
+        config: the whole config.
+        name: of the stage.
+        results: those of earlier stages that are there.
+        calibrate: times training steps.
+        target: the folder that the stage resumes in; None where it starts.
+    """
+    if not STAGES[name].cost:
+        return Cost()
+    config = effective_config(config, name, results)
+    cost: Cost = imported(STAGES[name].cost)(config, size_of(config, results), calibrate, target)
+    return cost
+
+
+def after_ray_started(cost: Cost) -> Cost:
+    """The cost of the first stage that needs Ray: starting it takes no core that is not there anyway."""
+    if cost.seconds is None:
+        return cost
+    at_most = cost.seconds_at_most
+    return replace(
+        cost,
+        seconds=cost.seconds + SECONDS_TO_START_RAY,
+        seconds_at_most=None if at_most is None else at_most + SECONDS_TO_START_RAY,
+    )
+
+
+def _notes_on(config: PipelineConfig, load: float) -> list[str]:
     notes = ["times and memory are predictions from a few training steps, timed on this machine"]
     if config.ray.address:
         notes[0] += f", and not on the cluster at {config.ray.address}"
-    if statuses.get("tune", Status("done", "")).state != "done":
-        notes.append(
-            "train and evaluate are predicted for the network of the config; the search may choose another one"
-        )
     num_cores = os.cpu_count() or 1
     if load > BUSY * num_cores:
         notes.append(f"this machine is busy (load {load:.1f} on {num_cores} cores): times measured now are too long")
     return notes
+
+
+def _notes_on_choices(items: Sequence[Item]) -> Iterator[str]:
+    """Which stages may run with other settings than those that were billed, because a stage before them chooses some."""
+    for number, item in enumerate(items):
+        chooses = imported(STAGES[item.name].result).applied_to is not StageResult.applied_to
+        later = [each.name for each in items[number + 1 :] if each.cost.multiply_adds is not None]
+        if chooses and later and item.status.state != "done":
+            yield (
+                f"{' and '.join(later)} are predicted for the network of the config; {item.name} may choose another one"
+            )
 
 
 def _sum(values: Any) -> Any:

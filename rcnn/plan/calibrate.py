@@ -14,9 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rcnn import errors
@@ -105,6 +106,16 @@ def calibrations_of(
             if not tree["fault"]:
                 _write(storage, name, tree)
     return [Calibration(**found[name]) for name in names]
+
+
+def known_calibrations(
+    jobs: Sequence[Job], storage: Storage, *, num_threads: int, num_copies: int
+) -> list[Calibration]:
+    """Those that `calibrations_of` kept. If one is missing, all of them are empty, with a fault: nothing is timed here."""
+    trees = [_read(storage, _name_of(job, num_threads, num_copies)) for job in jobs]
+    if None in trees:
+        return [Calibration(0, 0, fault="not timed yet") for _ in jobs]
+    return [Calibration(**tree) for tree in trees if tree is not None]
 
 
 def _name_of(job: Job, num_threads: int, num_copies: int) -> str:
@@ -216,19 +227,19 @@ def _timed(job: Job, of_network: Calibration, torch: Any) -> Calibration:
     network = execution.compiled(state.model)
     share = config.train.batch_size // config.execution.num_workers
 
-    def rows(count: int) -> Rows:
+    def random_rows(num_rows: int) -> Rows:
         height, width, channels = job.image_shape
-        images_NHWC = torch.randint(256, (count, height, width, channels), dtype=torch.uint8)
-        return Rows(images_NHWC.permute(0, 3, 1, 2), torch.randint(job.num_classes, (count,)))
+        images_NHWC = torch.randint(256, (num_rows, height, width, channels), dtype=torch.uint8)
+        return Rows(images_NHWC.permute(0, 3, 1, 2), torch.randint(job.num_classes, (num_rows,)))
 
     def step_seconds(num_steps: int) -> float:
-        loader = rows(num_steps * share).loader(Order(share, seed=0), augmentation_of(config), device)
+        loader = random_rows(num_steps * share).loader(Order(share, seed=0), augmentation_of(config), device)
         pace = Pace(device, num_steps=num_steps, num_epochs=1, validation_steps=0, on_forecast=lambda forecast: None)
         metrics, _ = train_epoch(state, network, loader, execution, pace)
         return share / metrics["perf/images_per_second"]
 
     def score_seconds() -> float:
-        images = rows(config.evaluate.batch_size)
+        images = random_rows(config.evaluate.batch_size)
         started = time.perf_counter()
         options: dict[str, Any] = {"device": device, "precision": execution.precision, "num_classes": job.num_classes}
         float(score(state.best_model, images, batch_size=len(images), **options).loss_sum)  # waits for the device
@@ -261,9 +272,9 @@ def _forget_peak(device: Any, torch: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def stand_in(job: Job) -> Any:
-    """A manifest of the job's shape, for random images."""
-    from rcnn.data.manifest import Manifest, SourceRecord
+def stand_in(job: Job, *, num_rows: Mapping[str, int] = MappingProxyType({})) -> Any:
+    """A manifest of the job's shape, for random images, with a number of rows for each split."""
+    from rcnn.data.manifest import Manifest, SourceRecord, Split
 
     num_channels = job.image_shape[2]
     return Manifest(
@@ -273,7 +284,7 @@ def stand_in(job: Job) -> Any:
         classes=tuple(map(str, range(job.num_classes))),
         coarse_classes=(),
         image_shape=job.image_shape,
-        splits={},
+        splits={name: Split(rows=count, rows_per_class=(), shards=(), digest="") for name, count in num_rows.items()},
         skipped=(),
         pixel_mean=(127.5,) * math.prod(job.image_shape),
         pixel_std=73.6,

@@ -8,36 +8,43 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
-from rcnn.plan.calibrate import Calibration, Job
-from rcnn.plan.search import expected_epochs, most_epochs, networks_of, timed_of
+from rcnn.plan.calibrate import Calibration, Job, stand_in
+from rcnn.plan.progress import ended_trials, trained
+from rcnn.plan.search import expected_epochs, most_epochs, networks_of, num_repeats_left, timed_of
 from rcnn.plan.size import DataSize
-from rcnn.tune.space import num_trials_wanted
+from rcnn.results import Choice
+from rcnn.storage import StageFolder
+from rcnn.text import counted
+from rcnn.tune.search import runs_left
+from rcnn.tune.space import trial_config
 
 FORWARDS_PER_STEP = 3
 
-# Measured on 2 cores of an AMD EPYC, with the pinned versions (seconds; bytes). Starting processes is most of a short run.
-SECONDS_TO_START_PREFECT = 10.0
-SECONDS_TO_START_RAY = 11.0
+# Starting processes is most of a short run. Measured on 2 idle cores of an AMD EPYC, with the pinned versions (seconds; bytes):
+SECONDS_TO_START_RAY = 11.0  # ray.init: 10 to 12
+SECONDS_TO_START_EVALUATION = 5.0  # the stage of the demo, whose 500 rows take no time
+BYTES_OF_A_TRIAL = 30e3  # its record, its row, and its share of the pictures: a search of two trials left 54 kB
+BYTES_OF_A_REPORT = 110e3  # of ten classes
+# Estimated: what is left of a measured stage after steps and starts that are known, rounded; or never measured by itself.
+SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
 SECONDS_TO_START_WORKERS = 14.0
+SECONDS_TO_START_TRIALS = 16.0
 SECONDS_TO_END_TRAINING = 2.0
 SECONDS_OF_A_CHECKPOINT = 0.3
-SECONDS_TO_START_TRIALS = 16.0
-SECONDS_TO_START_EVALUATION = 5.0
 SECONDS_TO_REGISTER = 5.0
 SECONDS_TO_START_INGEST = 3.0
 PIXELS_PER_SECOND = 40e6  # that ingest writes, from arrays in memory
 BYTES_OF_RAY_WORKER = 180e6  # that Ray adds to a process that trains
 BYTES_OF_A_WINDOW = 200e6  # that the streaming loader reads ahead
-BYTES_OF_A_TRIAL = 100e3  # that Ray Tune keeps of it
-BYTES_OF_A_REPORT = 300e3
 
 Calibrate = Callable[[Sequence[Job], int, int], list[Calibration]]
 """Jobs, threads of a process, processes at a time -> a calibration for each job."""
+Target = StageFolder | None
+"""The folder of a stage that resumes; None for one that starts."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Cost:
         num_rows: rows that it reads, each counted once.
         num_steps: training steps.
         multiply_adds: of all its passes over the network.
-        seconds: from its start to its end, Ray's start included where it is the first to need it.
+        seconds: from its start to its end; `bill.py` adds Ray's start to the first stage that needs Ray.
         seconds_at_most: of a search, if no trial is stopped early.
         cpu_hours, gpu_hours: what it occupies, times its duration.
         peak_bytes: of the largest of its processes; on a GPU, of its tensors.
@@ -73,15 +80,15 @@ class Cost:
 UNKNOWN = Cost(notes=("rows and image size are known after ingest",))
 
 
-def cost_of_ingest(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate) -> Cost:
+def cost_of_ingest(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None) -> Cost:
     """Writing all pixels; downloads come on top."""
     if size is None:
         return Cost(notes=("your own images are counted when ingest reads them",))
-    num_bytes = size.num_rows * size.image_bytes
+    num_bytes = size.num_rows_in_all * size.image_bytes
     downloads = config.data.source not in ("mnist-sample", *IMAGE_FILE_SOURCES) and not config.data.root
     seconds = SECONDS_TO_START_INGEST + num_bytes / PIXELS_PER_SECOND
     return Cost(
-        num_rows=size.num_rows,
+        num_rows=size.num_rows_in_all,
         seconds=seconds,
         cpu_hours=seconds / 3600,
         disk_bytes=num_bytes,
@@ -89,75 +96,70 @@ def cost_of_ingest(config: PipelineConfig, size: DataSize | None, calibrate: Cal
     )
 
 
-def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate) -> Cost:
-    """The expected epochs of all trials, at the mean cost of the networks that may be drawn."""
+def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None) -> Cost:
+    """The epochs that are expected of the trials that have not ended, at the mean cost of the networks that may be drawn."""
     if size is None:
         return UNKNOWN
-    tune = config.tune
-    settings: dict[str, Any] = {
-        "train.epochs": tune.epochs,
-        "train.num_rows": tune.num_rows or config.train.num_rows,
-        "execution.num_workers": tune.workers_per_trial,
-        "execution.use_gpu": tune.gpus_per_trial > 0,
-    }
-    trial = config.with_settings(settings)
+    tune, ended = config.tune, ended_trials(config, target)
+    trial = trial_config(config, Choice({}), seed=config.seed)
     points = networks_of(config)
     timed = timed_of(points)
     jobs = [_job(trial.with_settings(point), size, is_timed=point in timed) for point in points]
-    num_at_once = _num_trials_at_once(config)
+    num_left = len(runs_left(config, ended)) + num_repeats_left(config, ended)
+    num_at_once = _num_trials_at_once(config, size, num_left)
     copies = num_at_once if not tune.gpus_per_trial else 1
     num_cpus = tune.cpus_per_trial * tune.workers_per_trial
     found = calibrate(jobs, tune.cpus_per_trial, min(copies, max(1, _num_cores(config) // num_cpus)))
-    epochs, num_trials = expected_epochs(config), num_trials_wanted(config)
-    num_steps = _steps_per_epoch(trial, size)
+    epochs = expected_epochs(config, ended)
     macs = sum(_epoch_macs(trial, size, each) for each in found) / len(found)
     cost = Cost(
-        num_rows=_num_train_rows(trial, size) + size.rows["val"],
-        num_steps=round(epochs * num_steps),
+        num_rows=_num_train_rows(trial, size) + size.num_rows["val"],
+        num_steps=round(epochs * _steps_per_epoch(trial, size)),
         multiply_adds=round(epochs * macs),
-        disk_bytes=round(num_trials * BYTES_OF_A_TRIAL),
-        notes=_notes(found, [f"trials: {num_trials} of at most {tune.epochs} epochs, {epochs:.0f} epochs expected"]),
+        disk_bytes=round(num_left * BYTES_OF_A_TRIAL),
+        notes=_notes(found, _notes_on_tune(config, num_left, epochs)),
     )
     seconds = _epoch_seconds_by_macs(trial, size, found)
     if seconds is None:
         return cost
     mean = sum(seconds) / len(seconds)
-    fixed = SECONDS_TO_START_RAY + SECONDS_TO_START_TRIALS
+    fixed = SECONDS_TO_START_TRIALS if num_left else 0.0
     limit = 60 * tune.max_minutes or math.inf
-    whole = min(limit, fixed + max(epochs * mean / num_at_once, tune.epochs * mean))
+    longest = tune.epochs if num_left else 0
     return _with_times(
         cost,
-        whole,
+        min(limit, fixed + max(epochs * mean / num_at_once, longest * mean)),
         num_processes=num_at_once,
         cpus=num_cpus,
         gpus=tune.gpus_per_trial * tune.workers_per_trial,
-        seconds_at_most=min(limit, fixed + math.ceil(most_epochs(config) / num_at_once) * max(seconds)),
+        seconds_at_most=min(limit, fixed + math.ceil(most_epochs(config, ended) / num_at_once) * max(seconds)),
         peak_bytes=_process_bytes(trial, size, found),
     )
 
 
-def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate) -> Cost:
-    """All epochs, with validation and checkpoints."""
+def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None) -> Cost:
+    """The epochs that no checkpoint holds, with validation and checkpoints."""
     if size is None:
         return UNKNOWN
-    how, epochs = config.execution, config.train.epochs
+    how, done = config.execution, trained(target)
+    epochs = max(0, config.train.epochs - done.num_epochs)
     [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     cost = Cost(
-        num_rows=_num_train_rows(config, size) + size.rows["val"],
+        num_rows=_num_train_rows(config, size) + size.num_rows["val"],
         num_steps=epochs * _steps_per_epoch(config, size),
         multiply_adds=epochs * _epoch_macs(config, size, found),
-        disk_bytes=_checkpoint_bytes(config, found),
+        disk_bytes=_checkpoint_bytes(config, found, num_there=done.num_epochs),
         notes=_notes([found], _notes_on_train(config)),
     )
     if found.fault:
         return cost
     seconds = epochs * (_epoch_seconds(config, size, found) + SECONDS_OF_A_CHECKPOINT)
     seconds += SECONDS_TO_START_WORKERS + SECONDS_TO_END_TRAINING
-    seconds += 0 if config.tune.enabled else SECONDS_TO_START_RAY
-    limit = 60 * config.train.max_minutes
+    if config.train.max_minutes:
+        seconds = min(seconds, max(0.0, 60 * config.train.max_minutes - done.seconds))
     return _with_times(
         cost,
-        min(seconds, limit) if limit else seconds,
+        seconds,
         num_processes=how.num_workers,
         cpus=how.cpus_per_worker,
         gpus=float(how.use_gpu),
@@ -165,11 +167,13 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
     )
 
 
-def cost_of_evaluate(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate) -> Cost:
+def cost_of_evaluate(
+    config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None
+) -> Cost:
     """One forward pass of each test row, in one process with all cores."""
     if size is None:
         return UNKNOWN
-    num_rows = size.rows["test"]
+    num_rows = size.num_rows["test"]
     [found] = calibrate([_job(config, size)], config.execution.cpus_per_worker, _num_train_copies(config))
     cost = Cost(num_rows=num_rows, multiply_adds=num_rows * found.multiply_adds, disk_bytes=round(BYTES_OF_A_REPORT))
     if found.fault:
@@ -181,7 +185,9 @@ def cost_of_evaluate(config: PipelineConfig, size: DataSize | None, calibrate: C
     )
 
 
-def cost_of_register(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate) -> Cost:
+def cost_of_register(
+    config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None
+) -> Cost:
     """A copy of the model goes to MLflow."""
     return Cost(seconds=SECONDS_TO_REGISTER, cpu_hours=SECONDS_TO_REGISTER / 3600)
 
@@ -200,16 +206,23 @@ def _num_train_copies(config: PipelineConfig) -> int:
     return 1 if how.use_gpu else min(how.num_workers, max(1, _num_cores(config) // how.cpus_per_worker))
 
 
-def _num_trials_at_once(config: PipelineConfig) -> int:
-    tune = config.tune
-    room = max(1, _num_cores(config) // (tune.cpus_per_trial * tune.workers_per_trial))
-    if tune.gpus_per_trial:
-        room = min(room, max(1, int(1 / (tune.gpus_per_trial * tune.workers_per_trial))))
-    return min(tune.max_concurrent_trials or room, room, num_trials_wanted(config))
+def _num_trials_at_once(config: PipelineConfig, size: DataSize, num_left: int) -> int:
+    """By the rule of the search itself, as if its Ray were started on this machine now."""
+    most = max(1, min(num_left, config.tune.max_concurrent_trials or num_left))
+    if most == 1:
+        return 1
+    import torch  # late, and only where there may be several: with Ray, it takes seconds
+
+    from rcnn.ray_session import node_here
+    from rcnn.tune.resources import room_for_trials
+
+    node = node_here(config) | {"GPU": torch.cuda.device_count()}
+    job = _job(config, size, is_timed=False)
+    return min(most, room_for_trials(config, stand_in(job, num_rows=size.num_rows), [node]).num_trials)
 
 
 def _num_train_rows(config: PipelineConfig, size: DataSize) -> int:
-    return min(config.train.num_rows or size.rows["train"], size.rows["train"])
+    return min(config.train.num_rows or size.num_rows["train"], size.num_rows["train"])
 
 
 def _steps_per_epoch(config: PipelineConfig, size: DataSize) -> int:
@@ -219,12 +232,12 @@ def _steps_per_epoch(config: PipelineConfig, size: DataSize) -> int:
 def _epoch_macs(config: PipelineConfig, size: DataSize, found: Calibration) -> int:
     """Of training and validation, exactly: rows that do not fill a batch are left out of an epoch."""
     num_trained = _steps_per_epoch(config, size) * config.train.batch_size
-    return found.multiply_adds * (FORWARDS_PER_STEP * num_trained + size.rows["val"])
+    return found.multiply_adds * (FORWARDS_PER_STEP * num_trained + size.num_rows["val"])
 
 
 def _epoch_seconds(config: PipelineConfig, size: DataSize, found: Calibration) -> float:
-    val_rows = math.ceil(size.rows["val"] / config.execution.num_workers)
-    return _steps_per_epoch(config, size) * found.step_seconds + val_rows * found.score_seconds
+    num_val_rows = math.ceil(size.num_rows["val"] / config.execution.num_workers)
+    return _steps_per_epoch(config, size) * found.step_seconds + num_val_rows * found.score_seconds
 
 
 def _epoch_seconds_by_macs(config: PipelineConfig, size: DataSize, found: Sequence[Calibration]) -> list[float] | None:
@@ -239,19 +252,22 @@ def _epoch_seconds_by_macs(config: PipelineConfig, size: DataSize, found: Sequen
 
 def _process_bytes(config: PipelineConfig, size: DataSize, found: Sequence[Calibration]) -> int:
     """Of the process that trains the largest network, rows included; on a GPU, of its tensors."""
-    rows = (_num_train_rows(config, size) + size.rows["val"]) * size.image_bytes
+    bytes_of_rows = (_num_train_rows(config, size) + size.num_rows["val"]) * size.image_bytes
     is_streaming = config.execution.loader == "streaming" or (
-        config.execution.loader == "auto" and rows > config.execution.resident_megabytes * 1_000_000
+        config.execution.loader == "auto" and bytes_of_rows > config.execution.resident_megabytes * 1_000_000
     )
     around = 0.0 if config.execution.use_gpu else BYTES_OF_RAY_WORKER
-    return round(max(each.peak_bytes for each in found) + (BYTES_OF_A_WINDOW if is_streaming else rows) + around)
+    return round(
+        max(each.peak_bytes for each in found) + (BYTES_OF_A_WINDOW if is_streaming else bytes_of_rows) + around
+    )
 
 
-def _checkpoint_bytes(config: PipelineConfig, found: Calibration) -> int:
+def _checkpoint_bytes(config: PipelineConfig, found: Calibration, *, num_there: int = 0) -> int:
     """Weights and momenta, averaged weights if there are any, and the model beside them; then the finished model."""
     num_copies = 2 + bool(config.train.ema_decay)
     of_one = 4 * found.num_parameters * (num_copies + 1)
-    return of_one * (config.execution.keep_checkpoints + 1) + 4 * found.num_parameters
+    num_kept = config.execution.keep_checkpoints + 1
+    return of_one * (num_kept - min(num_kept, num_there)) + 4 * found.num_parameters
 
 
 def _notes(found: Sequence[Calibration], notes: Sequence[str]) -> tuple[str, ...]:
@@ -259,6 +275,16 @@ def _notes(found: Sequence[Calibration], notes: Sequence[str]) -> tuple[str, ...
     num_untimed = sum(not each.step_seconds and not each.fault for each in found)
     interpolated = [f"{num_untimed} of {len(found)} networks are interpolated by multiply-adds"] if num_untimed else []
     return (*notes, *interpolated, *faults)
+
+
+def _notes_on_tune(config: PipelineConfig, num_left: int, epochs: float) -> list[str]:
+    tune = config.tune
+    notes = [f"trainings to run: {num_left} of at most {counted(tune.epochs, 'epoch')}, {epochs:.0f} epochs expected"]
+    if tune.early_stopping == "median":
+        notes.append(
+            "tune.early_stopping = median cannot be predicted: the figures are those of trials that all run to the end"
+        )
+    return notes
 
 
 def _notes_on_train(config: PipelineConfig) -> list[str]:

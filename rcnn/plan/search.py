@@ -1,11 +1,14 @@
-"""What a search comes to: the networks that it may draw, and how many epochs it trains in all."""
+"""What a search comes to: the networks that it may draw, and how many epochs it still trains."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rcnn.config import PipelineConfig
+from rcnn.tune.ledger import Record
+from rcnn.tune.search import repeats_left, runs_left
 from rcnn.tune.space import Space, num_trials_wanted
 
 MAX_VALUES = 8  # of one setting, so that a wide range does not become thousands of networks
@@ -39,39 +42,46 @@ def timed_of(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [points[round(number * (len(points) - 1) / (NUM_TIMED - 1))] for number in range(NUM_TIMED)]
 
 
-def expected_epochs(config: PipelineConfig) -> float:
-    """Epochs of all trials together: with ASHA, if the order in which their errors come is random; else, if none is stopped.
+def expected_epochs(config: PipelineConfig, ended: Mapping[str, Record] = MappingProxyType({})) -> float:
+    """Epochs still to train: with ASHA, if the order in which errors come is random; else, if no trial is stopped.
 
     ASHA promotes a trial that is better than a percentile of the results that came to its rung before. Early on these are
     few, so it promotes more than 1 in `reduction_factor`: the first always, the second in one case of two.
+
+    Args:
+        config: the whole config.
+        ended: the trials that have ended, by name; their results count at each rung.
     """
     tune = config.tune
     if tune.early_stopping != "asha":
-        return most_epochs(config)
-    epochs, rung, num_trials = float(_epochs_of_finalists(config)), 0, float(num_trials_wanted(config))
-    following = tune.grace_epochs
+        return most_epochs(config, ended)
+    epochs, rung = float(num_repeats_left(config, ended) * tune.epochs), 0
+    following, num_trials = tune.grace_epochs, float(len(runs_left(config, ended)))
     while rung < tune.epochs and num_trials > 0:
         epochs += num_trials * (min(following, tune.epochs) - rung)
+        num_before = sum(len(record.val_errors) >= following for record in ended.values())
+        num_trials = _num_promoted(num_trials, tune.reduction_factor, num_before)
         rung, following = following, following * tune.reduction_factor
-        num_trials = _num_promoted(num_trials, tune.reduction_factor)
     return epochs
 
 
-def most_epochs(config: PipelineConfig) -> int:
-    """Epochs of all trials together if none is stopped early."""
-    return num_trials_wanted(config) * config.tune.epochs + _epochs_of_finalists(config)
+def most_epochs(config: PipelineConfig, ended: Mapping[str, Record] = MappingProxyType({})) -> int:
+    """Epochs still to train if no trial is stopped early."""
+    return (len(runs_left(config, ended)) + num_repeats_left(config, ended)) * config.tune.epochs
 
 
-def _epochs_of_finalists(config: PipelineConfig) -> int:
-    """Epochs of the best configurations with further seeds."""
+def num_repeats_left(config: PipelineConfig, ended: Mapping[str, Record]) -> int:
+    """Trainings of the best configurations with further seeds: which ones are best is known when all trials have ended."""
     tune = config.tune
-    return (tune.seeds - 1) * min(tune.num_finalists, num_trials_wanted(config)) * tune.epochs
+    if runs_left(config, ended):
+        return (tune.seeds - 1) * min(tune.num_finalists, num_trials_wanted(config))
+    return len(repeats_left(config, ended))
 
 
-def _num_promoted(num_trials: float, reduction_factor: int) -> float:
-    """How many of the trials that come to a rung leave it upwards."""
+def _num_promoted(num_trials: float, reduction_factor: int, num_before: int) -> float:
+    """How many of the trials that come to a rung, after `num_before` others, leave it upwards."""
     whole = math.floor(num_trials)
-    chances = [_chance(number, 1 - 1 / reduction_factor) for number in range(whole + 1)]
+    chances = [_chance(num_before + number, 1 - 1 / reduction_factor) for number in range(whole + 1)]
     return sum(chances[:whole]) + (num_trials - whole) * chances[whole]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rcnn.config import PipelineConfig
 from rcnn.keys import KEY_LENGTH, differing
 from rcnn.section import as_typed
-from rcnn.stages import STAGES, Results, finished, imported, made_of, planned, stage_folder
+from rcnn.stages import STAGES, Results, effective_config, finished, imported, made_of, planned, stage_folder
 from rcnn.storage import MADE_OF, RESULT, StageFolder
 
 NUM_NAMED = 3  # changes that are named; the others are counted
@@ -55,7 +55,7 @@ def _status_of_missing(config: PipelineConfig, name: str, results: Results, targ
     left = target.storage.list_folders(STAGES[name].folder)
     begun = target.name.rpartition("/")[2]
     if begun in left or f".draft-{begun}" in left:
-        return Status("resumes", _why_not_done(name, target))
+        return Status("resumes", _why_not_done(config, name, results, target))
     wanted = made_of(config, name, results)
     others = [changes for folder in left if (changes := _changes_since(name, folder, target, wanted)) is not None]
     if not others:
@@ -65,14 +65,16 @@ def _status_of_missing(config: PipelineConfig, name: str, results: Results, targ
     return Status("runs", "; ".join(nearest[:NUM_NAMED]) + more)
 
 
-def _why_not_done(name: str, target: StageFolder) -> str:
-    """Why a folder that is there holds no result that stands."""
+def _why_not_done(config: PipelineConfig, name: str, results: Results, target: StageFolder) -> str:
+    """Why a folder that is there holds no result that stands, and how much of it is there."""
+    stage = STAGES[name]
     try:
         tree = target.storage.read_json(target.path(RESULT))
-        unfinished = "" if tree is None else imported(STAGES[name].result).model_validate(tree).unfinished
+        unfinished = "" if tree is None else imported(stage.result).model_validate(tree).unfinished
     except ValueError:
         unfinished = ""
-    return unfinished or "begun, and not finished"
+    progress = imported(stage.progress)(effective_config(config, name, results), target) if stage.progress else ""
+    return "; ".join(filter(None, (unfinished, progress))) or "begun, and not finished"
 
 
 def _changes_since(name: str, folder: str, target: StageFolder, wanted: dict[str, Any]) -> list[str] | None:

@@ -1,6 +1,6 @@
 """All that touches MLflow: runs, models, and the registry with its aliases.
 
-The driver alone comes here. Without a server, the store is `mlflow.db` (SQLite) in the storage, with artifacts beside it.
+Only the driver calls this module. Without a server, the store is `mlflow.db` (SQLite) in the storage, with artifacts beside it.
 """
 
 import contextlib
@@ -251,7 +251,7 @@ class ModelVersion:
 
 
 def find_version(config: PipelineConfig, wanted: str = "") -> ModelVersion:
-    """The version that `name`, `name@alias` or `name/3` names; of a name alone, the champion.
+    """The version that `name`, `name@alias` or `name/3` names; of a bare name, the champion.
 
     Without `wanted`, the model that the config names (`tracking.model_name`), or else the only one there is.
 

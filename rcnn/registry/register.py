@@ -51,6 +51,11 @@ def run_register(
     )
 
 
+def remember_registered(config: PipelineConfig, registered: RegisterResult) -> None:
+    """Asks again what `rcnn predict` will ask: at the end of a pipeline, the end of its own run has voided the answers."""
+    remember_model(config, registered.model_name)
+
+
 def _training_run(config: PipelineConfig, trained: TrainResult, target: StageFolder) -> str:
     """The run that trained the model; recreated from the stored history if MLflow's store was replaced since."""
     if mlflow_store.has_run(config, trained.mlflow_run_id):

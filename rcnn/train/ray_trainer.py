@@ -248,7 +248,7 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
                 seconds_spent=time.time() - settings["started"],
             )
     except RcnnError as error:
-        # Alone, a worker would meet the same again on a retry: it ends, and the driver raises its error. Of several, the
+        # A single worker would fail the same way on a retry: it ends, and the driver raises its error. With several, the
         # others must not wait for it.
         ends_all = config.execution.num_workers == 1 and not error.retryable
         ray.get(board.put.remote("fatal" if ends_all else "fault", error))

@@ -73,25 +73,25 @@ def _ask(*what: int) -> Any:
     return json.loads(subprocess.run(side, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def _side(num_maps: int, num_steps: int, cpu_time: int, steps: int) -> Any:
-    """In a process of its own: a calibration, or where there are `steps`, the seconds of an epoch of them."""
+def _side(num_maps: int, num_steps: int, cpu_time: int, num_training_steps: int) -> Any:
+    """In a process of its own: a calibration, or where there are training steps, the seconds of an epoch of them."""
     torch.set_num_threads(1 if cpu_time else os.cpu_count() or 1)
     if cpu_time:
         time.perf_counter = time.process_time  # all that is timed here asks it
     job = _job(num_maps, num_steps)
-    return seconds_of_an_epoch(job, steps) if steps else asdict(calibrate(job))
+    return seconds_of_an_epoch(job, num_training_steps) if num_training_steps else asdict(calibrate(job))
 
 
-def predicted(found: Calibration, steps: int) -> float:
+def predicted(found: Calibration, num_training_steps: int) -> float:
     """As `rcnn plan` adds up an epoch."""
-    return steps * found.step_seconds + NUM_VAL * found.score_seconds
+    return num_training_steps * found.step_seconds + NUM_VAL * found.score_seconds
 
 
-def seconds_of_an_epoch(job: Job, steps: int) -> float:
+def seconds_of_an_epoch(job: Job, num_training_steps: int) -> float:
     """Trains an epoch of random images with `fit`; the first one, which warms up, does not count."""
     ends: list[float] = []
-    for count in (3, steps):
-        data = TrainingData(stand_in(job), _rows(count * job.config.train.batch_size), _rows(NUM_VAL))
+    for num_steps in (3, num_training_steps):
+        data = TrainingData(stand_in(job), _rows(num_steps * job.config.train.batch_size), _rows(NUM_VAL))
         fit(job.config, data, lambda metrics, save: ends.append(metrics["perf/seconds"]))
     return ends[-1]
 
@@ -101,10 +101,10 @@ def _job(num_maps: int, num_steps: int) -> Job:
     return Job(PipelineConfig().with_settings(settings), IMAGE_SHAPE, NUM_CLASSES, num_steps=0)
 
 
-def _rows(count: int) -> Rows:
+def _rows(num_rows: int) -> Rows:
     height, width, channels = IMAGE_SHAPE
-    images_NHWC = torch.randint(256, (count, height, width, channels), dtype=torch.uint8)
-    return Rows(images_NHWC.permute(0, 3, 1, 2), torch.randint(NUM_CLASSES, (count,)))
+    images_NHWC = torch.randint(256, (num_rows, height, width, channels), dtype=torch.uint8)
+    return Rows(images_NHWC.permute(0, 3, 1, 2), torch.randint(NUM_CLASSES, (num_rows,)))
 
 
 def _row(result: dict[str, Any]) -> dict[str, str]:

@@ -342,7 +342,7 @@ def test_two_ingests_at_once_do_not_harm_each_other(target: StageFolder) -> None
     assert [path.name for path in target.storage.local_path("datasets").iterdir()] == ["x"]
 
 
-def test_drafts_that_nobody_took_up_are_removed_after_a_week(target: StageFolder, random_source: Origin) -> None:
+def test_stale_drafts_are_removed_after_a_week(target: StageFolder, random_source: Origin) -> None:
     folder = target.storage.local_path("datasets")
     for name, days in (("old", 8), ("new", 6)):
         (folder / f".draft-{name}" / "records").mkdir(parents=True)

@@ -37,6 +37,9 @@ def test_the_report_and_the_line_before_training_name_the_network(
         folder="runs/train-0", weights_sha256="0", val_error=0.9, best_epoch=1, epochs=1, num_parameters=1,
         images_per_second=1, seconds=1,
     )  # fmt: skip
-    run_evaluate(config, digits, trained, StageFolder(storage, "reports/x"), NoTracker())
-    assert (tmp_path / "storage/reports/x/report.md").read_text().startswith("# WCNN-8, mnist-sample\n")
+    scored = run_evaluate(config, digits, trained, StageFolder(storage, "reports/x"), NoTracker())
+    report = (tmp_path / "storage/reports/x/report.md").read_text()
+    assert report.startswith("# WCNN-8, mnist-sample\n")
+    assert 0 < scored.seconds < 60
+    assert f"images/s, {scored.seconds:.0f} s ({scored.predicted_seconds:.0f} s predicted), batches of" in report
     assert STAGES["train"].purpose(config).startswith("WCNN-8, 2 epochs")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.errors import SourceError
-from rcnn.keys import clear_caches
+from rcnn.plan.bill import bill_of
 from rcnn.recipes import debug_tiny
 from rcnn.results import EvaluateResult, RegisterResult
 from rcnn.stages import STAGES, Parent, Stage, finished, finished_pipeline, results_from_json
@@ -183,7 +184,12 @@ def test_a_result_that_is_gone_is_made_again(config: PipelineConfig, trees: dict
 
 
 NEW_STAGE = """
+from pathlib import Path
 from rcnn.results import StageResult
+
+def end(config, result):
+    with open(Path(config.storage, "ends.txt"), "a") as file:
+        print(result.rows, file=file)
 
 class CountResult(StageResult):
     rows: int
@@ -200,7 +206,7 @@ def run_count(config, data, evaluated, target, tracker):
 
 def test_a_new_stage_is_one_row(
     config: PipelineConfig, trees: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str], reread_code: Callable[[], None],
 ) -> None:  # fmt: skip
     from flows.full_pipeline import full_pipeline
 
@@ -210,13 +216,16 @@ def test_a_new_stage_is_one_row(
         help="count rows", run="counting:run_count", result="counting:CountResult", takes=("ingest", "evaluate"),
         settings=("seed",), identity=lambda config, results: [results["evaluate"].test_digest],
         purpose=lambda config: "counting", folder="runs", label=lambda config: "count", whole="rows.txt",
-        on_cluster=lambda config: False,
+        on_cluster=lambda config: False, at_end="counting:end",
     )  # fmt: skip
     monkeypatch.setitem(STAGES, "count", row)
+    assert {item.name: item.status.state for item in bill_of(config).items}["count"] == "runs"
     grown = full_pipeline(config)
     assert grown["count"]["rows"] == 500 + trees["ingest"]["rows"]["train"]
     assert runs_by_name(config)["count"].data.metrics["rows/counted"] == 500
     assert full_pipeline(config) == grown
+    assert bill_of(config).is_done
+    assert Path(config.storage, "ends.txt").read_text().split() == [str(grown["count"]["rows"])] * 2
     said = capfd.readouterr().err
     assert "count: counting" in said
     assert "count: nothing to do" in said
@@ -226,7 +235,7 @@ def test_a_new_stage_is_one_row(
         main(["count", "--help"])
     assert "Count rows." in capfd.readouterr().out
     (tmp_path / "counting.py").write_text(NEW_STAGE.replace("evaluated.num_rows + data", "evaluated.num_rows - data"))
-    clear_caches()
+    reread_code()
     assert finished(config, "count", results_from_json(grown)) is None
 
 

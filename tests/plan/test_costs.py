@@ -15,9 +15,11 @@ from rcnn.plan.bill import as_quantity, bill_of
 from rcnn.plan.calibrate import Calibration, Job, calibrations_of
 from rcnn.plan.size import OFFICIAL, size_before_ingest
 from rcnn.progress import as_duration
-from rcnn.results import IngestResult
-from rcnn.storage import Storage
+from rcnn.results import Choice, IngestResult
+from rcnn.storage import StageFolder, Storage
 from rcnn.train.loop import fit
+from rcnn.tune.ledger import Record, write_record
+from tests.plan.states import write_snapshot
 
 pytestmark = pytest.mark.long
 
@@ -59,11 +61,78 @@ def test_networks_between_those_that_are_timed_are_interpolated(tiny_config: Pip
     }
     config = tiny_config.with_settings(space | {"tune.epochs": 1, "tune.grace_epochs": 1})
     cost = costs.cost_of_tune(config, size_before_ingest(config.data), calibrate)
-    fixed = costs.SECONDS_TO_START_RAY + costs.SECONDS_TO_START_TRIALS
+    fixed = costs.SECONDS_TO_START_TRIALS
     num_steps = NUM_TRAIN // config.train.batch_size
     # Times are proportional to K here, so their mean is that at the mean K.
     assert cost.seconds == pytest.approx(num_steps * 0.35 + NUM_VAL * 0.0035 + fixed)
     assert "2 of 6 networks are interpolated by multiply-adds" in cost.notes
+
+
+def test_trials_run_at_once_as_memory_allows(tiny_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config.with_settings({"tune.num_trials": 6, "tune.search": "random"})
+    size = size_before_ingest(config.data)
+    for node, num_at_once in (
+        ({"CPU": 8, "memory": 1e11}, 6),
+        ({"CPU": 4, "memory": 1e11}, 4),
+        ({"CPU": 8, "memory": 2.5e9}, 2),
+    ):
+        monkeypatch.setattr("rcnn.ray_session.node_here", lambda config, node=node: dict(node))
+        assert costs.cost_of_tune(config, size, calibrate).num_processes == num_at_once
+    capped = config.with_settings({"tune.max_concurrent_trials": 1})
+    assert costs.cost_of_tune(capped, size, calibrate).num_processes == 1
+
+
+def test_a_resumed_training_is_billed_for_the_epochs_that_no_checkpoint_holds(
+    tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config, target = tiny_config.with_settings({"train.epochs": 5}), StageFolder(Storage(str(tmp_path)), "runs/train-0")
+    size = size_before_ingest(config.data)
+    whole = costs.cost_of_train(config, size, calibrate, target)
+    write_snapshot(target, epoch=3, seconds=50)
+    left = costs.cost_of_train(config, size, calibrate, target)
+    for name in ("num_steps", "multiply_adds"):
+        assert 5 * getattr(left, name) == 2 * getattr(whole, name)
+    fixed = costs.SECONDS_TO_START_WORKERS + costs.SECONDS_TO_END_TRAINING
+    assert 5 * ((left.seconds or 0) - fixed) == pytest.approx(2 * ((whole.seconds or 0) - fixed))
+    assert (left.disk_bytes or 0) < (whole.disk_bytes or 0)
+    limited = config.with_settings({"train.max_minutes": 1})
+    assert costs.cost_of_train(limited, size, calibrate, target).seconds == 10
+    write_snapshot(target, epoch=3.4, seconds=50)  # a time limit ended the fourth epoch, which is trained again
+    assert costs.cost_of_train(config, size, calibrate, target).num_steps == left.num_steps
+    (tmp_path / target.path("checkpoint_manager_snapshot.json")).write_text(
+        '{"latest'
+    )  # Ray does not write it atomically
+    assert costs.cost_of_train(config, size, calibrate, target) == whole
+
+
+def test_a_search_is_billed_for_the_trials_that_have_not_ended(tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    settings = {"tune.num_trials": 4, "tune.early_stopping": "none", "tune.max_concurrent_trials": 1}
+    config, target = tiny_config.with_settings(settings), StageFolder(Storage(str(tmp_path)), "runs/tune-0")
+    size = size_before_ingest(config.data)
+    whole = costs.cost_of_tune(config, size, calibrate, target)
+    for number in range(3):
+        write_record(target, a_record(number))
+    left = costs.cost_of_tune(config, size, calibrate, target)
+    assert 4 * (left.num_steps or 0) == whole.num_steps
+    fixed = costs.SECONDS_TO_START_TRIALS
+    assert 4 * ((left.seconds or 0) - fixed) == pytest.approx((whole.seconds or 0) - fixed)
+    assert "trainings to run: 1 of at most 2 epochs, 2 epochs expected" in left.notes
+    write_record(target, a_record(3))
+    done = costs.cost_of_tune(config, size, calibrate, target)  # killed before it wrote its result
+    assert (done.num_steps, done.seconds) == (0, 0)
+
+
+def a_record(number: int) -> Record:
+    return Record(name=f"trial-{number:02d}", choice=Choice({}), val_error=0.5, epochs=2, outcome="finished")
+
+
+def test_what_the_median_rule_saves_is_not_predicted_and_a_note_says_so(tiny_config: PipelineConfig) -> None:
+    median = tiny_config.with_settings({"tune.early_stopping": "median", "tune.max_concurrent_trials": 1})
+    none = median.with_settings({"tune.early_stopping": "none"})
+    of_median, of_none = (costs.cost_of_tune(each, size_before_ingest(each.data), calibrate) for each in (median, none))
+    note = "tune.early_stopping = median cannot be predicted: the figures are those of trials that all run to the end"
+    assert of_median.notes == (*of_none.notes, note)
+    assert of_median.seconds == of_none.seconds
 
 
 def test_a_checkpoint_has_the_predicted_size(tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path) -> None:
@@ -80,11 +149,11 @@ def test_a_checkpoint_has_the_predicted_size(tiny_config: PipelineConfig, digits
 def test_official_data_is_counted_before_ingest_as_ingest_counts_it(digits: IngestResult) -> None:
     size = size_before_ingest(DataConfig(source="mnist-sample", test_fraction=0.1, val_fraction=0.1))
     assert size is not None
-    assert dict(size.rows) == digits.rows
+    assert dict(size.num_rows) == digits.rows
     assert set(OFFICIAL) == set(SOURCES) - {"folder", "parquet"}
     extra = size_before_ingest(DataConfig(source="svhn", svhn_extra=True))
     assert extra is not None
-    assert extra.num_rows == 73_257 + 26_032 + 531_131
+    assert extra.num_rows_in_all == 73_257 + 26_032 + 531_131
 
 
 def test_ones_own_images_are_known_after_ingest(tmp_path: Path) -> None:
@@ -96,7 +165,7 @@ def test_ones_own_images_are_known_after_ingest(tmp_path: Path) -> None:
     bill = bill_of(config)
     assert not bill.is_complete
     assert "train: rows and image size are known after ingest" in bill.lines()
-    assert bill.rows()[-1]["state"] == "at least"
+    assert bill.table()[-1]["state"] == "at least"
 
 
 def test_a_calibration_counts_exactly_and_is_kept(tiny_config: PipelineConfig, tmp_path: Path) -> None:

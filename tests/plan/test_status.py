@@ -8,8 +8,10 @@ import pytest
 
 from rcnn.config import PipelineConfig
 from rcnn.plan.status import Status, statuses_of
-from rcnn.results import IngestResult, TrainResult
+from rcnn.results import Choice, IngestResult, TrainResult, TuneResult
 from rcnn.stages import made_of, stage_folder
+from rcnn.tune.ledger import Record, write_record
+from tests.plan.states import write_snapshot
 
 TRAINED = TrainResult(
     folder="runs/x", weights_sha256="w", val_error=0.1, best_epoch=3.4, epochs=3.4, num_parameters=1,
@@ -75,11 +77,36 @@ def test_a_run_that_a_limit_ended_is_done_until_the_limit_is_raised(
 ) -> None:
     write_trained(config, digits, TRAINED)
     why = "train.max_minutes = 1 ended it after 3.4 epochs"
-    for minutes, state in ((1, "done"), (0.5, "done"), (2, "resumes"), (0, "resumes")):
+    left = f"{why}; 0 of 2 epochs are done"  # there are no checkpoints
+    for minutes, state, expected in ((1, "done", why), (0.5, "done", why), (2, "resumes", left), (0, "resumes", left)):
         statuses, _ = statuses_of(config.with_settings({"train.max_minutes": minutes}))
-        assert statuses["train"] == Status(state, why)
+        assert statuses["train"] == Status(state, expected)
 
 
-def test_an_interrupted_run_resumes(config: PipelineConfig, digits: IngestResult) -> None:
+def test_an_interrupted_training_says_which_epochs_are_done(config: PipelineConfig, digits: IngestResult) -> None:
     (write_trained(config, digits, TRAINED) / "_result.json").unlink()
-    assert statuses_of(config)[0]["train"] == Status("resumes", "begun, and not finished")
+    assert statuses_of(config)[0]["train"] == Status("resumes", "0 of 2 epochs are done")
+    write_snapshot(stage_folder(config, "train", {"ingest": digits}), epoch=1, seconds=3)
+    assert statuses_of(config)[0]["train"] == Status("resumes", "1 of 2 epochs are done")
+
+
+def test_an_extended_or_interrupted_search_says_which_trials_are_done(
+    config: PipelineConfig, digits: IngestResult
+) -> None:
+    config = config.with_settings({"tune.enabled": True, "tune.num_trials": 3})
+    target = stage_folder(config, "tune", {"ingest": digits})
+    for number in range(2):
+        write_record(
+            target, Record(name=f"trial-0{number}", choice=Choice({}), val_error=0.5, epochs=2, outcome="finished")
+        )
+    assert statuses_of(config)[0]["tune"] == Status("resumes", "2 of 3 trials are done")
+    tuned = TuneResult(best=Choice({}), best_trial="trial-00", val_error=0.5, trials=(), outcomes={"finished": 2})
+    target.storage.write_json(target.path("_result.json"), tuned.model_dump(mode="json"))
+    assert statuses_of(config)[0]["tune"] == Status("resumes", "2 of 3 trials are done")
+    assert statuses_of(config.with_settings({"tune.num_trials": 2}))[0]["tune"].state == "done"
+
+
+def test_an_interrupted_stage_that_resumes_nothing_is_begun(config: PipelineConfig) -> None:
+    ingest = stage_folder(config, "ingest", {})
+    (Path(config.storage) / ingest.path("_result.json")).unlink()
+    assert statuses_of(config)[0]["ingest"] == Status("resumes", "begun, and not finished")

@@ -6,7 +6,7 @@ To add a source, write one file in this folder with a function
 
 and add one row here. The command line, the config and the keys read the row: a setting of `data` that the source does not
 read is refused. The rows are text, so the config can validate `data.source` without importing what opens it; for the same
-reason this file imports the standard library alone, and `tests/test_layering.py` lets any file import it.
+reason this file imports only the standard library, and `tests/test_layering.py` lets any file import it.
 """
 
 from __future__ import annotations

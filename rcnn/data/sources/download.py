@@ -158,7 +158,7 @@ def _copy(response: IO[bytes], stream: IO[bytes], there: int, missing: int, name
 
 
 def _received(response: IO[bytes]) -> bytes:
-    """The next bytes. A lost route is a plain OSError, made a ConnectionError here to tell it from a fault of the disk."""
+    """The next bytes. A lost route is a plain OSError: here a ConnectionError, unlike a fault of the disk."""
     try:
         return response.read(BYTES_PER_READ)
     except OSError as error:

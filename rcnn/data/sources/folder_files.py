@@ -1,4 +1,4 @@
-"""The files of a tree of images, with sizes and times: what tells that the user changed them."""
+"""The files of a tree of images, with sizes and times, which show whether the user changed them."""
 
 import os
 from collections.abc import Iterator, Mapping

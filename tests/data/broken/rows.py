@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -227,44 +228,48 @@ def label_in_the_second_of_two_files(scene: Scene) -> Settings:
     return scene.settings("parquet")
 
 
+def tree_with_link(scene: Scene, name: str, *, to: str | Path) -> Settings:
+    """A whole tree of images, and a link in it."""
+    settings = scene.tree()
+    (scene.root / name).symlink_to(to)
+    return settings
+
+
+def tree_with_file(scene: Scene, name: str, content: bytes) -> Settings:
+    """A whole tree of images, and a file in it."""
+    settings = scene.tree()
+    (scene.root / name).write_bytes(content)
+    return settings
+
+
 @bad_row("train/a/link.png", "outside data.root", "outside.png")
 def link_to_a_file_outside(scene: Scene) -> Settings:
     outside = scene.root.parent / "outside.png"
     outside.write_bytes(encoded(picture(0)))
-    settings = scene.tree()
-    (scene.root / "train/a/link.png").symlink_to(outside)
-    return settings
+    return tree_with_link(scene, "train/a/link.png", to=outside)
 
 
 @bad_row("train/a/link.png", "nothing.png")
 def link_to_nothing(scene: Scene) -> Settings:
-    settings = scene.tree()
-    (scene.root / "train/a/link.png").symlink_to("nothing.png")
-    return settings
+    return tree_with_link(scene, "train/a/link.png", to="nothing.png")
 
 
 @bad_row("train/a/link.png", "is not a file")
 def link_to_a_folder(scene: Scene) -> Settings:
-    settings = scene.tree()
-    (scene.root / "train/a/link.png").symlink_to("../b")
-    return settings
+    return tree_with_link(scene, "train/a/link.png", to="../b")
 
 
 @bad_row("train/a/link.png", "link")
 def link_to_itself(scene: Scene) -> Settings:
-    settings = scene.tree()
-    (scene.root / "train/a/link.png").symlink_to("link.png")
-    return settings
+    return tree_with_link(scene, "train/a/link.png", to="link.png")
 
 
 @bad_row("train/a/more", "more", "outside data.root")
 def link_to_a_folder_outside(scene: Scene) -> Settings:
-    settings = scene.tree()
     outside = scene.root.parent / "outside"
     outside.mkdir()
     (outside / "00.png").write_bytes(encoded(picture(0)))
-    (scene.root / "train/a/more").symlink_to(outside)
-    return settings
+    return tree_with_link(scene, "train/a/more", to=outside)
 
 
 @bad_row(r"train/b/\udce9.png", "not UTF-8")
@@ -279,30 +284,22 @@ def name_not_utf8(scene: Scene) -> Settings:
 
 @bad_row("train/a/03.svg", "is an SVG file")
 def file_of_another_kind(scene: Scene) -> Settings:
-    settings = scene.tree()
-    (scene.root / "train/a/03.svg").write_bytes(an_svg())
-    return settings
+    return tree_with_file(scene, "train/a/03.svg", an_svg())
 
 
 @bad_row("train/a/03", "is empty")
 def file_without_an_ending(scene: Scene) -> Settings:
-    settings = scene.tree()
-    (scene.root / "train/a/03").touch()
-    return settings
+    return tree_with_file(scene, "train/a/03", b"")
 
 
 @bad_row("train/03.png", "is not in a class folder")
 def file_without_a_class(scene: Scene) -> Settings:
-    settings = scene.tree()
-    (scene.root / "train/03.png").write_bytes(encoded(picture(0)))
-    return settings
+    return tree_with_file(scene, "train/03.png", encoded(picture(0)))
 
 
 @bad_row("train/a/loop", "is circular")
 def link_in_circles(scene: Scene) -> Settings:
-    settings = scene.tree()
-    (scene.root / "train/a/loop").symlink_to("../..")
-    return settings
+    return tree_with_link(scene, "train/a/loop", to="../..")
 
 
 @bad_row("train/a/loop", "is circular")

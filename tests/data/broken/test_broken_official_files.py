@@ -393,7 +393,7 @@ def test_a_broken_official_file_is_named(scene: Scene, case: Case) -> None:
     assert not mark(scene).exists()
 
 
-def test_the_command_would_run_if_nobody_took_care(scene: Scene) -> None:
+def test_the_command_in_the_pickle_would_run_if_it_were_loaded(scene: Scene) -> None:
     pickle.loads(with_command(scene))
     assert mark(scene).exists()
 

@@ -42,7 +42,7 @@ def unwritable(kind: type[RcnnError], *words: str) -> Callable[[Any], Any]:
 
 
 def storage_with_a_file(scene: Scene, name: str) -> Settings:
-    """A storage in which a file is where a folder should be: nobody can write there, not even root."""
+    """A storage in which a file is where a folder should be: it cannot be written, not even by root."""
     file = Path(scene.storage, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("a file where a folder should be")
