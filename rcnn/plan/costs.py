@@ -13,21 +13,23 @@ import numpy as np
 
 from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
 from rcnn.plan.calibrate import Calibration, Job, stand_in
-from rcnn.plan.progress import ended_trials, trained
+from rcnn.plan.progress import ended_trials, num_trials_left, trained
 from rcnn.plan.search import expected_epochs, most_epochs, networks_of, num_repeats_left, timed_of
 from rcnn.plan.size import DataSize
 from rcnn.results import Choice
 from rcnn.storage import StageFolder
 from rcnn.text import counted
-from rcnn.tune.search import runs_left
 from rcnn.tune.space import trial_config
 
 FORWARDS_PER_STEP = 3
 
 # Starting processes is most of a short run. Measured on 2 idle cores of an AMD EPYC, with the pinned versions (seconds; bytes):
 SECONDS_TO_START_RAY = 11.0  # ray.init: 10 to 12
-SECONDS_TO_START_EVALUATION = 5.0  # the stage of the demo, whose 500 rows take no time
-BYTES_OF_A_TRIAL = 30e3  # its record, its row, and its share of the pictures: a search of two trials left 54 kB
+SECONDS_AROUND_EVALUATION = 1.5  # loading the model, pictures and report: the stage of the demo takes 1 to 2 for few rows
+SECONDS_TO_START_INGEST = 2.0  # the stage of the demo, whose 5,000 rows are written in 0.1 s
+SECONDS_TO_REGISTER = 1.0  # the stage of the demo
+BYTES_OF_A_SEARCH = 120e3  # pictures, and a table of the trials
+BYTES_OF_A_TRIAL = 1e3  # its record, and its row of the table
 BYTES_OF_A_REPORT = 110e3  # of ten classes
 # Estimated: what is left of a measured stage after steps and starts that are known, rounded; or never measured by itself.
 SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
@@ -35,8 +37,6 @@ SECONDS_TO_START_WORKERS = 14.0
 SECONDS_TO_START_TRIALS = 16.0
 SECONDS_TO_END_TRAINING = 2.0
 SECONDS_OF_A_CHECKPOINT = 0.3
-SECONDS_TO_REGISTER = 5.0
-SECONDS_TO_START_INGEST = 3.0
 PIXELS_PER_SECOND = 40e6  # that ingest writes, from arrays in memory
 BYTES_OF_RAY_WORKER = 180e6  # that Ray adds to a process that trains
 BYTES_OF_A_WINDOW = 200e6  # that the streaming loader reads ahead
@@ -105,7 +105,7 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
     points = networks_of(config)
     timed = timed_of(points)
     jobs = [_job(trial.with_settings(point), size, is_timed=point in timed) for point in points]
-    num_left = len(runs_left(config, ended)) + num_repeats_left(config, ended)
+    num_left = num_trials_left(config, ended) + num_repeats_left(config, ended)
     num_at_once = _num_trials_at_once(config, size, num_left)
     copies = num_at_once if not tune.gpus_per_trial else 1
     num_cpus = tune.cpus_per_trial * tune.workers_per_trial
@@ -116,7 +116,7 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
         num_rows=_num_train_rows(trial, size) + size.num_rows["val"],
         num_steps=round(epochs * _steps_per_epoch(trial, size)),
         multiply_adds=round(epochs * macs),
-        disk_bytes=round(num_left * BYTES_OF_A_TRIAL),
+        disk_bytes=round(BYTES_OF_A_SEARCH + num_left * BYTES_OF_A_TRIAL),
         notes=_notes(found, _notes_on_tune(config, num_left, epochs)),
     )
     seconds = _epoch_seconds_by_macs(trial, size, found)
@@ -179,7 +179,7 @@ def cost_of_evaluate(
     if found.fault:
         return cost
     on_all_cores = 1.0 if config.execution.use_gpu else config.execution.cpus_per_worker / (os.cpu_count() or 1)
-    seconds = SECONDS_TO_START_EVALUATION + num_rows * found.score_seconds * min(1.0, on_all_cores)
+    seconds = SECONDS_AROUND_EVALUATION + num_rows * found.score_seconds * min(1.0, on_all_cores)
     return _with_times(
         cost, seconds, num_processes=1, cpus=os.cpu_count() or 1, gpus=float(config.execution.use_gpu), peak_bytes=None
     )

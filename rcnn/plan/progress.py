@@ -27,7 +27,7 @@ class Trained:
 def progress_of_tune(config: PipelineConfig, target: StageFolder) -> str:
     """`12 of 20 trials are done`; further seeds of the best ones are not counted."""
     num_wanted = num_trials_wanted(config)
-    num_left = len(runs_left(config, ended_trials(config, target)))
+    num_left = num_trials_left(config, ended_trials(config, target))
     return f"{num_wanted - num_left} of {num_wanted} trials are done"
 
 
@@ -40,6 +40,11 @@ def ended_trials(config: PipelineConfig, target: StageFolder | None) -> Mapping[
     """The trials that the search will not train again, by name."""
     records = read_records(target) if target else {}
     return {name: record for name, record in records.items() if record.has_ended(config.tune.trial_minutes)}
+
+
+def num_trials_left(config: PipelineConfig, ended: Mapping[str, Record]) -> int:
+    """Trials of the search that have not ended, further seeds of the best ones not counted."""
+    return len(runs_left(config, ended))
 
 
 def trained(target: StageFolder | None) -> Trained:

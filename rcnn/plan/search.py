@@ -7,8 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from rcnn.config import PipelineConfig
+from rcnn.plan.progress import num_trials_left
 from rcnn.tune.ledger import Record
-from rcnn.tune.search import repeats_left, runs_left
+from rcnn.tune.search import repeats_left
 from rcnn.tune.space import Space, num_trials_wanted
 
 MAX_VALUES = 8  # of one setting, so that a wide range does not become thousands of networks
@@ -56,7 +57,7 @@ def expected_epochs(config: PipelineConfig, ended: Mapping[str, Record] = Mappin
     if tune.early_stopping != "asha":
         return most_epochs(config, ended)
     epochs, rung = float(num_repeats_left(config, ended) * tune.epochs), 0
-    following, num_trials = tune.grace_epochs, float(len(runs_left(config, ended)))
+    following, num_trials = tune.grace_epochs, float(num_trials_left(config, ended))
     while rung < tune.epochs and num_trials > 0:
         epochs += num_trials * (min(following, tune.epochs) - rung)
         num_before = sum(len(record.val_errors) >= following for record in ended.values())
@@ -67,13 +68,13 @@ def expected_epochs(config: PipelineConfig, ended: Mapping[str, Record] = Mappin
 
 def most_epochs(config: PipelineConfig, ended: Mapping[str, Record] = MappingProxyType({})) -> int:
     """Epochs still to train if no trial is stopped early."""
-    return (len(runs_left(config, ended)) + num_repeats_left(config, ended)) * config.tune.epochs
+    return (num_trials_left(config, ended) + num_repeats_left(config, ended)) * config.tune.epochs
 
 
 def num_repeats_left(config: PipelineConfig, ended: Mapping[str, Record]) -> int:
     """Trainings of the best configurations with further seeds: which ones are best is known when all trials have ended."""
     tune = config.tune
-    if runs_left(config, ended):
+    if num_trials_left(config, ended):
         return (tune.seeds - 1) * min(tune.num_finalists, num_trials_wanted(config))
     return len(repeats_left(config, ended))
 
