@@ -93,13 +93,15 @@ def _fit_here(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs, 
 def _fit_on_workers(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs) -> None:
     """Trains on several workers: a trainer inside the trial, which is how Ray's documentation combines Train and Tune."""
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from rcnn.train.ray_workers import WorkersTrainer
+
     storage, gpus = Storage(inputs.storage), inputs.config.tune.gpus_per_trial
-    TorchTrainer(
+    WorkersTrainer(
         _run_worker,
-        train_loop_config={"config": config, "run": run, "inputs": inputs},
+        is_own_ray=config.ray.address == "",
+        settings={"config": config, "run": run, "inputs": inputs},
         scaling_config=ScalingConfig(
             num_workers=config.execution.num_workers,
             use_gpu=config.execution.use_gpu,
