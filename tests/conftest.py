@@ -51,8 +51,8 @@ from rcnn.data.manifest import SourceRecord
 from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
 from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
-from rcnn.stages import stage_folder
-from rcnn.storage import RESULT
+from rcnn.stages import made_of, stage_folder
+from rcnn.storage import MADE_OF, RESULT
 from rcnn.tracking import NoTracker
 
 GROUPS = {
@@ -144,6 +144,7 @@ def digits(tiny_config: PipelineConfig) -> IngestResult:
     """The ingested sample digits, as the stage leaves them, but without an MLflow run: its import and store take 10 s."""
     target = stage_folder(tiny_config, "ingest", {})
     result = run_ingest(tiny_config, target, NoTracker())
+    target.storage.write_json(target.path(MADE_OF), made_of(tiny_config, "ingest", {}))
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     return result
 

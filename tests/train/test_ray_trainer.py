@@ -61,11 +61,12 @@ def test_a_killed_worker_is_replaced_its_run_agrees_with_that_of_two_and_is_not_
                 killed.append(victim.pid)
                 os.kill(victim.pid, signal.SIGKILL)
 
-    killer = Killer()
+    killer, before = Killer(), _actors()
     with caplog.at_level(logging.INFO, logger="rcnn"):
         one = train(config, digits, "runs/killed", killer)
     assert "training on the CPU (threads: 1) in float32" in caplog.text  # said by the worker
-    assert _helpers_started() == {"_Notes", "TrainController", "SynchronizationActor", "RayTrainWorker"}
+    started = {name for actor, name in _actors().items() if actor not in before}
+    assert started == {"_Notes", "TrainController", "SynchronizationActor", "RayTrainWorker"}  # no other helpers
     assert killed
     assert one.epochs == 6
     assert one.num_parameters == 4938
@@ -92,11 +93,11 @@ def test_a_killed_worker_is_replaced_its_run_agrees_with_that_of_two_and_is_not_
     assert (again.val_error, again.weights_sha256) == (one.val_error, one.weights_sha256)
 
 
-def _helpers_started() -> set[str]:
-    """The actors that Ray has started in this session."""
+def _actors() -> dict[str, str]:
+    """The class of each actor that this Ray has started, by id."""
     from ray._private.state import actors
 
-    return {actor["ActorClassName"] for actor in actors().values()}
+    return {actor: tree["ActorClassName"] for actor, tree in actors().items()}
 
 
 def test_a_limit_ends_two_workers_at_one_step_and_without_it_they_stream_uneven_rows_to_the_end(
