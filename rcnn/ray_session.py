@@ -49,8 +49,8 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
                 _stay_on_loopback()
                 # A local machine is not preempted, and watching for it takes 10 s of each training's start.
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-                # Without its dashboard, Ray complains every few seconds that its State API is away.
-                ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=True, **quiet)
+                # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
+                ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"Ray cannot be reached ({' '.join(str(error).split())})",

@@ -47,24 +47,53 @@ hypothesis.settings.load_profile("suite")
 
 from rcnn import keys
 from rcnn.config import PipelineConfig
+from rcnn.data.ingest import run_ingest
 from rcnn.data.manifest import SourceRecord
 from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
 from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
-from rcnn.stages import run_stage
+from rcnn.stages import made_of, stage_folder
+from rcnn.storage import MADE_OF, RESULT
+from rcnn.tracking import NoTracker
 
-RAY_FILES = re.compile(r"tests/(flows/|.*/test_ray_)")
+GROUPS = {
+    "pipeline": re.compile(r"tests/flows/(?!test_jobs)"),  # Prefect's server, Ray and MLflow
+    "ray": re.compile(r"tests/.*/test_ray_"),
+    "jobs": re.compile(r"tests/flows/test_jobs"),  # a Ray of its own
+    "mlflow": re.compile(r"tests/registry/test_mlflow_store"),
+}
+"""Tests that share a server, which takes long to start: each group runs in one process, and the first ones start first."""
 
 
+def group_of(nodeid: str) -> str:
+    """The group of a test, or its own id if it is in none."""
+    return next((name for name, files in GROUPS.items() if files.match(nodeid)), nodeid)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skips files of which `-m "not (...)"` leaves nothing, before they import MLflow, Prefect or another 4 s of modules."""
+    excluded = re.fullmatch(r"not \((.*)\)", config.option.markexpr)
+    if excluded is None or collection_path.suffix != ".py":
+        return None
+    marks = "|".join(excluded[1].split(" or "))
+    return (
+        re.search(rf"^pytestmark = .*\bmark\.({marks})\b", collection_path.read_text(), re.MULTILINE) is not None
+        or None
+    )
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Holds the names of files to what they contain: the scheduler below knows no more of a test."""
+    """Holds the names of files to what they contain, and puts the tests of a group first and together."""
     for item in items:
         uses_ray = item.get_closest_marker("ray") is not None
-        assert not uses_ray or RAY_FILES.match(item.nodeid), f"{item.nodeid} uses Ray: name its file test_ray_..."
+        assert not uses_ray or group_of(item.nodeid) in GROUPS, f"{item.nodeid} uses Ray: name its file test_ray_..."
+    order = list(GROUPS)
+    items.sort(key=lambda item: order.index(group) if (group := group_of(item.nodeid)) in GROUPS else len(order))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keeps tests that share a server in one process of pytest-xdist: Ray, Prefect and MLflow take long to start.
+    """Hands out the groups in their order, each to one process of pytest-xdist, then single tests until all are done.
 
     The marks of `--dist loadgroup` have no effect with pytest 9.2 and pytest-xdist 3.8.
     """
@@ -72,11 +101,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByServer(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            """The group of a test. The largest is handed out first: MLflow's, then Ray's, which takes longest."""
-            if RAY_FILES.match(nodeid):
-                return "ray"
-            return "mlflow" if "test_mlflow_store.py" in nodeid else nodeid
+            return group_of(nodeid)
 
+    config.option.loadscopereorder = False  # the largest group is not the longest
     return ByServer(config, log)
 
 
@@ -126,9 +153,11 @@ def tiny_config(digits_storage: Path) -> PipelineConfig:
 
 @pytest.fixture(scope="session")
 def digits(tiny_config: PipelineConfig) -> IngestResult:
-    """The ingested sample digits."""
-    result = run_stage(tiny_config, "ingest", {})
-    assert isinstance(result, IngestResult)
+    """The ingested sample digits, as the stage leaves them, but without an MLflow run: its import and store take 10 s."""
+    target = stage_folder(tiny_config, "ingest", {})
+    result = run_ingest(tiny_config, target, NoTracker())
+    target.storage.write_json(target.path(MADE_OF), made_of(tiny_config, "ingest", {}))
+    target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     return result
 
 

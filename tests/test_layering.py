@@ -48,6 +48,7 @@ HOMES = {
     "prefect": ["flows/"],
     "ray": [
         "rcnn/train/ray_trainer.py",
+        "rcnn/train/ray_workers.py",
         "rcnn/ray_session.py",
         "rcnn/ray_board.py",
         "rcnn/data/ray_data.py",

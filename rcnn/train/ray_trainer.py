@@ -20,7 +20,6 @@ from rcnn.ray_session import ensure_ray, interruptible, require_room  # isort: s
 import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rcnn.config import PipelineConfig
@@ -36,6 +35,7 @@ from rcnn.train.checkpoint import DESCRIPTION, WEIGHTS, load_model, read_epochs_
 from rcnn.train.execution import choose_device
 from rcnn.train.loop import Metrics, fit, training_data
 from rcnn.train.pace import Forecast, peak_bytes
+from rcnn.train.ray_workers import WorkersTrainer
 
 SECONDS_TO_END = 2.0  # from the last epoch to the result: Ray Train ends, the best model is copied
 
@@ -131,9 +131,10 @@ def _fit_on_workers(
 ) -> Any:
     board = new_board()
     storage = target.storage
-    trainer = TorchTrainer(
+    trainer = WorkersTrainer(
         _train_on_worker,
-        train_loop_config={
+        is_own_ray=config.ray.address == "",
+        settings={
             "config": config.model_dump(mode="json"),
             "storage": storage.root,
             "data_folder": data.folder,

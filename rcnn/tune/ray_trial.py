@@ -115,13 +115,15 @@ def _fit_on_workers(config: PipelineConfig, run: dict[str, Any], inputs: TrialIn
 
 def _trainer(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs) -> Any:
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from rcnn.train.ray_workers import WorkersTrainer
+
     storage, gpus = Storage(inputs.storage), inputs.config.tune.gpus_per_trial
-    return TorchTrainer(
+    return WorkersTrainer(
         _run_worker,
-        train_loop_config={"config": config, "run": run, "inputs": inputs},
+        is_own_ray=config.ray.address == "",
+        settings={"config": config, "run": run, "inputs": inputs},
         scaling_config=ScalingConfig(
             num_workers=config.execution.num_workers,
             use_gpu=config.execution.use_gpu,

