@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rcnn.config import PipelineConfig
 from rcnn.storage import StageFolder
 from rcnn.tune.ledger import Record, read_records
-from rcnn.tune.search import runs_left
+from rcnn.tune.search import trials_left
 from rcnn.tune.space import num_trials_wanted
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's own list of its checkpoints
@@ -44,7 +44,7 @@ def ended_trials(config: PipelineConfig, target: StageFolder | None) -> Mapping[
 
 def num_trials_left(config: PipelineConfig, ended: Mapping[str, Record]) -> int:
     """Trials of the search that have not ended, further seeds of the best ones not counted."""
-    return len(runs_left(config, ended))
+    return len(trials_left(config, ended))
 
 
 def trained(target: StageFolder | None) -> Trained:
