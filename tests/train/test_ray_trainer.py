@@ -80,10 +80,9 @@ def test_a_killed_worker_is_replaced_its_run_agrees_with_that_of_two_and_is_not_
     storage = Storage(config.storage)
     histories = [storage.read_json(f"{result.folder}/history.json") for result in (one, two)]
     for ours, theirs in zip(*histories, strict=True):
-        for name in ("train/loss", "val/loss", "val/error"):
-            assert ours[name] == pytest.approx(
-                theirs[name], rel=1e-3
-            )  # 6e-5 after 372 steps; 5e-3 at ten times the rate
+        for name in ("train/loss", "val/loss"):  # 6e-5 after 372 steps; 5e-3 at ten times the rate
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+        assert abs(ours["val/error"] - theirs["val/error"]) < 2.5 / 450  # a row near the border may change sides
     for name, tensor in model_weights(config, one).items():
         torch.testing.assert_close(tensor, model_weights(config, two)[name], rtol=1e-3, atol=1e-3)
 
