@@ -58,7 +58,7 @@ typedef struct {
   real zeros[MAPS] __attribute__((aligned(64)));
 } chunk;
 
-/* ---- evaluation and interpolation in one direction; the second direction is the same on the transpose ---- */
+/* ---- evaluation and interpolation in one direction ---- */
 
 /* bt d: inputs at the points. */
 static inline void evaluate(const vec d[6], vec v[6]) {
@@ -112,7 +112,8 @@ static inline long tiles_along(long side) { return (side + TILE - 1) / TILE; }
 static inline long tiles_of(shape s) { return s.images * tiles_along(s.height) * tiles_along(s.width); }
 static inline long positions_of(shape s) { return s.images * s.height * s.width; }
 
-/* Where the side x side square from (-border, -border) of a tile lies in x; `outside` where that is no position of the image. */
+/* The addresses in x of a square of side x side positions that begins `border` above and to the left of a tile; `outside` for
+ * the positions beyond the edge of the image. */
 static inline void locate(real *x, shape s, long tile, int side, int border, real *outside, real *at[]) {
   long across = tiles_along(s.width), down = tiles_along(s.height);
   long image = tile / (across * down), top = tile / across % down * TILE - border, left = tile % across * TILE - border;
@@ -126,21 +127,34 @@ static inline void locate(real *x, shape s, long tile, int side, int border, rea
 
 #define AT(pointer) (*(vec *)(pointer))
 
+/* out = f in f', vectors at the addresses `in` + k: f makes `to` vectors of `from`, in one direction and then in the other. */
+static inline __attribute__((always_inline)) void both_directions(void f(const vec *, vec *), int from, int to, real *const in[],
+                                                                  long k, vec *out) {
+  vec half[POINTS][POINTS], line[POINTS];
+  for (int j = 0; j < from; j++) {
+    for (int i = 0; i < from; i++) line[i] = AT(in[i * from + j] + k);
+    f(line, half[j]);
+  }
+  for (int i = 0; i < to; i++) {
+    for (int j = 0; j < from; j++) line[j] = half[j][i];
+    f(line, out + i * to);
+  }
+}
+
+/* The addresses of a tile in its planes. */
+static inline void locate_planes(real *planes, long tile, real *at[PLANES]) {
+  for (int i = 0; i < PLANES; i++) at[i] = planes + i * PLANE + tile * MAPS;
+}
+
 static void inputs_to_planes(const real *x, shape s, long first, long num, real *planes, real *zeros) {
   for (long tile = 0; tile < num; tile++) {
-    real *at[PLANES];
-    locate((real *)x, s, first + tile, POINTS, 1, zeros, at);
+    real *from[PLANES], *to[PLANES];
+    locate((real *)x, s, first + tile, POINTS, 1, zeros, from);
+    locate_planes(planes, tile, to);
     for (long k = 0; k < MAPS; k += LANES) {
-      vec half[6][6], column[6], row[6];
-      for (int j = 0; j < 6; j++) {
-        for (int i = 0; i < 6; i++) column[i] = AT(at[i * 6 + j] + k);
-        evaluate(column, half[j]);
-      }
-      for (int i = 0; i < 6; i++) {
-        for (int j = 0; j < 6; j++) column[j] = half[j][i];
-        evaluate(column, row);
-        for (int j = 0; j < 6; j++) AT(planes + (i * 6 + j) * PLANE + tile * MAPS + k) = row[j];
-      }
+      vec values[PLANES];
+      both_directions(evaluate, POINTS, POINTS, from, k, values);
+      for (int i = 0; i < PLANES; i++) AT(to[i] + k) = values[i];
     }
   }
 }
@@ -149,19 +163,13 @@ static void inputs_to_planes(const real *x, shape s, long first, long num, real 
 static void planes_to_input_gradient(const real *planes, shape s, long first, long num, real *dx) {
   real unread[MAPS];
   for (long tile = 0; tile < num; tile++) {
-    real *at[PLANES];
-    locate(dx, s, first + tile, POINTS, 1, unread, at);
+    real *from[PLANES], *to[PLANES];
+    locate_planes((real *)planes, tile, from);
+    locate(dx, s, first + tile, POINTS, 1, unread, to);
     for (long k = 0; k < MAPS; k += LANES) {
-      vec half[6][6], column[6], row[6];
-      for (int j = 0; j < 6; j++) {
-        for (int i = 0; i < 6; i++) column[i] = AT(planes + (i * 6 + j) * PLANE + tile * MAPS + k);
-        evaluate_back(column, half[j]);
-      }
-      for (int i = 0; i < 6; i++) {
-        for (int j = 0; j < 6; j++) column[j] = half[j][i];
-        evaluate_back(column, row);
-        for (int j = 0; j < 6; j++) AT(at[i * 6 + j] + k) += row[j];
-      }
+      vec values[PLANES];
+      both_directions(evaluate_back, POINTS, POINTS, from, k, values);
+      for (int i = 0; i < PLANES; i++) AT(to[i] + k) += values[i];
     }
   }
 }
@@ -169,38 +177,26 @@ static void planes_to_input_gradient(const real *planes, shape s, long first, lo
 static void planes_to_outputs(const real *planes, shape s, long first, long num, const real *bias, real *y) {
   real unread[MAPS];
   for (long tile = 0; tile < num; tile++) {
-    real *at[TILE * TILE];
-    locate(y, s, first + tile, TILE, 0, unread, at);
+    real *from[PLANES], *to[TILE * TILE];
+    locate_planes((real *)planes, tile, from);
+    locate(y, s, first + tile, TILE, 0, unread, to);
     for (long k = 0; k < MAPS; k += LANES) {
-      vec half[6][4], column[6], row[4];
-      for (int j = 0; j < 6; j++) {
-        for (int i = 0; i < 6; i++) column[i] = AT(planes + (i * 6 + j) * PLANE + tile * MAPS + k);
-        interpolate(column, half[j]);
-      }
-      for (int i = 0; i < TILE; i++) {
-        for (int j = 0; j < 6; j++) column[j] = half[j][i];
-        interpolate(column, row);
-        for (int j = 0; j < TILE; j++) AT(at[i * TILE + j] + k) = row[j] + AT(bias + k);
-      }
+      vec values[TILE * TILE];
+      both_directions(interpolate, POINTS, TILE, from, k, values);
+      for (int i = 0; i < TILE * TILE; i++) AT(to[i] + k) = values[i] + AT(bias + k);
     }
   }
 }
 
 static void output_gradient_to_planes(const real *dy, shape s, long first, long num, real *planes, real *zeros) {
   for (long tile = 0; tile < num; tile++) {
-    real *at[TILE * TILE];
-    locate((real *)dy, s, first + tile, TILE, 0, zeros, at);
+    real *from[TILE * TILE], *to[PLANES];
+    locate((real *)dy, s, first + tile, TILE, 0, zeros, from);
+    locate_planes(planes, tile, to);
     for (long k = 0; k < MAPS; k += LANES) {
-      vec half[4][6], column[4], row[6];
-      for (int j = 0; j < TILE; j++) {
-        for (int i = 0; i < TILE; i++) column[i] = AT(at[i * TILE + j] + k);
-        interpolate_back(column, half[j]);
-      }
-      for (int i = 0; i < 6; i++) {
-        for (int j = 0; j < TILE; j++) column[j] = half[j][i];
-        interpolate_back(column, row);
-        for (int j = 0; j < 6; j++) AT(planes + (i * 6 + j) * PLANE + tile * MAPS + k) = row[j];
-      }
+      vec values[PLANES];
+      both_directions(interpolate_back, TILE, POINTS, from, k, values);
+      for (int i = 0; i < PLANES; i++) AT(to[i] + k) = values[i];
     }
   }
 }

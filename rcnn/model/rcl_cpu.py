@@ -28,7 +28,8 @@ A, B = 0.625, 1.5
 DIVISOR = 8
 """Of the number of maps that the kernel is written for."""
 SMALLEST_SAVING = 2.0
-"""Direct multiplications per multiplication of F(4x4), from which it pays: 4 at 16x16, 3.1 at 7x7, 2.3 at 3x3, 1 at 2x2."""
+"""Direct multiplications per multiplication of F(4x4), from which it pays: 4 at 16x16, 3.1 at 7x7, 2.3 at 3x3, 1 at 2x2.
+Measured where it is 2 or more: 0.93 (96 maps of 3x3, the only one below 1) to 3.1 times as fast (`tests/bench/NOTES.md`)."""
 
 
 @dataclass(frozen=True)

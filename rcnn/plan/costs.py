@@ -19,15 +19,14 @@ from rcnn.plan.size import DataSize
 from rcnn.results import Choice
 from rcnn.storage import StageFolder
 from rcnn.text import counted
+from rcnn.tune.attempt import minutes_noted
 from rcnn.tune.space import trial_config
 
 FORWARDS_PER_STEP = 3
 
 # Starting processes is most of a short run. Measured on 2 idle cores of an AMD EPYC, with the pinned versions (seconds; bytes):
 SECONDS_TO_START_RAY = 11.0  # ray.init: 10 to 12
-SECONDS_AROUND_EVALUATION = (
-    1.5  # loading the model, pictures and report: the stage of the demo takes 1 to 2 for few rows
-)
+SECONDS_AROUND_EVALUATION = 1.5  # model, pictures and report: the stage of the demo takes 1 to 2 for few rows
 SECONDS_TO_START_INGEST = 2.0  # the stage of the demo, whose 5,000 rows are written in 0.1 s
 SECONDS_TO_REGISTER = 1.0  # the stage of the demo
 BYTES_OF_A_SEARCH = 120e3  # pictures, and a table of the trials
@@ -126,7 +125,7 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
         return cost
     mean = sum(seconds) / len(seconds)
     fixed = SECONDS_TO_START_TRIALS if num_left else 0.0
-    limit = 60 * tune.max_minutes or math.inf
+    limit = _seconds_allowed(config, target)
     longest = tune.epochs if num_left else 0
     return _with_times(
         cost,
@@ -221,6 +220,14 @@ def _num_trials_at_once(config: PipelineConfig, size: DataSize, num_left: int) -
     node = node_here(config) | {"GPU": torch.cuda.device_count()}
     job = _job(config, size, is_timed=False)
     return min(most, room_for_trials(config, stand_in(job, num_rows=size.num_rows), [node]).num_trials)
+
+
+def _seconds_allowed(config: PipelineConfig, target: Target) -> float:
+    """What `tune.max_minutes` leaves to a search, whose earlier attempts count."""
+    if not config.tune.max_minutes:
+        return math.inf
+    used = minutes_noted(target) if target else 0.0
+    return max(0.0, 60 * (config.tune.max_minutes - used))
 
 
 def _num_train_rows(config: PipelineConfig, size: DataSize) -> int:

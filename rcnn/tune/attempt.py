@@ -97,7 +97,7 @@ class Budget:
 
     def __init__(self, target: StageFolder, *, max_minutes: float):
         self.target, self.max_minutes = target, max_minutes
-        self._before = _minutes_noted(target)
+        self._before = minutes_noted(target)
         self._started = self._noted = time.monotonic()
 
     @property
@@ -121,9 +121,10 @@ class Budget:
         self.target.storage.write_json(self.target.path(MINUTES), {"minutes": round(self.minutes_used, 3)})
 
 
-def _minutes_noted(target: StageFolder) -> float:
+def minutes_noted(target: StageFolder) -> float:
+    """What earlier attempts at the search have used; 0 where the note is damaged."""
     try:
         tree = target.storage.read_json(target.path(MINUTES))
         return max(0.0, float(tree["minutes"])) if tree else 0.0
-    except (ValueError, TypeError, KeyError):  # damaged
+    except (ValueError, TypeError, KeyError):
         return 0.0

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ def cluster() -> Iterator[str]:
     """A Ray with a job server, which a Ray of our own does without; the server's address."""
     server, agent, client = (str(port) for port in free_ports(3))
     command = [
-        "ray", "start", "--head", "--block", "--num-cpus", "2", "--port", "0", "--node-ip-address", "127.0.0.1",
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "2", "--port", "0",
+        "--node-ip-address", "127.0.0.1",
         "--dashboard-port", server, "--dashboard-agent-listen-port", agent, "--ray-client-server-port", client,
     ]  # fmt: skip
     ours = {
@@ -36,13 +38,15 @@ def cluster() -> Iterator[str]:
     with subprocess.Popen(
         command, env=os.environ | ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + 120
-        while not answers(address):
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "Ray does not start"
-            time.sleep(0.3)
-        yield address
-        process.terminate()
+        try:
+            deadline = time.monotonic() + 120
+            while not answers(address):
+                assert process.poll() is None, "Ray has ended"
+                assert time.monotonic() < deadline, "Ray does not start"
+                time.sleep(0.3)
+            yield address
+        finally:
+            process.terminate()
 
 
 def answers(address: str) -> bool:

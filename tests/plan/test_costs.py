@@ -18,6 +18,7 @@ from rcnn.progress import as_duration
 from rcnn.results import Choice, IngestResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.train.loop import fit
+from rcnn.tune.attempt import MINUTES
 from rcnn.tune.ledger import Record, write_record
 from tests.plan.states import write_snapshot
 
@@ -99,9 +100,8 @@ def test_a_resumed_training_is_billed_for_the_epochs_that_no_checkpoint_holds(
     assert costs.cost_of_train(limited, size, calibrate, target).seconds == 10
     write_snapshot(target, epoch=3.4, seconds=50)  # a time limit ended the fourth epoch, which is trained again
     assert costs.cost_of_train(config, size, calibrate, target).num_steps == left.num_steps
-    (tmp_path / target.path("checkpoint_manager_snapshot.json")).write_text(
-        '{"latest'
-    )  # Ray does not write it atomically
+    snapshot = tmp_path / target.path("checkpoint_manager_snapshot.json")
+    snapshot.write_text('{"latest')  # Ray does not write it atomically
     assert costs.cost_of_train(config, size, calibrate, target) == whole
 
 
@@ -120,6 +120,19 @@ def test_a_search_is_billed_for_the_trials_that_have_not_ended(tiny_config: Pipe
     write_record(target, a_record(3))
     done = costs.cost_of_tune(config, size, calibrate, target)  # killed before it wrote its result
     assert (done.num_steps, done.seconds) == (0, 0)
+
+
+def test_a_search_is_billed_no_more_minutes_than_its_earlier_attempts_left(
+    tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    target = StageFolder(Storage(str(tmp_path)), "runs/tune-0")
+    config = tiny_config.with_settings({"tune.max_minutes": 0.2, "tune.max_concurrent_trials": 1})
+    size = size_before_ingest(config.data)
+    assert costs.cost_of_tune(config, size, calibrate, target).seconds == pytest.approx(12)
+    target.storage.write_json(target.path(MINUTES), {"minutes": 0.15})
+    assert costs.cost_of_tune(config, size, calibrate, target).seconds == pytest.approx(3)
+    target.storage.write_json(target.path(MINUTES), {"minutes": 5})
+    assert costs.cost_of_tune(config, size, calibrate, target).seconds == 0
 
 
 def a_record(number: int) -> Record:
