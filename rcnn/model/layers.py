@@ -89,7 +89,7 @@ class RecurrentConvLayer(nn.Module):
 
     def _is_compiled(self, u_NCHW: Tensor) -> bool:
         """Whether the compiled layer is to compute this input."""
-        if self.convolution == "direct" or not rcl_cpu.can_compute(u_NCHW, self.feed_forward.out_channels):
+        if self.convolution == "direct" or not rcl_cpu.can_compute(u_NCHW, self.feed_forward.weight):
             return False
         if self.feed_forward._forward_hooks:  # as of `count_multiply_adds`: only the modules call them
             return False
@@ -97,7 +97,7 @@ class RecurrentConvLayer(nn.Module):
             return False
         norm = self.norms[0]
         is_papers = isinstance(norm, LocalResponseNorm) and norm.beta == lrn_cpu.EXPONENT
-        return is_papers and rcl_cpu.kernel(norm.num_maps, norm.window, u_NCHW.dtype) is not None
+        return is_papers and rcl_cpu.kernel(norm.num_maps, norm.window, self.feed_forward.weight.dtype) is not None
 
     def _compiled(self, u_NCHW: Tensor) -> Tensor:
         norm = self.norms[0]

@@ -54,25 +54,31 @@ class Step:
     rate: int = 0
 
 
-def can_compute(u_NKHW: Tensor, num_maps: int) -> bool:
+def can_compute(u_NKHW: Tensor, kernel_KK33: Tensor) -> bool:
     """Whether the compiled layer takes this input, an image's maps being those of the layer."""
+    num_maps = len(kernel_KK33)
     is_plain = type(u_NKHW) is Tensor and u_NKHW.device.type == "cpu" and u_NKHW.dim() == 4
     fits = num_maps % DIVISOR == 0 and u_NKHW.shape[1] == num_maps and u_NKHW.numel() > 0
-    is_wide = u_NKHW.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return is_plain and fits and is_wide and not torch.compiler.is_compiling()
+    is_narrowed = torch.is_autocast_enabled("cpu") and u_NKHW.dtype != torch.float64
+    has_type = kernel_KK33.dtype == (torch.float32 if is_narrowed else u_NKHW.dtype)
+    return is_plain and fits and has_type and not torch.compiler.is_compiling()
 
 
 def pays(height: int, width: int) -> bool:
     """Whether F(4x4) is faster than direct convolution on maps of this size: it wastes what a tile covers beyond the border.
 
-    The rule depends on nothing but the shape, so that all workers choose alike.
+    The rule depends on nothing but the shape, so that all workers choose alike; and under autocast on the processor. In
+    bfloat16, direct convolution is slower than this is in float32 (`tests/bench/NOTES.md`), unless there is a unit for
+    products of bfloat16 matrices (AMX), with some eight times the speed. That one is not measured.
     """
+    if torch.is_autocast_enabled("cpu") and torch.cpu.get_capabilities().get("amx_bf16", False):
+        return False
     tiles = -(-height // 4) * -(-width // 4)
     return 9 * height * width >= SMALLEST_SAVING * PLANES * tiles
 
 
 class CompiledLayer(torch.autograd.Function):
-    """x(T), after dropout, from u and the layer's weights.
+    """x(T), after dropout, from u and the layer's weights; under autocast in float32.
 
     Args of `apply`:
         u_NKHW: the input.
@@ -82,6 +88,7 @@ class CompiledLayer(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(  # type: ignore[no-untyped-def]
         ctx, u_NKHW: Tensor, feed_KK33: Tensor, bias_K: Tensor, recurrent_KK33: Tensor | None, step: Step
     ) -> Tensor:
@@ -100,6 +107,7 @@ class CompiledLayer(torch.autograd.Function):
         return x_NHWK.permute(0, 3, 1, 2)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx, grad_NKHW: Tensor):  # type: ignore[no-untyped-def]
         """The gradients of u, the two kernels and the bias."""

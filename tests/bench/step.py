@@ -1,10 +1,11 @@
 """How fast a training step is: ours, the plain network of `plain.py`, and the floor that the convolutions set.
 
-    python -m tests.bench.step [--num-maps 96] [--num-steps 3] [--also recompute ...] [--json FILE] [--plot FILE]
+    python -m tests.bench.step [--num-maps 96] [--num-steps 3] [--image-side 28] [--also recompute ...] [--json FILE]
+                               [--plot FILE]
 
 Each side lives in a process of its own, so that none warms up, or uses up, memory for another. They take turns, in rounds of
 half a second at least; speeds are medians over the rounds, and a ratio is the median of the rounds' ratios, since the
-machine's speed drifts. A step is forward, backward and update of SGD with momentum, on random 32x32 colour images:
+machine's speed drifts. A step is forward, backward and update of SGD with momentum, on random colour images:
 
     plain           eager, float32, contiguous, as anybody would write it
     plain-bfloat16  the same under bfloat16 autocast, channels last (on a GPU, or with --precision bfloat16)
@@ -14,11 +15,13 @@ machine's speed drifts. A step is forward, backward and update of SGD with momen
     ours-NAME       ours with the setting NAME, or without a C compiler (no-gcc), for each NAME of --also
 
 Utilisation is the share of the fastest matrix product, in the type of `--precision`, that the same run found up to then.
+The first step is the first one of a network in its process: C code is compiled anew for each K, and not for each T.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,6 +29,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ import torch
 from torch.nn import functional
 
 from tests.bench.common import arguments, machine, print_table, write_json
-from tests.bench.step_side import IMAGE_SIDE, IN_CHANNELS, NUM_CLASSES, VARIANTS
+from tests.bench.step_side import IN_CHANNELS, NUM_CLASSES, VARIANTS
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 
@@ -46,8 +50,9 @@ def main() -> None:
     peak = peak_flops(options)
     with ExitStack() as stack:
         sides = [stack.enter_context(Side.started(options, name)) for name in side_names(options)]
-        for num_maps, num_steps in itertools.product(options.num_maps, options.num_steps):
-            results += measure(sides, num_maps, num_steps, rounds=options.rounds, batch=options.batch_size)
+        for side, num_maps, num_steps in itertools.product(options.image_side, options.num_maps, options.num_steps):
+            network = Network(num_maps, num_steps, side)
+            results += measure(sides, network, rounds=options.rounds, batch=options.batch_size)
             peak = max(peak, peak_flops(options))
             note_utilisation(results, peak)
             print_rows(results[-len(sides) :])
@@ -60,8 +65,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--num-maps", type=int, nargs="+", default=[32, 96, 160], help="K (default: 32 96 160)")
+    parser.add_argument("--num-maps", type=int, nargs="+", default=[32, 64, 96, 160], help="K (default: 32 64 96 160)")
     parser.add_argument("--num-steps", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="T (default: 0 to 5)")
+    parser.add_argument("--image-side", type=int, nargs="+", default=[32], help="pixels, as 32 or 28 (default: 32)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of ours and the floor")
@@ -75,6 +81,19 @@ def side_names(options: argparse.Namespace) -> list[str]:
     has_bfloat16 = options.device == "cuda" or options.precision == "bfloat16"
     plain = ["plain", "plain-bfloat16"] if has_bfloat16 else ["plain"]
     return [*plain, "floor", "ours-direct", "ours", *(f"ours-{also}" for also in options.also)]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is measured: K, T, and the height and width of the images."""
+
+    num_maps: int
+    num_steps: int
+    image_side: int
+
+    def __str__(self) -> str:
+        """As a side reads it."""
+        return f"{self.num_maps} {self.num_steps} {self.image_side}"
 
 
 class Side:
@@ -93,10 +112,9 @@ class Side:
         with _process(command, dict(os.environ)) as steps, _process([*command, "--memory"], sparing) as memory:
             yield cls(name, steps, memory)
 
-    def build(self, num_maps: int, num_steps: int) -> float:
-        """Takes up a new network; returns its bytes an image."""
-        self._ask(self._steps, f"{num_maps} {num_steps}")
-        return self._ask(self._memory, f"{num_maps} {num_steps}")["bytes"]
+    def build(self, network: Network) -> dict[str, float]:
+        """Takes up a new network; returns its bytes an image and the seconds of its first step."""
+        return self._ask(self._steps, str(network)) | self._ask(self._memory, str(network))
 
     def round(self) -> float:
         """The seconds of a step."""
@@ -117,14 +135,14 @@ def _process(command: list[str], env: dict[str, str]) -> Iterator["subprocess.Po
         yield process
 
 
-def measure(sides: Sequence[Side], num_maps: int, num_steps: int, *, rounds: int, batch: int) -> list[dict[str, Any]]:
+def measure(sides: Sequence[Side], network: Network, *, rounds: int, batch: int) -> list[dict[str, Any]]:
     """One result for each side, its utilisation left out."""
-    memory = {side.name: side.build(num_maps, num_steps) for side in sides}
+    built = {side.name: side.build(network) for side in sides}
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
             seconds[side.name].append(side.round())
-    flops = step_flops(num_maps, num_steps)
+    flops = step_flops(network)
 
     def ratio(name: str, to: str) -> float:
         return statistics.median(theirs / own for own, theirs in zip(seconds[name], seconds[to], strict=True))
@@ -132,15 +150,15 @@ def measure(sides: Sequence[Side], num_maps: int, num_steps: int, *, rounds: int
     return [
         {
             "side": name,
-            "num_maps": num_maps,
-            "num_steps": num_steps,
+            **asdict(network),
             "images_per_second": batch / statistics.median(taken),
             "low": batch / max(taken),
             "high": batch / min(taken),
             "ratio_to_plain": ratio(name, "plain"),
             "ratio_to_floor": ratio(name, "floor"),
             "gflop_per_image": flops / 1e9,
-            "peak_bytes_per_image": memory[name],
+            "peak_bytes_per_image": built[name]["bytes"],
+            "seconds_to_first_step": built[name]["first_step"],
         }
         for name, taken in seconds.items()
     ]
@@ -152,13 +170,14 @@ def note_utilisation(results: Sequence[dict[str, Any]], peak: float) -> None:
         row["utilisation"] = row["gflop_per_image"] * 1e9 * row["images_per_second"] / peak
 
 
-def step_flops(num_maps: int, num_steps: int) -> float:
+def step_flops(network: Network) -> float:
     """Floating-point operations of a training step per image: 2 for each multiply-add of the convolutions and the linear
     layer, forward, and as many again for each of the two gradients (of inputs, but for the first layer's, and of weights).
     """
-    positions = (IMAGE_SIDE // 2) ** 2, (IMAGE_SIDE // 4) ** 2
-    first = 25 * IN_CHANNELS * num_maps * IMAGE_SIDE**2
-    recurrent = 2 * sum(positions) * 9 * num_maps**2 * (num_steps + 1)
+    num_maps, side = network.num_maps, network.image_side
+    positions = math.ceil(side / 2) ** 2 + math.ceil(side / 4) ** 2
+    first = 25 * IN_CHANNELS * num_maps * side**2
+    recurrent = 2 * positions * 9 * num_maps**2 * (network.num_steps + 1)
     return 2 * (2 * first + 3 * (recurrent + num_maps * NUM_CLASSES))
 
 
@@ -183,7 +202,9 @@ def peak_flops(options: argparse.Namespace) -> float:
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """The table of one network."""
     print_table(
-        f"K = {rows[0]['num_maps']}, T = {rows[0]['num_steps']}: {rows[0]['gflop_per_image']:.3f} GFLOP an image",
+        "K = {num_maps}, T = {num_steps}, {image_side}x{image_side}: {gflop_per_image:.3f} GFLOP an image".format(
+            **rows[0]
+        ),
         [
             {
                 "side": row["side"],
@@ -192,6 +213,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
                 "to floor": f"{row['ratio_to_floor']:.2f}",
                 "utilisation": f"{100 * row['utilisation']:.0f} %",
                 "peak MB/image": f"{row['peak_bytes_per_image'] / 1e6:.1f}",
+                "first step": f"{row['seconds_to_first_step']:.2f} s",
             }
             for row in rows
         ],
@@ -204,6 +226,7 @@ def print_growth(results: Sequence[dict[str, Any]]) -> None:
     first = ours[0]
     rows = [
         {
+            "images": "{0}x{0}".format(row["image_side"]),
             "K": str(row["num_maps"]),
             "T": str(row["num_steps"]),
             "arithmetic": f"x {row['gflop_per_image'] / first['gflop_per_image']:.1f}",
@@ -222,14 +245,17 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    all_maps = sorted({row["num_maps"] for row in results})
-    figure, axes = pyplot.subplots(1, len(all_maps) + 1, figsize=(4 * (len(all_maps) + 1), 3.6), squeeze=False)
-    for axis, num_maps in zip(axes[0], all_maps, strict=False):
-        _draw(axis, [row for row in results if row["num_maps"] == num_maps], "num_steps")
-        axis.set(title=f"K = {num_maps}", xlabel="T", ylabel="ms an image", ylim=(0, None))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    _draw(axes[0][-1], sorted(results, key=lambda row: row["gflop_per_image"]), "gflop_per_image")
-    axes[0][-1].set(title="all networks", xlabel="GFLOP an image", ylabel="ms an image", xscale="log", yscale="log")
+    all_sides, all_maps = (sorted({row[name] for row in results}) for name in ("image_side", "num_maps"))
+    size = len(all_sides), len(all_maps) + 1
+    figure, axes = pyplot.subplots(*size, figsize=(4 * size[1], 3.6 * size[0]), squeeze=False)
+    for line, side in zip(axes, all_sides, strict=True):
+        of_side = [row for row in results if row["image_side"] == side]
+        for axis, num_maps in zip(line, all_maps, strict=False):
+            _draw(axis, [row for row in of_side if row["num_maps"] == num_maps], "num_steps")
+            axis.set(title=f"K = {num_maps}, {side}x{side}", xlabel="T", ylabel="ms an image", ylim=(0, None))
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        _draw(line[-1], sorted(of_side, key=lambda row: row["gflop_per_image"]), "gflop_per_image")
+        line[-1].set(title="all networks", xlabel="GFLOP an image", ylabel="ms an image", xscale="log", yscale="log")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)

@@ -1,7 +1,7 @@
 """One side of `step.py`, in a process of its own: it builds a network when told to, and makes training steps.
 
-A line with K and T on standard input makes a new network and takes its first steps; an empty line makes a round. Each is
-answered by a line of JSON.
+A line with K, T and the side of the images on standard input makes a new network and takes its first steps; an empty line
+makes a round. Each is answered by a line of JSON.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rcnn.train.optim import build_optimizer
 from rcnn.train.step import train_step
 from tests.bench.plain import PlainRCNN
 
-IMAGE_SIDE, IN_CHANNELS, NUM_CLASSES = 32, 3, 10
+IN_CHANNELS, NUM_CLASSES = 3, 10
 SECONDS_PER_ROUND = 0.5
 FEW_IMAGES, MORE_IMAGES = 32, 96
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,18 +60,19 @@ class Side:
         is_narrow = self.variant == "bfloat16" or (not self.is_plain and options.precision == "bfloat16")
         self.precision = torch.bfloat16 if is_narrow else torch.float32
 
-    def build(self, num_maps: int, num_steps: int) -> dict[str, float]:
-        """Takes up a new network. Returns the bytes an image if memory is measured."""
+    def build(self, num_maps: int, num_steps: int, image_side: int) -> dict[str, float]:
+        """Takes up a new network. Returns the bytes an image if memory is measured, else the seconds of the first step."""
         torch.manual_seed(0)
+        self.image_side = image_side
         make = self._plain if self.is_plain else self._ours
         self.model, self.optimizer = make(num_maps, num_steps)
         if self.measures_memory:
             return {"bytes": self._bytes_per_image()}
         self.batch = self._batch(self.batch_size)
         self.steps_per_round = 1
-        self.round()
+        first_step = self.round()["seconds"]
         self.steps_per_round = math.ceil(SECONDS_PER_ROUND / self.round()["seconds"])
-        return {}
+        return {"first_step": first_step}
 
     def round(self) -> dict[str, float]:
         """The seconds of one step, over a round of them."""
@@ -112,7 +113,7 @@ class Side:
         return torch.contiguous_format if self.name == "plain" else torch.channels_last
 
     def _batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.randn(num_images, IN_CHANNELS, IMAGE_SIDE, IMAGE_SIDE, device=self.device)
+        images = torch.randn(num_images, IN_CHANNELS, self.image_side, self.image_side, device=self.device)
         labels = torch.randint(NUM_CLASSES, (num_images,), device=self.device)
         return images.contiguous(memory_format=self._memory_format), labels
 

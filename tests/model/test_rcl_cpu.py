@@ -1,5 +1,6 @@
 """The compiled recurrent layer against torch's convolutions and the formula of LRN, in float64."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -8,11 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rcnn.config import PipelineConfig
+from rcnn.data.loader import load_training_data
 from rcnn.model import RecurrentConvLayer, rcl_cpu
 from rcnn.model.compiled import can_compile
 from rcnn.model.lrn_equation import reference_lrn
 from rcnn.model.norms import batch_norms, local_response_norms
 from rcnn.model.recursive import RecursiveConvLayer
+from rcnn.results import IngestResult
+from rcnn.storage import Storage
+from rcnn.train.loop import fit
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="there is no C compiler")
 
@@ -108,6 +114,62 @@ def test_rounding_errors_are_at_most_eight_times_those_of_direct_convolution(
         assert ours <= LARGEST_RATIO * max(direct, 2e-8 * float(wanted.norm())), name
 
 
+@pytest.fixture(scope="module")
+def trained_layers(
+    tiny_config: PipelineConfig, digits: IngestResult
+) -> list[tuple[RecurrentConvLayer, Tensor, Tensor]]:
+    """The four layers of a trained RCNN-32, each with an input of real digits and the gradient of its output."""
+    data = load_training_data(Storage(tiny_config.storage), digits.folder)
+    config = tiny_config.with_settings({"model.k": 32, "model.t": 3, "train.epochs": 2, "train.num_rows": 1500})
+    model = fit(config, data, lambda metrics, save: None).model.eval()
+    layers, seen = list(model.network.recurrent_layers), {}
+
+    def keep(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        out.retain_grad()
+        seen[layer] = (given[0].detach(), out)
+
+    for layer in layers:
+        layer.register_forward_hook(keep)
+    images, labels = next(iter(data.val.batches(64, torch.device("cpu"))))
+    functional.cross_entropy(model(images), labels).backward()
+    for layer in layers:
+        layer._forward_hooks.clear()
+    return [(layer, seen[layer][0], seen[layer][1].grad) for layer in layers]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(4))
+def test_the_same_holds_for_the_weights_and_inputs_of_a_trained_network(
+    trained_layers: list[tuple[RecurrentConvLayer, Tensor, Tensor]], number: int
+) -> None:
+    """With all time steps, ReLU and LRN; without the images in which rounding decides whether a unit is on."""
+    layer, u, gradient = trained_layers[number]
+    layer64 = copy.deepcopy(layer).double()
+    is_clear = smallest_input_of_a_relu(layer64, u.double()) > 2e-6
+    assert is_clear.double().mean() > 0.7
+    u, gradient = u[is_clear], gradient[is_clear]
+    truth, errors = results(layer64, u.double(), gradient.double()), {}
+    for convolution in ("winograd", "direct"):
+        layer.convolution = convolution
+        found = results(layer, u, gradient)
+        errors[convolution] = {
+            name: float((found[name] - wanted).norm() / wanted.norm()) for name, wanted in truth.items()
+        }
+    for name, error in errors["winograd"].items():
+        assert 0 < error <= LARGEST_RATIO * errors["direct"][name], name
+
+
+@torch.no_grad()
+def smallest_input_of_a_relu(layer: RecurrentConvLayer, u: Tensor) -> Tensor:
+    """The smallest |z(t)| of each image."""
+    fed = z = layer.feed_forward(u)
+    smallest = z.abs().amin((1, 2, 3))
+    for norm in layer.norms[1:]:
+        z = fed + layer.recurrent(norm(z.relu()))
+        smallest = smallest.minimum(z.abs().amin((1, 2, 3)))
+    return smallest
+
+
 class SavedNumbers:
     """How many numbers autograd saves."""
 
@@ -193,9 +255,26 @@ def test_what_the_kernel_is_not_written_for_is_left_to_torch() -> None:
     assert not is_compiled(RecurrentConvLayer(3, 16, 1, convolution="winograd"), torch.randn(2, 3, 8, 8))
     assert not is_compiled(layer_of(16, 1, norms=batch_norms), u)
     assert not is_compiled(layer_of(16, 1, norms=partial(local_response_norms, beta=0.5)), u)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not is_compiled(layer_of(16, 1), u)
+    with pytest.raises(RuntimeError, match="type"):
+        layer_of(16, 1)(u.double())
     assert layer_of(16, 1)(torch.randn(0, 16, 8, 8)).shape == (0, 16, 8, 8)
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_under_autocast_the_layer_computes_in_float32_unless_the_processor_multiplies_bfloat16_matrices(
+    monkeypatch: pytest.MonkeyPatch, has_amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
+    layer = layer_of(16, 2, convolution="auto", dropout=0.5).eval()
+    u = torch.randn(2, 16, 8, 8).bfloat16()
+    expected = layer(u.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_compiled(layer, u) != has_amx
+        found = layer(u)
+        found.sum().backward()
+    assert found.dtype == (torch.bfloat16 if has_amx else torch.float32)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05 if has_amx else 0, atol=0.05 if has_amx else 0)
+    assert layer.recurrent.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
