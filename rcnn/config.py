@@ -194,6 +194,9 @@ class ModelConfig(Section):
         return title_of(self.network, self.model_dump())
 
 
+DEFAULT_SHARES = 4
+
+
 class TrainConfig(Section):
     """Stochastic gradient descent: how long, how fast, on which rows."""
 
@@ -228,8 +231,22 @@ class TrainConfig(Section):
         "instructions for it; auto: bfloat16 on such a GPU, float32 elsewhere.",
     )
     deterministic: bool = Field(
-        False, description="Whether two runs on one machine give the same bits; torch refuses what cannot."
+        False,
+        description="Whether two runs on machines of one kind give the same bits; torch refuses what cannot. With shares, "
+        "which are then on, that holds for any number of workers and threads.",
     )
+    num_shares: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Parts of each batch whose gradients are computed one by one, each on one thread, and added in a fixed "
+        "order: the same bits on any number of workers up to this; 0: 4 if deterministic, else each worker takes its slice.",
+    )
+
+    @property
+    def shares(self) -> int:
+        """The number of shares; 0: none."""
+        return self.num_shares or (DEFAULT_SHARES if self.deterministic else 0)
 
 
 class AugmentConfig(Section):
@@ -245,10 +262,19 @@ class AugmentConfig(Section):
 class ExecutionConfig(Section):
     """How and where steps run. Nothing here names a result: a run resumes with other settings of this section."""
 
-    keep_checkpoints: int = Field(
-        2, ge=1, le=10_000, description="Best checkpoints to keep; the last one is always kept."
+    checkpoint_minutes: float = Field(
+        10,
+        gt=0,
+        le=MAX_MINUTES,
+        description="Minutes of training after which a checkpoint is written, besides each epoch's end.",
     )
-    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers; batch_size must divide by it.")
+    keep_checkpoints: int = Field(
+        2,
+        ge=1,
+        le=10_000,
+        description="Checkpoints to keep, the last ones: if one is damaged, the one before it is used.",
+    )
+    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers; the batch must divide by it.")
     cpus_per_worker: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each worker.")
     use_gpu: bool = Field(False, description="Whether each worker takes one GPU.")
     loader: Literal["auto", "resident", "streaming"] = Field(
@@ -453,12 +479,19 @@ class PipelineConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _batch_divides_by_workers(self) -> Self:
-        batch_size, num_workers = self.train.batch_size, self.execution.num_workers
-        if batch_size % num_workers:
+    def _batch_divides(self) -> Self:
+        batch_size, num_workers, num_shares = self.train.batch_size, self.execution.num_workers, self.train.shares
+        name = "train.num_shares" if num_shares else "execution.num_workers"
+        parts = num_shares or num_workers
+        if batch_size % parts:
             raise ValueError(
-                f"train.batch_size = {batch_size} does not divide by execution.num_workers = {num_workers}; "
-                f"set train.batch_size to {num_workers * max(1, batch_size // num_workers)}"
+                f"train.batch_size = {batch_size} does not divide by {name} = {parts}; "
+                f"set train.batch_size to {parts * max(1, batch_size // parts)}"
+            )
+        if num_shares and num_workers > num_shares:
+            raise ValueError(
+                f"execution.num_workers = {num_workers} is more than train.num_shares = {num_shares}, and each worker needs a "
+                f"share; lower the one or raise the other"
             )
         return self
 

@@ -96,6 +96,11 @@ class Storage:
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             return str(stream.read().decode())
 
+    def read_bytes(self, name: str) -> bytes:
+        """The content of a file."""
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return bytes(stream.read())
+
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file atomically.
 
@@ -104,8 +109,8 @@ class Storage:
         """
         self.write_bytes(name, text.encode())
 
-    def write_bytes(self, name: str, content: bytes | memoryview) -> None:
-        """Writes a file atomically.
+    def write_bytes(self, name: str, content: bytes | memoryview, *, durable: bool = False) -> None:
+        """Writes a file atomically; a durable one survives a power cut as soon as this returns.
 
         Raises:
             ClusterError: the storage cannot be written.
@@ -118,7 +123,11 @@ class Storage:
                 with self.filesystem.open_output_stream(draft) as stream:
                     stream.write(content)
                 if draft != target:
+                    if durable:
+                        _sync(draft)
                     self.filesystem.move(draft, target)
+                    if durable:
+                        _sync(os.path.dirname(target))
             except BaseException:
                 if draft != target:
                     Path(draft).unlink(missing_ok=True)
@@ -135,9 +144,9 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: Any, *, durable: bool = False) -> None:
         """Writes a JSON file atomically, indented for readers."""
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
+        self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode(), durable=durable)
 
     def upload(self, local: Path, name: str) -> None:
         """Copies a local folder to `name`, file by file."""
@@ -240,6 +249,15 @@ class Storage:
                 where=self.uri(name),
                 remedy="Check its permissions and free space, or set storage elsewhere",
             ) from error
+
+
+def _sync(path: str) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 RESULT = "_result.json"

@@ -54,6 +54,7 @@ SMALLEST_WRONG = {
     "train.weight_decay": -1, "train.schedule": "cosine", "train.plateau_factor": 1, "train.plateau_patience": -1,
     "train.one_cycle_warmup": 0, "augment.max_shift": -1, "train.clip_norm": -1, "train.ema_decay": 1,
     "train.num_rows": -1, "execution.keep_checkpoints": 0, "execution.num_workers": 0, "execution.cpus_per_worker": 0,
+    "execution.checkpoint_minutes": 0, "train.num_shares": -1,
     "execution.max_failures": -1, "execution.use_gpu": "perhaps", "train.precision": "float8", "execution.compile": "perhaps",
     "train.deterministic": "perhaps", "execution.recompute": "perhaps", "execution.convolution": "fast",
     "train.nesterov": "perhaps", "train.max_minutes": -1, "tune.enabled": "perhaps",

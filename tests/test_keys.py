@@ -64,7 +64,11 @@ NO_CHANGE = [
     ("data/ingest.py", "import errno\n", "# a comment\nimport errno\n"),
     ("data/ingest.py", '"""The ingest stage: ', '"""Another docstring: '),
     ("model/lrn.py", "\n\n\n", "\n\n\n\n\n\n"),
-    ("train/step.py", "import torch\nfrom torch import Tensor, nn\n", "from torch import Tensor, nn\nimport torch\n"),
+    (
+        "train/step.py",
+        "import torch\nimport torch.distributed as dist\n",
+        "import torch.distributed as dist\nimport torch\n",
+    ),
     ("model/lrn_cpu.c", "/*", "/* another comment */ /*"),
     ("config.py", "class DataConfig(Section):", "A_CONSTANT = 1\n\n\nclass DataConfig(Section):"),
     ("config.py", "num_workers: int = Field(1,", "new: int = Field(3, ge=0, le=9)\n    num_workers: int = Field(2,"),

@@ -66,6 +66,7 @@ def test_how_and_where_a_stage_runs_is_in_no_key() -> None:
         "execution.num_workers": 4, "execution.cpus_per_worker": 2, "execution.use_gpu": True, "execution.compile": "on",
         "execution.recompute": True, "execution.convolution": "direct", "execution.loader": "streaming",
         "execution.resident_megabytes": 7, "execution.keep_checkpoints": 9, "execution.max_failures": 9,
+        "execution.checkpoint_minutes": 1,
         "ray.address": "auto", "ray.num_cpus": 3, "tune.cpus_per_trial": 2, "tune.max_concurrent_trials": 3,
         "tune.gpus_per_trial": 1, "tune.workers_per_trial": 2, "tune.max_minutes": 5, "tune.trial_minutes": 1,
     }  # fmt: skip

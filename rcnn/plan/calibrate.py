@@ -34,7 +34,7 @@ STEPS_PER_ROUND, NUM_ROUNDS = 5, 4
 MAX_SECONDS = 12.0  # of timed rounds; large networks on a CPU get fewer than `NUM_ROUNDS`
 READS = (
     "model", "augment", "execution", "evaluate.batch_size", "train.batch_size", "train.clip_norm", "train.ema_decay",
-    "train.precision", "train.deterministic", "train.momentum",
+    "train.precision", "train.deterministic", "train.num_shares", "train.momentum",
 )  # fmt: skip
 
 
@@ -208,24 +208,20 @@ def calibrate(job: Job) -> Calibration:
 
 
 def _timed(job: Job, of_network: Calibration, torch: Any) -> Calibration:
-    from rcnn.data.batches import Order
     from rcnn.data.loader import Rows
     from rcnn.train.checkpoint import new_state
     from rcnn.train.execution import choose_device, choose_execution, prepare
-    from rcnn.train.loop import augmentation_of, train_epoch
+    from rcnn.train.loop import steps_of, train_epoch
     from rcnn.train.pace import WARMUP_STEPS, Pace, peak_bytes
     from rcnn.train.step import score
 
-    config = job.config.with_settings(
-        {"train.learning_rate": 1e-6}
-    )  # random images teach nothing, and must not diverge
+    config = _of_one_worker(job.config)
     device = choose_device(config.execution.use_gpu)
     _forget_peak(device, torch)
     prepare(device, deterministic=config.train.deterministic)
     execution = choose_execution(config, device, num_steps=job.num_steps)
     state = new_state(config, stand_in(job), device=device, num_steps=10_000)
-    network = execution.compiled(state.model)
-    share = config.train.batch_size // config.execution.num_workers
+    batch = config.train.batch_size
 
     def random_rows(num_rows: int) -> Rows:
         height, width, channels = job.image_shape
@@ -233,10 +229,10 @@ def _timed(job: Job, of_network: Calibration, torch: Any) -> Calibration:
         return Rows(images_NHWC.permute(0, 3, 1, 2), torch.randint(job.num_classes, (num_rows,)))
 
     def step_seconds(num_steps: int) -> float:
-        loader = random_rows(num_steps * share).loader(Order(share, seed=0), augmentation_of(config), device)
+        state.step = 0
         pace = Pace(device, num_steps=num_steps, num_epochs=1, validation_steps=0, on_forecast=lambda forecast: None)
-        metrics, _ = train_epoch(state, network, loader, execution, pace)
-        return share / metrics["perf/images_per_second"]
+        metrics = train_epoch(state, steps_of(state, random_rows(num_steps * batch), execution), pace)
+        return batch / metrics["perf/images_per_second"]
 
     def score_seconds() -> float:
         images = random_rows(config.evaluate.batch_size)
@@ -250,6 +246,19 @@ def _timed(job: Job, of_network: Calibration, torch: Any) -> Calibration:
     score_seconds()
     scores = _repeated(score_seconds, 2)
     return Calibration(of_network.multiply_adds, of_network.num_parameters, steps, scores, peak_bytes(device))
+
+
+def _of_one_worker(config: PipelineConfig) -> PipelineConfig:
+    """The config of a training that does what one worker of this one would: its part of a batch and of the shares."""
+    part = {
+        "execution.num_workers": 1,
+        "train.batch_size": config.train.batch_size // config.execution.num_workers,
+        "train.learning_rate": 1e-6,  # random images teach nothing, and must not diverge
+    }
+    if config.train.shares:
+        part["train.num_shares"] = math.ceil(config.train.shares / config.execution.num_workers)
+        part["train.batch_size"] = config.train.batch_size // config.train.shares * part["train.num_shares"]
+    return config.with_settings(part)
 
 
 def _repeated(measure: Callable[[], float], num_rounds: int) -> float:

@@ -139,16 +139,18 @@ def cost_of_tune(config: PipelineConfig, size: DataSize | None, calibrate: Calib
 
 
 def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None) -> Cost:
-    """The epochs that no checkpoint holds, with validation and checkpoints."""
+    """The steps and epochs that no checkpoint holds, with validation and checkpoints."""
     if size is None:
         return UNKNOWN
     how, done = config.execution, trained(target)
-    epochs = max(0, config.train.epochs - done.num_epochs)
+    steps_per_epoch = max(1, _steps_per_epoch(config, size))
+    num_steps = max(0, (config.train.epochs - done.num_epochs) * steps_per_epoch - done.num_steps)
+    epochs = num_steps / steps_per_epoch
     [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     cost = Cost(
         num_rows=_num_train_rows(config, size) + size.num_rows["val"],
-        num_steps=epochs * _steps_per_epoch(config, size),
-        multiply_adds=epochs * _epoch_macs(config, size, found),
+        num_steps=num_steps,
+        multiply_adds=num_steps * _epoch_macs(config, size, found) // steps_per_epoch,
         disk_bytes=_checkpoint_bytes(config, found, num_there=done.num_epochs),
         notes=_notes([found], _notes_on_train(config)),
     )
@@ -272,10 +274,9 @@ def _process_bytes(config: PipelineConfig, size: DataSize, found: Sequence[Calib
 
 
 def _checkpoint_bytes(config: PipelineConfig, found: Calibration, *, num_there: int = 0) -> int:
-    """Weights and momenta, averaged weights if there are any, and the model beside them; then the finished model."""
-    num_copies = 2 + bool(config.train.ema_decay)
-    of_one = 4 * found.num_parameters * (num_copies + 1)
-    num_kept = config.execution.keep_checkpoints + 1
+    """Weights, momenta, those of the best epoch, and averaged ones if there are any; then the finished model."""
+    of_one = 4 * found.num_parameters * (3 + bool(config.train.ema_decay))
+    num_kept = config.execution.keep_checkpoints
     return of_one * (num_kept - min(num_kept, num_there)) + 4 * found.num_parameters
 
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from rcnn.config import PipelineConfig
 from rcnn.storage import StageFolder
+from rcnn.train import checkpoint_store
 from rcnn.tune.ledger import Record, read_records
 from rcnn.tune.search import trials_left
 from rcnn.tune.space import num_trials_wanted
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's own list of its checkpoints
-
 
 @dataclass(frozen=True)
 class Trained:
-    """What the last checkpoint of a training holds: whole epochs, and the seconds that they took."""
+    """What the last checkpoint of a training holds: whole epochs, steps of the next one, and the seconds that all took."""
 
     num_epochs: int = 0
+    num_steps: int = 0
     seconds: float = 0.0
 
 
@@ -48,11 +48,7 @@ def num_trials_left(config: PipelineConfig, ended: Mapping[str, Record]) -> int:
 
 
 def trained(target: StageFolder | None) -> Trained:
-    """What training resumes from; nothing where the list of checkpoints is missing or damaged."""
-    try:
-        tree = target.storage.read_json(target.path(SNAPSHOT)) if target else None
-        metrics = tree["latest_checkpoint_result"]["metrics"] if tree else {"epoch": 0}
-        # A time limit may have ended the last epoch early; it is then trained again from its start.
-        return Trained(int(metrics["epoch"]), float(metrics.get("perf/seconds", 0.0)))
-    except (ValueError, KeyError, TypeError):
-        return Trained()
+    """What training resumes from."""
+    records = checkpoint_store.read_records(target) if target else []
+    newest = records[-1] if records else None
+    return Trained(newest.epoch, newest.step, newest.seconds) if newest else Trained()

@@ -1,15 +1,18 @@
-"""What training stores on disk: checkpoints to resume from, and the trained model.
+"""The state of a training, as a checkpoint holds it, and the trained model.
 
-A checkpoint is one file that `torch.load(weights_only=True)` opens: tensors and plain values. A model folder is
-`model.safetensors` with `model.json`, which describes how to build the network. It has no pickle, so it is safe to share.
+A checkpoint is one file that `torch.load(weights_only=True)` opens: tensors and plain values; `checkpoint_store.py` keeps them.
+A model folder is `model.safetensors` with `model.json`, which describes how to build the network. It has no pickle, so it is
+safe to share.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rcnn.config import ExecutionConfig, PipelineConfig
@@ -21,14 +24,13 @@ from rcnn.model.networks import unread_settings
 from rcnn.text import parse_json
 from rcnn.train.optim import Schedule, build_optimizer
 
-CHECKPOINT = "checkpoint.pt"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 @dataclass
 class TrainState:
-    """Everything that the next step depends on. Dropout and shuffling are seeded each epoch by (seed, epoch, rank), so no
-    state of a random generator needs to be saved."""
+    """Everything that the next step depends on. Shuffling, augmentation and dropout follow from (seed, epoch, step, share), so
+    no state of a random generator needs to be saved."""
 
     config: PipelineConfig
     manifest: Manifest
@@ -36,71 +38,87 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     averaged: AveragedModel | None
+    loss_sum: Tensor
+    """Of the steps of the unfinished epoch, a scalar on the training device."""
     epoch: int = 0
     """Finished epochs."""
+    step: int = 0
+    """Finished steps of the epoch after those."""
+    learning_rate: float = 0.0
+    """At the start of that epoch."""
+    seconds: float = 0.0
+    """Of training, up to here."""
     history: list[dict[str, float]] = field(default_factory=list)
     """The metrics of each finished epoch."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The epoch with the lowest validation error: its "epoch", its "val_error" and the "weights" that had it."""
 
     @property
     def best_model(self) -> Classifier:
         """The model to evaluate: the averaged weights if averaging is on."""
         return self.averaged.module if self.averaged is not None else self.model  # type: ignore[return-value]
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training behind the epochs done."""
-        return self.history[-1].get("perf/seconds", 0.0) if self.history else 0.0
+    def note_metrics(self, metrics: dict[str, float]) -> None:
+        """Adds an epoch's metrics to the history; keeps the weights if they are the best so far."""
+        self.history.append(metrics)
+        if not self.best or metrics["val/error"] < self.best["val_error"]:
+            weights = _copied(self.best_model.state_dict())
+            self.best = {"epoch": metrics["epoch"], "val_error": metrics["val/error"], "weights": weights}
 
-    def position(self) -> dict[str, Any]:
-        """What a checkpoint holds. It shares its tensors with this state, which the next step changes."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "averaged": self.averaged.state_dict() if self.averaged is not None else None,
-            "epoch": self.epoch,
-            "history": self.history,
-            "config": self.config.model_dump_json(),
-            "data_digest": self.manifest.digest,
-        }
+    def save_best(self, folder: Path) -> None:
+        """Writes the best model, as `load_model` reads it, to a folder."""
+        save_model(self.best["weights"], self.config, self.manifest, folder)
 
-    def save(self, folder: Path, *, position: dict[str, Any] | None = None) -> None:
-        """Writes a checkpoint to resume at `position` (default: here), and the current model, to a folder."""
-        torch.save(position or self.position(), folder / CHECKPOINT)
-        save_model(self.best_model, self.config, self.manifest, folder)
+    def snapshot(self) -> dict[str, Any]:
+        """A checkpoint: a copy, in memory, that later steps do not change."""
+        return _copied(  # type: ignore[no-any-return]
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+                "loss_sum": self.loss_sum,
+                "epoch": self.epoch,
+                "step": self.step,
+                "learning_rate": self.learning_rate,
+                "seconds": self.seconds,
+                "history": self.history,
+                "best": self.best,
+                "config": self.config.model_dump_json(),
+                "data_digest": self.manifest.digest,
+            }
+        )
 
-    def load(self, folder: Path) -> None:
-        """Restores the state that `save` wrote.
+    def load(self, saved: dict[str, Any]) -> None:
+        """Takes up what `snapshot` returned.
 
         Raises:
-            TrainingError: the checkpoint is damaged, or was made with another data set.
+            TrainingError: it was made with another data set.
         """
-        saved = _read_checkpoint(folder)
         if saved["data_digest"] != self.manifest.digest:
             raise TrainingError(
-                "the checkpoint was made with another data set", where=str(folder), remedy="Train again with --fresh"
+                "the checkpoint was made with another data set",
+                where=self.manifest.name,
+                remedy="Train again with --fresh",
             )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         if self.averaged is not None:
             self.averaged.load_state_dict(saved["averaged"])
-        self.epoch, self.history = saved["epoch"], saved["history"]
+        self.loss_sum = saved["loss_sum"].to(self.loss_sum.device)
+        self.epoch, self.step, self.learning_rate = saved["epoch"], saved["step"], saved["learning_rate"]
+        self.seconds = saved["seconds"]
+        self.history, self.best = saved["history"], saved["best"]
 
 
-def read_epochs_done(folder: Path) -> int:
-    """The number of finished epochs in a checkpoint."""
-    return int(_read_checkpoint(folder)["epoch"])
-
-
-def _read_checkpoint(folder: Path) -> dict[str, Any]:
-    file = folder / CHECKPOINT
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except Exception as error:  # torch raises almost any exception on damaged bytes
-        raise TrainingError(
-            f"the checkpoint cannot be read ({error})", where=str(file), remedy="Train again with --fresh"
-        ) from error
+def _copied(value: Any) -> Any:
+    """Plain values and tensors as they are now, the tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(each) for name, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.device, num_steps: int) -> TrainState:
@@ -112,7 +130,7 @@ def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.devic
     if config.train.ema_decay:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay))
     schedule = Schedule(optimizer, config.train, num_steps=num_steps)
-    return TrainState(config, manifest, model, optimizer, schedule, averaged)
+    return TrainState(config, manifest, model, optimizer, schedule, averaged, loss_sum=torch.zeros((), device=device))
 
 
 def build_classifier(config: PipelineConfig, manifest: Manifest) -> Classifier:
@@ -170,12 +188,11 @@ def _assembled(
     return Classifier(normalise, build_network(name, seen, num_classes, settings), crop=crop)
 
 
-def save_model(model: Classifier, config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
-    """Writes the weights and the description that `load_model` reads."""
+def save_model(weights: Mapping[str, Tensor], config: PipelineConfig, manifest: Manifest, folder: Path) -> None:
+    """Writes the weights of a classifier, its `state_dict`, and the description that `load_model` reads."""
     from safetensors.torch import save_file  # late: the training core must run without safetensors
 
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, folder / WEIGHTS)
     description = {
         "network": config.model.model_dump(),
         "classes": list(manifest.classes),

@@ -14,6 +14,7 @@ from torch import nn
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
+from rcnn.model.dropout import Position
 
 # By default glibc returns freed large blocks to the system at once, which then clears each new one page by page.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -36,6 +37,11 @@ class Execution:
     def compiled(self, network: nn.Module) -> nn.Module:
         """The network, compiled if `is_compiled`."""
         return torch.compile(network) if self.is_compiled else network  # type: ignore[return-value]
+
+    def seed(self, position: Position) -> None:
+        """Seeds torch's generator for a step, where a compiled network draws from it."""
+        if self.is_compiled:
+            torch.manual_seed(position.as_seed())
 
     def __str__(self) -> str:
         on = (

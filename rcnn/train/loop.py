@@ -1,39 +1,36 @@
 """`fit`: epochs of training and validation, in plain torch.
 
-In: a config, rows in memory, and a `report` to call after each epoch. It knows nothing of Ray; where a torch process
-group exists, it trains as one rank of it.
+In: a config, rows in memory, a `report` to call after each epoch, and a place for checkpoints. It knows nothing of Ray; where a
+torch process group exists, it trains as one rank of it.
 """
 
-import copy
-import functools
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rcnn.config import PipelineConfig
 from rcnn.data.augment import Augmentation
-from rcnn.data.batches import Loader, Order, RowSource
+from rcnn.data.batches import RowSource
 from rcnn.data.loader import Rows, TrainingData, load_training_data
 from rcnn.errors import TrainingError
-from rcnn.model.dropout import Position, set_position
 from rcnn.progress import say
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
+from rcnn.train.checkpoint_store import CheckpointStore
 from rcnn.train.execution import Execution, choose_device, choose_execution, prepare
 from rcnn.train.pace import Forecast, Pace
-from rcnn.train.step import score, train_step
+from rcnn.train.shares import SharedSteps
+from rcnn.train.step import PlainSteps, Steps, process_group
 
 Metrics = dict[str, float]
-Report = Callable[[Metrics, Callable[[Path], None]], None]
-"""Called on every rank after each epoch, with its metrics and a function that saves a checkpoint to a folder."""
+Report = Callable[[Metrics], None]
+"""Called on every rank after each epoch, with its metrics."""
 
 SECONDS_BETWEEN_PROGRESS = 1.0
+STEPS_BETWEEN_LOOKS_AT_LOSS = 50  # each waits for the device
 
 
 def fit(
@@ -41,7 +38,7 @@ def fit(
     data: TrainingData,
     report: Report,
     *,
-    resume_from: Path | None = None,
+    checkpoints: CheckpointStore | None = None,
     on_progress: Callable[[float], None] = lambda epochs_done: None,
     on_forecast: Callable[[Forecast], None] = lambda forecast: None,
     max_seconds: float = 0.0,
@@ -50,69 +47,116 @@ def fit(
 ) -> TrainState:
     """Trains for `config.train.epochs` epochs, or for what is left of them, or until the time is up.
 
-    The time limit may end an epoch early. Its weights are then validated and reported like those of a whole one, as epoch
-    3.4, say; but the checkpoint's position is the start of that epoch, so that a run with a higher limit resumes there and
-    ends with the same bits as a run that had no limit.
+    A checkpoint holds whatever the next step depends on, so a run that was stopped anywhere and goes on from one ends with the
+    same bits as a run that was not. The time limit may end an epoch early. Its weights are then validated and reported like
+    those of a whole one, as epoch 3.4, say; the checkpoint knows nothing of that, so a run with a higher limit goes on as if
+    there had been none.
 
     Args:
         config: the whole config; `model`, `train`, `augment`, `execution` and `seed` matter here.
-        data: both splits; each rank takes its own share of them.
+        data: both splits; each rank takes its own part of them.
         report: called after each epoch.
-        resume_from: folder of a checkpoint to resume from.
+        checkpoints: where the newest one is read, and others are written: at each epoch's end, after
+            `execution.checkpoint_minutes`, and where the time limit ends the run. Rank 0 writes. None: nowhere.
         on_progress: called now and then with the epochs done, a fraction.
         on_forecast: called once, after the first steps.
         max_seconds: ends training in time for a last validation, after one step at the earliest; 0: no limit.
         limit_of: the limit where `max_seconds` is 0, from the forecast, for runs that keep no checkpoint; 0: none.
         seconds_spent: seconds that count already; a resumed run counts those of its checkpoint instead.
 
+    Returns:
+        The state at the end; its `best` has the weights to use.
+
     Raises:
-        TrainingError: the loss is no longer a number, or the checkpoint cannot be read.
+        TrainingError: the loss is no longer a number, or the checkpoint was made with another data set.
+        ClusterError: the last checkpoint cannot be written.
         DataError: there are fewer rows than one batch.
     """
     device = choose_device(config.execution.use_gpu)
     prepare(device, deterministic=config.train.deterministic)
-    rank, num_ranks = process_group()
-    order = Order(config.train.batch_size, config.seed, rank, num_ranks)
-    loader = data.train.loader(order, augmentation_of(config), device)
-    num_steps = config.train.epochs * loader.num_steps
-    execution = choose_execution(config, device, num_steps=num_steps)
+    state = new_state(config, data.manifest, device=device, num_steps=_num_steps(config, data))
+    execution = choose_execution(config, device, num_steps=_num_steps(config, data))
     say(f"  {execution}")
-    state = new_state(config, data.manifest, device=device, num_steps=num_steps)
-    if resume_from is not None:
-        state.load(resume_from)
-    network = execution.compiled(DistributedDataParallel(state.model) if num_ranks > 1 else state.model)
-    val = data.val.share(rank, num_ranks)
-    if isinstance(val, Rows):
-        val = val.to(device)
+    steps = steps_of(state, data.train, execution)
+    _resume(state, checkpoints, steps.num_steps)
+    val = data.val.to(device) if isinstance(data.val, Rows) else data.val
     pace = Pace(
         device,
-        num_steps=loader.num_steps,
+        num_steps=steps.num_steps * (config.train.epochs - state.epoch) - state.step,
         num_epochs=config.train.epochs - state.epoch,
-        validation_steps=len(val) / order.share,
+        validation_steps=len(val) / config.train.batch_size,
         on_forecast=on_forecast,
         max_seconds=max_seconds,
         limit_of=limit_of,
         seconds_spent=state.seconds or seconds_spent,
-        num_ranks=num_ranks,
+        num_ranks=process_group()[1],
     )
+    save = _Saver(state, checkpoints, pace, minutes=config.execution.checkpoint_minutes)
     while state.epoch < config.train.epochs and not (state.history and pace.is_over()):
-        # What torch draws, such as dropout on a GPU, depends on the epoch and the rank only: a resumed run draws what the first
-        # one would have drawn.
-        torch.manual_seed(_seed_of(config.seed, state.epoch, rank))
-        position = copy.deepcopy(state.position()) if max_seconds else None
-        metrics, num_steps = train_epoch(state, network, loader, execution, pace, on_progress)
-        metrics |= validate(state, val, execution, pace)
-        if num_steps < loader.num_steps:
-            metrics["epoch"] = round(state.epoch + num_steps / loader.num_steps, 3)
-            state.history.append(metrics)
-            report(metrics, functools.partial(state.save, position=position))
+        metrics = train_epoch(state, steps, pace, on_progress, after_step=save.if_due)
+        is_whole = state.step == steps.num_steps
+        if not is_whole:
+            save.now()
+        metrics |= validate(steps, val, pace)
+        metrics["epoch"] = state.epoch + (1 if is_whole else round(state.step / steps.num_steps, 3))
+        state.note_metrics(metrics)
+        state.seconds = pace.seconds
+        if is_whole:
+            _begin_next_epoch(state, metrics)
+            save.now()
+        report(metrics)
+        if not is_whole:
             break
-        state.schedule.after_epoch(metrics["val/error"])
-        state.epoch += 1
-        metrics["epoch"] = state.epoch
-        state.history.append(metrics)
-        report(metrics, state.save)
+    if checkpoints is not None:
+        checkpoints.close()
     return state
+
+
+def steps_of(state: TrainState, rows: RowSource, execution: Execution) -> Steps:
+    """The steps that the settings ask for: in shares or not."""
+    kind = SharedSteps if state.config.train.shares else PlainSteps
+    return kind(state, rows, augmentation_of(state.config), execution)
+
+
+def _num_steps(config: PipelineConfig, data: TrainingData) -> int:
+    return config.train.epochs * (len(data.train) // config.train.batch_size)
+
+
+def _resume(state: TrainState, checkpoints: CheckpointStore | None, num_steps: int) -> None:
+    """Takes up the newest checkpoint, the same one on every rank."""
+    if checkpoints is None:
+        return
+    rank, num_ranks = process_group()
+    record = checkpoints.newest() if rank == 0 else None
+    if num_ranks > 1:
+        chosen = [record]
+        dist.broadcast_object_list(chosen, src=0)
+        [record] = chosen
+    if record is not None:
+        state.load(checkpoints.read(record))
+        at = f"step {state.step} of {num_steps} of epoch {state.epoch + 1}" if state.step else f"epoch {state.epoch}"
+        say(f"  resuming after {at} of {state.config.train.epochs}, from the last checkpoint")
+
+
+class _Saver:
+    """Writes the checkpoints of rank 0 when they are due."""
+
+    def __init__(self, state: TrainState, checkpoints: CheckpointStore | None, pace: Pace, *, minutes: float):
+        self._state, self._pace, self._seconds = state, pace, 60 * minutes
+        self._store = checkpoints if process_group()[0] == 0 else None
+        self._last = time.monotonic()
+
+    def if_due(self) -> None:
+        """To be called after each step."""
+        if time.monotonic() - self._last > self._seconds:
+            self.now()
+
+    def now(self) -> None:
+        """Writes one, unless the loss is no longer a number: such weights are of no use."""
+        if self._store is not None and math.isfinite(float(self._state.loss_sum)):
+            self._state.seconds = self._pace.seconds
+            self._store.write(self._state.snapshot())
+        self._last = time.monotonic()
 
 
 def training_data(config: PipelineConfig, storage: Storage, folder: str) -> TrainingData:
@@ -137,84 +181,63 @@ def augmentation_of(config: PipelineConfig) -> Augmentation:
     return Augmentation(max_shift=augment.max_shift, crop=config.model.crop, flip=augment.flip, cutout=augment.cutout)
 
 
-def process_group() -> tuple[int, int]:
-    """(rank, number of ranks); (0, 1) without a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def train_epoch(
     state: TrainState,
-    network: nn.Module,
-    loader: Loader,
-    execution: Execution,
+    steps: Steps,
     pace: Pace,
     on_progress: Callable[[float], None] = lambda epochs_done: None,
-) -> tuple[Metrics, int]:
-    """Trains for one epoch, or for its first steps if the time is up; returns its metrics and the number of its steps.
+    after_step: Callable[[], None] = lambda: None,
+) -> Metrics:
+    """Trains from `state.step` to the end of the epoch, or until the time is up; returns the metrics of the epoch so far.
 
     Raises:
         TrainingError: the loss is no longer a number.
     """
-    learning_rate, clip_norm = state.schedule.learning_rate, state.config.train.clip_norm
-    rank, _ = process_group()
-    network.train()
+    first_step = state.step
+    if first_step == 0:
+        state.learning_rate = state.schedule.learning_rate
     started = last_progress = time.perf_counter()
-    total_loss = torch.zeros((), device=execution.device)
-    for step, (images_NCHW, labels_N) in enumerate(loader.epoch(state.epoch), start=1):
-        set_position(state.model, Position(state.config.seed, state.epoch, step, share=rank))
-        total_loss += train_step(
-            network, state.optimizer, images_NCHW, labels_N, clip_norm=clip_norm, precision=execution.precision
-        )
+    for loss in steps.epoch(state.epoch, first_step=first_step):
+        state.step += 1
+        state.loss_sum += loss
         state.schedule.after_step()
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
         if time.perf_counter() - last_progress > SECONDS_BETWEEN_PROGRESS:
             last_progress = time.perf_counter()
-            on_progress(state.epoch + step / loader.num_steps)
+            on_progress(state.epoch + state.step / steps.num_steps)
+        if state.step % STEPS_BETWEEN_LOOKS_AT_LOSS == 0:
+            _require_finite(float(state.loss_sum), state)
         pace.after_step()
-        if pace.is_over(step):
+        if pace.is_over(state.step):
             break
-    mean_loss = _mean_over_ranks(total_loss / step)  # waits for the device, so the time below is complete
+        if state.step < steps.num_steps:
+            after_step()
+    mean_loss = steps.mean_loss(state.loss_sum / state.step)  # waits for the device, so the time below is complete
     seconds = time.perf_counter() - started
-    if not math.isfinite(mean_loss):
+    _require_finite(mean_loss, state)
+    images = (state.step - first_step) * state.config.train.batch_size
+    return {"train/loss": mean_loss, "learning_rate": state.learning_rate, "perf/images_per_second": images / seconds}
+
+
+def _require_finite(loss: float, state: TrainState) -> None:
+    if not math.isfinite(loss):
         raise TrainingError(
-            f"the training loss is {mean_loss} in epoch {state.epoch + 1}",
+            f"the training loss is {loss} in epoch {state.epoch + 1}, by step {state.step}",
             where=f"train.learning_rate = {state.config.train.learning_rate}",
             remedy="Lower it by a factor of 3 to 10",
         )
-    images_per_second = step * loader.order.batch_size / seconds
-    metrics = {"train/loss": mean_loss, "learning_rate": learning_rate, "perf/images_per_second": images_per_second}
-    return metrics, step
 
 
-def validate(state: TrainState, val: RowSource, execution: Execution, pace: Pace) -> Metrics:
+def _begin_next_epoch(state: TrainState, metrics: Metrics) -> None:
+    state.schedule.after_epoch(metrics["val/error"])
+    state.epoch, state.step = state.epoch + 1, 0
+    state.loss_sum = torch.zeros_like(state.loss_sum)
+
+
+def validate(steps: Steps, val: RowSource, pace: Pace) -> Metrics:
     """The figures of all ranks' validation rows, and the seconds of the run so far."""
     started = time.perf_counter()
-    batch_size = state.config.evaluate.batch_size
-    scores = score(
-        state.best_model,
-        val,
-        num_classes=len(state.manifest.classes),
-        batch_size=batch_size,
-        device=execution.device,
-        precision=execution.precision,
-    )
-    if process_group()[1] > 1:
-        dist.all_reduce(scores.confusion)
-        dist.all_reduce(scores.loss_sum)
-    metrics = {f"val/{name}": value for name, value in scores.metrics().items()}  # waits for the device
+    metrics = {f"val/{name}": value for name, value in steps.score(val).metrics().items()}  # waits for the device
     pace.after_validation(time.perf_counter() - started)
     return metrics | {"perf/seconds": round(pace.seconds, 2)}
-
-
-def _mean_over_ranks(value: Tensor) -> float:
-    num_ranks = process_group()[1]
-    if num_ranks > 1:
-        dist.all_reduce(value)
-    return float(value) / num_ranks
-
-
-def _seed_of(seed: int, epoch: int, rank: int) -> int:
-    return (seed * 1_000_003 + epoch) * 4_099 + rank

@@ -32,8 +32,8 @@ class Pace:
 
     Args:
         device: where steps run.
-        num_steps: training steps of an epoch.
-        num_epochs: epochs still to do.
+        num_steps: training steps still to do, in all epochs.
+        num_epochs: epochs still to do, the unfinished one included.
         validation_steps: the rank's validation images, in batches of a training step.
         on_forecast: called once, after the first `TIMED_STEPS` steps, or all of them where there are fewer.
         max_seconds: the time limit; 0: none.
@@ -61,7 +61,7 @@ class Pace:
         self._started = time.perf_counter() - seconds_spent
         self._timed_from = time.perf_counter()
         self._steps_done, self._step_seconds, self._validation_seconds = 0, 0.0, 0.0
-        self._steps_to_time = min(WARMUP_STEPS + TIMED_STEPS, num_steps * num_epochs)
+        self._steps_to_time = min(WARMUP_STEPS + TIMED_STEPS, num_steps)
         self._warmup = min(WARMUP_STEPS, self._steps_to_time - 1)
 
     @property
@@ -112,7 +112,7 @@ class Pace:
         return self._validation_seconds or self._validation_steps * self._step_seconds * SCORING_SHARE
 
     def _seconds_left(self) -> float:
-        steps_left = self.num_steps * self.num_epochs - self._steps_done
+        steps_left = self.num_steps - self._steps_done
         left = steps_left * self._step_seconds + self.num_epochs * self._seconds_of_validation()
         return min(left, max(0.0, self.max_seconds - self.seconds)) if self.max_seconds else left
 

@@ -1,16 +1,15 @@
-"""The train stage: `fit` on Ray Train workers, with checkpoints in the storage.
+"""The train stage: `fit` on Ray Train workers, in attempts that go on from the newest checkpoint.
 
-In: a config and a data set. Out: a finished model folder. A run of the same name resumes from its last checkpoint.
+In: a config and a data set. Out: a finished model folder.
 """
 
 import hashlib
 import math
-import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rcnn.ray_session import ensure_ray, interruptible, require_room  # isort: s
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rcnn.config import PipelineConfig
@@ -31,20 +30,22 @@ from rcnn.ray_board import following, new_board
 from rcnn.results import IngestResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
-from rcnn.train.checkpoint import DESCRIPTION, WEIGHTS, load_model, read_epochs_done
+from rcnn.train.checkpoint import WEIGHTS, TrainState
+from rcnn.train.checkpoint_store import CheckpointStore, Record, read_records
 from rcnn.train.execution import choose_device
 from rcnn.train.loop import Metrics, fit, training_data
 from rcnn.train.pace import Forecast, peak_bytes
 from rcnn.train.ray_workers import WorkersTrainer
 
-SECONDS_TO_END = 2.0  # from the last epoch to the result: Ray Train ends, the best model is copied
+SECONDS_TO_END = 2.0  # from the last epoch to the result: the best model is written, Ray Train ends
+RAY = "ray"  # the folder for what Ray Train writes
 
 
 def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TrainResult:
     """Trains the model that `config` describes; resumes where an earlier run was stopped.
 
     Raises:
-        TrainingError: the loss is no longer a number, or workers failed more often than `execution.max_failures`.
+        TrainingError: the loss is no longer a number, or workers failed too often; see `_Failures`.
         ClusterError: Ray or the storage is out of reach, or the cluster is too small.
         DataError: the data set is not what its manifest says.
     """
@@ -59,38 +60,25 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
         settings="execution.num_workers, execution.cpus_per_worker, execution.use_gpu",
     )
     trained = _fit_on_workers(config, data, target, tracker, prediction)
-    history: list[Metrics] = trained.return_value["history"]
-    checkpoint, best = _best_checkpoint(trained.best_checkpoints, history)
-    num_parameters, weights_sha256 = _publish_model(checkpoint, target)
+    history: list[Metrics] = trained["history"]
     target.storage.write_json(target.path("history.json"), history)
-    tracker.log_params({"num_parameters": num_parameters})
+    tracker.log_params({"num_parameters": trained["num_parameters"]})
     result = TrainResult(
         folder=target.name,
-        weights_sha256=weights_sha256,
-        val_error=best["val/error"],
-        best_epoch=best["epoch"],
+        weights_sha256=trained["weights_sha256"],
+        val_error=trained["val_error"],
+        best_epoch=trained["best_epoch"],
         epochs=history[-1]["epoch"],
-        num_parameters=num_parameters,
+        num_parameters=trained["num_parameters"],
         images_per_second=sorted(metrics["perf/images_per_second"] for metrics in history)[len(history) // 2],
         seconds=round(time.time() - prediction.started, 1),
         predicted_seconds=round(prediction.seconds, 1),
-        peak_bytes=trained.return_value["peak_bytes"],
+        peak_bytes=trained["peak_bytes"],
         predicted_peak_bytes=prediction.peak_bytes,
         limit_minutes=config.train.max_minutes if history[-1]["epoch"] < config.train.epochs else 0,
     )
     _log_bill(result, config.train.epochs, tracker)
     return result
-
-
-def _best_checkpoint(kept: Sequence[tuple[Any, Metrics]], history: Sequence[Metrics]) -> tuple[Any, Metrics]:
-    """The checkpoint with the lowest validation error, and its metrics.
-
-    One from the middle of an epoch, where a time limit ended an earlier attempt, counts only if this attempt ended there:
-    the model of a run that was resumed is that of a run without a limit.
-    """
-    of_run = {metrics["epoch"] for metrics in history}
-    in_run = [each for each in kept if each[1]["epoch"] in of_run]
-    return min(in_run or kept, key=lambda each: each[1]["val/error"])
 
 
 def _log_bill(result: TrainResult, num_epochs: int, tracker: Tracker) -> None:
@@ -128,43 +116,110 @@ class _Prediction:
 
 def _fit_on_workers(
     config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker, prediction: _Prediction
-) -> Any:
+) -> dict[str, Any]:
+    """What the first worker returns, in as many attempts as it takes; each goes on from the newest checkpoint."""
     board = new_board()
-    storage = target.storage
-    trainer = WorkersTrainer(
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "storage": target.storage.root,
+        "folder": target.name,
+        "data_folder": data.folder,
+        "board": board,
+        "started": prediction.started,
+    }
+    failures = _Failures(config.execution.max_failures, target)
+    with _showing(board, config.train.epochs, tracker, prediction):
+        while True:
+            try:
+                with interruptible():
+                    return dict(_trainer(config, settings, target).fit().return_value)
+            except TrainingFailedError as error:
+                failures.take(error)
+            finally:
+                target.storage.delete(target.path(RAY))
+
+
+def _trainer(config: PipelineConfig, settings: dict[str, Any], target: StageFolder) -> WorkersTrainer:
+    """A trainer for one attempt. Ray keeps no checkpoint, so what it writes is of no use to another attempt."""
+    how, storage = config.execution, target.storage
+    return WorkersTrainer(
         _train_on_worker,
         is_own_ray=config.ray.address == "",
-        settings={
-            "config": config.model_dump(mode="json"),
-            "storage": storage.root,
-            "data_folder": data.folder,
-            "board": board,
-            "started": prediction.started,
-        },
+        settings=settings,
         scaling_config=ScalingConfig(
-            num_workers=config.execution.num_workers,
-            use_gpu=config.execution.use_gpu,
-            resources_per_worker={"CPU": config.execution.cpus_per_worker}
-            | ({"GPU": 1} if config.execution.use_gpu else {}),
+            num_workers=how.num_workers,
+            use_gpu=how.use_gpu,
+            resources_per_worker={"CPU": how.cpus_per_worker} | ({"GPU": 1} if how.use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=os.path.basename(target.name),
-            storage_path=storage.path(os.path.dirname(target.name)),
+            name=uuid.uuid4().hex[:8],
+            storage_path=storage.path(target.path(RAY)),
             storage_filesystem=None if storage.is_local else storage.filesystem,
-            failure_config=FailureConfig(max_failures=config.execution.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.execution.keep_checkpoints,
-                checkpoint_score_attribute="val/error",
-                checkpoint_score_order="min",
-            ),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
-    with _showing(board, config.train.epochs, tracker, prediction):
-        try:
-            with interruptible():
-                return trainer.fit()
-        except TrainingFailedError as error:
-            raise _as_training_error(error) from error
+
+
+class _Failures:
+    """Decides whether a failed attempt is followed by another one.
+
+    An error that would come again ends the training: one of this project's that is not `retryable`, or the same error of a
+    worker twice without a new checkpoint between. A worker that died may do so `execution.max_failures` times in a row;
+    each new checkpoint starts the count again.
+    """
+
+    def __init__(self, most: int, target: StageFolder):
+        self._most, self._target = most, target
+        self._count, self._last, self._at = 0, "", self._newest()
+
+    def take(self, error: TrainingFailedError) -> None:
+        """Says what failed, and returns if there is to be another attempt.
+
+        Raises:
+            RcnnError: there is not.
+        """
+        faults = list(getattr(error, "worker_failures", {}).values()) or [error]
+        own = [fault for fault in faults if isinstance(fault, RcnnError)]
+        fault = min(own, key=lambda fault: fault.retryable, default=faults[0])
+        if isinstance(fault, RcnnError) and not fault.retryable:
+            raise fault from error
+        text, newest = _last_line(fault), self._newest()
+        if newest != self._at:
+            self._count, self._last = 0, ""
+        self._count += 1
+        if self._count > self._most or (text == self._last and not _has_died(fault)):
+            raise self._as_error(text) from error
+        self._last, self._at = text, newest
+        say(f"  the training failed ({text}) and is going on from the last checkpoint")
+
+    def _as_error(self, text: str) -> TrainingError:
+        if text == self._last:
+            what, remedy = f"failed twice at the same place with: {text}", "--debug shows the worker's traceback"
+            if "memory" in text.lower():
+                remedy = "Lower train.batch_size, or set execution.recompute to true"
+            return TrainingError(what, where="the training", remedy=remedy)
+        return TrainingError(
+            f"workers failed more often than allowed without a new checkpoint; the last one with: {text}",
+            where=f"execution.max_failures = {self._most}",
+            remedy="Run the same command again to resume from the last checkpoint; --debug shows the worker's traceback",
+            retryable=True,
+        )
+
+    def _newest(self) -> Record | None:
+        return next(reversed(read_records(self._target)), None)
+
+
+def _has_died(fault: Exception) -> bool:
+    """Whether a worker's process or node is gone, rather than its code at fault."""
+    return isinstance(fault, ray.exceptions.RayActorError | ray.exceptions.NodeDiedError) and not isinstance(
+        fault, ray.exceptions.OutOfMemoryError
+    )
+
+
+def _last_line(fault: Exception) -> str:
+    """The line of an error that says what it is."""
+    lines = [line.strip() for line in str(fault).strip().splitlines() if line.strip()]
+    return lines[-1] if lines and not _has_died(fault) else next(iter(lines), type(fault).__name__)
 
 
 @contextmanager
@@ -177,14 +232,10 @@ def _showing(board: Any, num_epochs: int, tracker: Tracker, prediction: _Predict
         tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=math.ceil(metrics["epoch"]))
         progress.finish_epoch(metrics)
 
-    def resumed(epochs_done: int) -> None:
-        say(f"  resuming after epoch {epochs_done} of {num_epochs}, from the last checkpoint")
-
     try:
         handlers: dict[str, Callable[[Any], None]] = {
             "progress": progress.advance,
             "epoch": finish_epoch,
-            "resumed": resumed,
             "said": say,
             "forecast": prediction.take,
         }
@@ -194,76 +245,47 @@ def _showing(board: Any, num_epochs: int, tracker: Tracker, prediction: _Predict
         progress.close()
 
 
-def _as_training_error(error: Exception) -> RcnnError:
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    fault = next(iter(failures.values()), error)
-    last_line = str(fault).strip().splitlines()[-1:] or [type(fault).__name__]
-    return TrainingError(
-        f"the workers failed more often than allowed; the last one with: {last_line[0]}",
-        where="execution.max_failures",
-        remedy="Run the same command again to resume from the last checkpoint; --debug shows the worker's traceback",
-        retryable=True,
-    )
-
-
 def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs. Returns the history of all epochs, those before a resumption included, and its peak memory."""
+    """What each worker runs. Returns the history of all epochs, those before a resumption included, and what was published."""
     import torch
 
     config = PipelineConfig.model_validate(settings["config"])
     torch.set_num_threads(config.execution.cpus_per_worker)
-    board = settings["board"]
+    board, target = settings["board"], StageFolder(Storage(settings["storage"]), settings["folder"])
     is_first = ray.train.get_context().get_world_rank() == 0
 
     def note(kind: str, value: Any) -> None:
         if is_first:
             board.put.remote(kind, value)
 
-    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
-        note("epoch", metrics)
-        if not is_first:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
     max_minutes = config.train.max_minutes
     if is_first:
         hand_on(lambda line: note("said", line))
-    try:
-        data = training_data(config, Storage(settings["storage"]), settings["data_folder"])
-        checkpoint = ray.train.get_checkpoint()
-        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-            if folder:
-                note("resumed", read_epochs_done(Path(folder)))
-            resume_from = Path(folder) if folder else None
-            state = fit(
-                config,
-                data,
-                report,
-                resume_from=resume_from,
-                on_progress=lambda epochs_done: note("progress", epochs_done),
-                on_forecast=lambda forecast: note("forecast", forecast),
-                max_seconds=max(1.0, 60 * max_minutes - SECONDS_TO_END) if max_minutes else 0.0,
-                seconds_spent=time.time() - settings["started"],
-            )
-    except RcnnError as error:
-        # A single worker would fail the same way on a retry: it ends, and the driver raises its error. With several, the
-        # others must not wait for it.
-        ends_all = config.execution.num_workers == 1 and not error.retryable
-        ray.get(board.put.remote("fatal" if ends_all else "fault", error))
-        if ends_all:
-            return {}
-        raise
-    return {"history": state.history, "peak_bytes": peak_bytes(choose_device(config.execution.use_gpu))}
+    state = fit(
+        config,
+        training_data(config, target.storage, settings["data_folder"]),
+        lambda metrics: note("epoch", metrics),
+        checkpoints=CheckpointStore(target, keep=config.execution.keep_checkpoints),
+        on_progress=lambda epochs_done: note("progress", epochs_done),
+        on_forecast=lambda forecast: note("forecast", forecast),
+        max_seconds=max(1.0, 60 * max_minutes - SECONDS_TO_END) if max_minutes else 0.0,
+        seconds_spent=time.time() - settings["started"],
+    )
+    if not is_first:
+        return {}
+    return {
+        "history": state.history,
+        "val_error": state.best["val_error"],
+        "best_epoch": state.best["epoch"],
+        "num_parameters": count_parameters(state.model),
+        "weights_sha256": _publish_model(state, target),
+        "peak_bytes": peak_bytes(choose_device(config.execution.use_gpu)),
+    }
 
 
-def _publish_model(checkpoint: Any, target: StageFolder) -> tuple[int, str]:
-    """Copies the best checkpoint's model to its final place; returns its parameters' number and its weights' SHA-256."""
-    with checkpoint.as_directory() as source, tempfile.TemporaryDirectory() as draft:
-        for file in (WEIGHTS, DESCRIPTION):
-            shutil.copyfile(Path(source, file), Path(draft, file))
+def _publish_model(state: TrainState, target: StageFolder) -> str:
+    """Writes the best epoch's model to its final place; returns the SHA-256 of its weights."""
+    with tempfile.TemporaryDirectory() as draft:
+        state.save_best(Path(draft))
         target.storage.upload(Path(draft), target.path("model"))
-        weights = Path(draft, WEIGHTS).read_bytes()
-        return count_parameters(load_model(Path(draft))[0]), hashlib.sha256(weights).hexdigest()
+        return hashlib.sha256(Path(draft, WEIGHTS).read_bytes()).hexdigest()

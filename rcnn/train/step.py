@@ -1,11 +1,20 @@
-"""One step of training, and one pass of scoring (validation and testing): the inner loops, with no host synchronisation."""
+"""One step of training, the steps of an epoch, and one pass of scoring: the inner loops, with no host synchronisation."""
+
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
-from rcnn.data.batches import RowSource
+from rcnn.data.augment import Augmentation
+from rcnn.data.batches import Order, RowSource
+from rcnn.model.dropout import Position, set_position
 from rcnn.scores import Scores
+from rcnn.train.checkpoint import TrainState
+from rcnn.train.execution import Execution
 
 
 def train_step(
@@ -22,14 +31,104 @@ def train_step(
     Returns:
         The mean cross-entropy of the batch, a scalar that stays on its device.
     """
-    with _autocast(images_NCHW.device, precision):
-        loss = functional.cross_entropy(model(images_NCHW), labels_N)
+    loss = loss_of(model, images_NCHW, labels_N, precision)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    update(model, optimizer, clip_norm)
+    return loss.detach()
+
+
+def loss_of(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, precision: torch.dtype) -> Tensor:
+    """The mean cross-entropy of a batch."""
+    with _autocast(images_NCHW.device, precision):
+        return functional.cross_entropy(model(images_NCHW), labels_N)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    """Changes the weights by their gradients, whose norm is at most `clip_norm` (0: no limit)."""
     if clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
-    return loss.detach()
+
+
+def process_group() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class Steps(Protocol):
+    """The steps of a run, and the scoring after each epoch; `train.num_shares` decides between the kinds."""
+
+    num_steps: int
+    """Of an epoch."""
+
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Tensor]:
+        """Makes the steps of an epoch after the first `first_step` of them; yields the mean loss of each batch."""
+
+    def mean_loss(self, loss: Tensor) -> float:
+        """The mean over all workers of what this one's losses came to; waits for the device."""
+
+    def score(self, val: RowSource) -> Scores:
+        """The scores of all workers' validation rows."""
+
+
+class PlainSteps:
+    """Each worker takes its slice of a batch as a whole, on all its threads, and torch averages the gradients.
+
+    Args:
+        state: what is trained.
+        rows: the training rows, of all workers.
+        augmentation: how images are changed.
+        execution: how the steps run.
+
+    Raises:
+        DataError: there are fewer rows than one batch.
+    """
+
+    def __init__(self, state: TrainState, rows: RowSource, augmentation: Augmentation, execution: Execution):
+        self.state, self.execution = state, execution
+        self._rank, self._num_ranks = process_group()
+        train = state.config.train
+        order = Order(train.batch_size, state.config.seed, self._rank, self._num_ranks)
+        self._loader = rows.loader(order, augmentation, execution.device)
+        self.num_steps = self._loader.num_steps
+        model = DistributedDataParallel(state.model) if self._num_ranks > 1 else state.model
+        self._network = execution.compiled(model)
+
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Tensor]:
+        """Makes the steps of an epoch after the first `first_step` of them; yields the mean loss of each batch's slice."""
+        state, train = self.state, self.state.config.train
+        self._network.train()
+        batches = self._loader.epoch(epoch, first_step=first_step)
+        for step, (images_NCHW, labels_N) in enumerate(batches, start=first_step + 1):
+            position = Position(state.config.seed, epoch, step, share=self._rank)
+            set_position(state.model, position)
+            self.execution.seed(position)
+            how = {"clip_norm": train.clip_norm, "precision": self.execution.precision}
+            yield train_step(self._network, state.optimizer, images_NCHW, labels_N, **how)
+
+    def mean_loss(self, loss: Tensor) -> float:
+        """The mean over all workers of what this one's losses came to; waits for the device."""
+        if self._num_ranks > 1:
+            dist.all_reduce(loss)
+        return float(loss) / self._num_ranks
+
+    def score(self, val: RowSource) -> Scores:
+        """The scores of all workers' validation rows."""
+        scores: Scores = score(
+            self.state.best_model,
+            val.share(self._rank, self._num_ranks),
+            num_classes=len(self.state.manifest.classes),
+            batch_size=self.state.config.evaluate.batch_size,
+            device=self.execution.device,
+            precision=self.execution.precision,
+        )
+        if self._num_ranks > 1:
+            dist.all_reduce(scores.confusion)
+            dist.all_reduce(scores.loss_sum)
+        return scores
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ In: a point of the search space. Out: a report to Ray Tune after each epoch, and
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rcnn import ray_session  # noqa: F401  (sets what Ray reads when it is imported)  # isort: skip
@@ -68,7 +67,7 @@ def _fit_here(config: PipelineConfig, run: dict[str, Any], inputs: TrialInputs, 
     started = time.monotonic()
     last: Metrics = {"epoch": 0, "val/error": WORST_ERROR}
 
-    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
+    def report(metrics: Metrics) -> None:
         nonlocal last
         if metrics["epoch"] % 1:
             return  # the limit ended it in the middle of an epoch, and the others have no such error to compare

@@ -24,7 +24,7 @@ from rcnn.train.loop import fit
 def model(tiny_config: PipelineConfig, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     data = load_training_data(Storage(tiny_config.storage), digits.folder, num_rows=320)
-    fit(tiny_config.with_settings({"train.epochs": 1}), data, lambda metrics, save: save(folder))
+    fit(tiny_config.with_settings({"train.epochs": 1}), data, lambda metrics: None).save_best(folder)
     return folder
 
 

@@ -412,7 +412,8 @@ settings = {"storage": storage, "model.network": "tiny", "model.k": 12, "model.t
 settings |= {"tune.enabled": False}  # it would search T, which the network does not read
 config = debug_tiny().with_settings(settings)
 data = load_training_data(Storage(storage), folder, num_rows=320)
-state = fit(config, data, lambda metrics, save: save(Path(out)))
+state = fit(config, data, lambda metrics: None)
+state.save_best(Path(out))
 model, description = load_model(Path(out))
 images = data.val.images[:3]
 assert torch.equal(model(images), state.model.eval()(images))

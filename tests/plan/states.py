@@ -1,12 +1,12 @@
 """What killed runs leave, written by hand."""
 
+from dataclasses import asdict
+
 from rcnn.storage import StageFolder
+from rcnn.train.checkpoint_store import FOLDER, Record
 
 
-def write_snapshot(target: StageFolder, *, epoch: float, seconds: float) -> None:
-    """Ray Train's list of checkpoints, as far as it is read."""
-    latest = {"checkpoint_dir_name": "checkpoint_1", "metrics": {"epoch": epoch, "perf/seconds": seconds}}
-    target.storage.write_json(
-        target.path("checkpoint_manager_snapshot.json"),
-        {"latest_checkpoint_result": latest, "checkpoint_results": [latest]},
-    )
+def write_checkpoint_record(target: StageFolder, *, epoch: int, step: int = 0, seconds: float) -> None:
+    """The record of a checkpoint."""
+    record = Record(epoch, step, seconds, sha256="0")
+    target.storage.write_json(target.path(f"{FOLDER}/{record.name}.json"), asdict(record))

@@ -11,7 +11,7 @@ from rcnn.plan.status import Status, statuses_of
 from rcnn.results import Choice, IngestResult, TrainResult, TuneResult
 from rcnn.stages import made_of, stage_folder
 from rcnn.tune.ledger import Record, write_record
-from tests.plan.states import write_snapshot
+from tests.plan.states import write_checkpoint_record
 
 TRAINED = TrainResult(
     folder="runs/x", weights_sha256="w", val_error=0.1, best_epoch=3.4, epochs=3.4, num_parameters=1,
@@ -86,7 +86,7 @@ def test_a_run_that_a_limit_ended_is_done_until_the_limit_is_raised(
 def test_an_interrupted_training_says_which_epochs_are_done(config: PipelineConfig, digits: IngestResult) -> None:
     (write_trained(config, digits, TRAINED) / "_result.json").unlink()
     assert statuses_of(config)[0]["train"] == Status("resumes", "0 of 2 epochs are done")
-    write_snapshot(stage_folder(config, "train", {"ingest": digits}), epoch=1, seconds=3)
+    write_checkpoint_record(stage_folder(config, "train", {"ingest": digits}), epoch=1, seconds=3)
     assert statuses_of(config)[0]["train"] == Status("resumes", "1 of 2 epochs are done")
 
 

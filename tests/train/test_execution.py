@@ -38,7 +38,7 @@ def changed(config: PipelineConfig, settings: Mapping[str, object]) -> PipelineC
 
 
 def trained(config: PipelineConfig, data: TrainingData, **settings: object) -> TrainState:
-    return fit(changed(config, settings), data, lambda metrics, save: None)
+    return fit(changed(config, settings), data, lambda metrics: None)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_deterministic_mode_is_on_while_it_trains_and_off_again_in_the_next_
     modes = []
     for wanted in (True, False):
         config = tiny_config.with_settings({"train.deterministic": wanted, "train.epochs": 1})
-        fit(config, data, lambda metrics, save: modes.append(torch.are_deterministic_algorithms_enabled()))
+        fit(config, data, lambda metrics: modes.append(torch.are_deterministic_algorithms_enabled()))
     assert modes == [True, False]
 
 

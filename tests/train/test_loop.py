@@ -1,7 +1,7 @@
 """`fit` by itself, without Ray."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,9 @@ from rcnn.data.loader import Rows, TrainingData, load_training_data
 from rcnn.errors import ClusterError, ConfigError, DataError, TrainingError
 from rcnn.model.networks import NETWORKS, unread_settings
 from rcnn.results import IngestResult
-from rcnn.storage import Storage
-from rcnn.train.checkpoint import load_model
+from rcnn.storage import StageFolder, Storage
+from rcnn.train.checkpoint import TrainState, load_model
+from rcnn.train.checkpoint_store import CheckpointStore
 from rcnn.train.loop import Metrics, fit, training_data
 from rcnn.train.pace import Forecast, Pace
 
@@ -34,8 +35,36 @@ def data(tiny_config: PipelineConfig, digits: IngestResult) -> TrainingData:
     return load_training_data(Storage(tiny_config.storage), digits.folder, num_rows=320)
 
 
-def ignore(metrics: Metrics, save: Callable[[Path], None]) -> None:
+def ignore(metrics: Metrics) -> None:
     pass
+
+
+def store_in(folder: Path) -> CheckpointStore:
+    return CheckpointStore(StageFolder(Storage(str(folder)), "run"))
+
+
+def saved_model(state: TrainState, folder: Path) -> Path:
+    """A folder with the best model of a run."""
+    folder.mkdir(exist_ok=True)
+    state.save_best(folder)
+    return folder
+
+
+class Stopped(Exception):
+    """Ends a run."""
+
+
+def run_until(config: PipelineConfig, data: TrainingData, epoch: int, folder: Path) -> None:
+    """Runs until an epoch is reported, with checkpoints in a folder."""
+
+    def report(metrics: Metrics) -> None:
+        if metrics["epoch"] == epoch:
+            raise Stopped
+
+    checkpoints = store_in(folder)
+    with pytest.raises(Stopped):
+        fit(config, data, report, checkpoints=checkpoints)
+    checkpoints.close()
 
 
 def weights(state: object) -> dict[str, torch.Tensor]:
@@ -70,13 +99,10 @@ def test_a_streamed_model_learns_as_well_and_resumes_to_the_same_weights(
     data = training_data(config, Storage(config.storage), digits.folder)
     assert not isinstance(data.train, Rows)
 
-    def keep_the_second(metrics: Metrics, save: Callable[[Path], None]) -> None:
-        if metrics["epoch"] == 2:
-            save(tmp_path)
-
-    whole = fit(config, data, keep_the_second)
+    whole = fit(config, data, ignore)
     assert whole.history[-1]["val/error"] < 0.35
-    resumed = fit(config, data, ignore, resume_from=tmp_path)
+    run_until(config, data, 2, tmp_path)
+    resumed = fit(config, data, ignore, checkpoints=store_in(tmp_path))
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
 
@@ -104,18 +130,9 @@ def test_a_stopped_and_resumed_run_ends_with_the_very_same_weights(
     )  # fmt: skip
     whole = fit(config, data, ignore)
 
-    class Stopped(Exception):
-        pass
-
-    def stop_after_two(metrics: Metrics, save: Callable[[Path], None]) -> None:
-        if metrics["epoch"] == 2:
-            save(tmp_path)
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        fit(config, data, stop_after_two)
+    run_until(config, data, 2, tmp_path)
     torch.manual_seed(999)
-    resumed = fit(config, data, ignore, resume_from=tmp_path)
+    resumed = fit(config, data, ignore, checkpoints=store_in(tmp_path))
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
     assert all(
@@ -146,13 +163,11 @@ def test_a_time_limit_ends_an_epoch_early_and_a_higher_one_resumes_to_the_same_w
     whole = fit(config, data, ignore)
     with monkeypatch.context() as patched:
         stop_at(epoch, 3, patched)
-        limited = fit(config, data, lambda metrics, save: save(tmp_path), max_seconds=1e6)
+        limited = fit(config, data, ignore, checkpoints=store_in(tmp_path), max_seconds=1e6)
     assert [metrics["epoch"] for metrics in limited.history] == [*range(1, epoch), epoch - 1 + 0.3]
     assert 0 <= limited.history[-1]["val/error"] <= 1
-    model, _ = load_model(tmp_path)  # the model is that of the third step ...
-    images = data.val.images[:7]  # type: ignore[attr-defined]
-    assert torch.equal(model(images), limited.best_model.eval()(images))
-    resumed = fit(config, data, ignore, resume_from=tmp_path)  # ... and the position the start of its epoch
+    assert limited.step == 3
+    resumed = fit(config, data, ignore, checkpoints=store_in(tmp_path))
     assert [metrics["epoch"] for metrics in resumed.history] == [1, 2, 3, 4]
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
@@ -162,15 +177,14 @@ def test_however_short_the_time_one_step_is_trained_and_validated(
 ) -> None:
     reported: list[float] = []
 
-    def report(metrics: Metrics, save: Callable[[Path], None]) -> None:
+    def report(metrics: Metrics) -> None:
         reported.append(metrics["epoch"])
-        save(tmp_path)
 
-    fit(tiny_config, data, report, max_seconds=1e-9, seconds_spent=60)
+    fit(tiny_config, data, report, max_seconds=1e-9, seconds_spent=60, checkpoints=store_in(tmp_path))
     assert reported == [0.1]  # of 10 steps
-    fit(tiny_config, data, report, max_seconds=1e6, resume_from=tmp_path)
+    fit(tiny_config, data, report, max_seconds=1e6, checkpoints=store_in(tmp_path))
     assert reported == [0.1, 1, 2]
-    again = fit(tiny_config, data, report, max_seconds=1e-9, resume_from=tmp_path)
+    again = fit(tiny_config, data, report, max_seconds=1e-9, checkpoints=store_in(tmp_path))
     assert len(again.history) == 2
     assert reported == [0.1, 1, 2]
 
@@ -179,12 +193,12 @@ def test_a_resumed_run_counts_the_time_before_it(
     tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path
 ) -> None:
     config = tiny_config.with_settings({"train.epochs": 1})
-    first = fit(config, data, lambda metrics, save: save(tmp_path), seconds_spent=100)
+    first = fit(config, data, ignore, checkpoints=store_in(tmp_path), seconds_spent=100)
     assert first.history[0]["perf/seconds"] > 100
     more = tiny_config.with_settings({"train.epochs": 3})
-    limited = fit(more, data, ignore, resume_from=tmp_path, max_seconds=100)
+    limited = fit(more, data, ignore, checkpoints=store_in(tmp_path), max_seconds=100)
     assert len(limited.history) == 1
-    longer = fit(more, data, ignore, resume_from=tmp_path, max_seconds=1000)
+    longer = fit(more, data, ignore, checkpoints=store_in(tmp_path), max_seconds=1000)
     assert [100 < metrics["perf/seconds"] < 200 for metrics in longer.history] == [True, True, True]
 
 
@@ -233,9 +247,10 @@ def test_the_first_step_is_torchs_own_sgd(tiny_config: PipelineConfig, data: Tra
 
 
 def test_the_saved_model_gives_the_same_logits(tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path) -> None:
-    state = fit(tiny_config, data, lambda metrics, save: save(tmp_path))
-    model, description = load_model(tmp_path)
+    state = fit(tiny_config, data, ignore)
+    model, description = load_model(saved_model(state, tmp_path / "model"))
     images = data.val.images[:7]
+    assert state.best["epoch"] == 2
     assert torch.equal(model(images), state.model.eval()(images))
     assert description["classes"] == [str(digit) for digit in range(10)]
     assert PipelineConfig.model_validate(description["config"]) == tiny_config
@@ -250,20 +265,20 @@ def test_every_network_trains_and_its_stored_model_gives_the_same_logits(
     config = tiny_config.with_settings(
         unset | {"model.network": name, "tune.enabled": False, "train.epochs": 1, "train.ema_decay": 0.5}
     )
-    state = fit(config, data, lambda metrics, save: save(tmp_path))
-    model, description = load_model(tmp_path)
+    state = fit(config, data, ignore, checkpoints=store_in(tmp_path))
+    model, description = load_model(saved_model(state, tmp_path / "model"))
     images = data.val.images[:7]
     assert torch.equal(model(images), state.best_model.eval()(images))
     assert description["network"]["network"] == name
-    resumed = fit(config, data, ignore, resume_from=tmp_path)
+    resumed = fit(config, data, ignore, checkpoints=store_in(tmp_path))
     assert all(torch.equal(value, weights(resumed)[key]) for key, value in weights(state).items())
 
 
 def test_a_model_from_before_there_was_a_choice_of_networks_is_an_rcnn(
     tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path
 ) -> None:
-    state = fit(tiny_config.with_settings({"train.epochs": 1}), data, lambda metrics, save: save(tmp_path))
-    file = tmp_path / "model.json"
+    state = fit(tiny_config.with_settings({"train.epochs": 1}), data, ignore)
+    file = saved_model(state, tmp_path) / "model.json"
     description = json.loads(file.read_text())
     assert description["network"].pop("network") == "rcnn"
     assert description["config"]["model"].pop("network") == "rcnn"
@@ -304,12 +319,9 @@ def test_wrong_batch_device_and_checkpoints_are_named(
     if not torch.cuda.is_available():
         with pytest.raises(ClusterError, match="no GPU"):
             fit(tiny_config.with_settings({"execution.use_gpu": True}), data, ignore)
-    (tmp_path / "checkpoint.pt").write_bytes(b"broken")
-    with pytest.raises(TrainingError, match="the checkpoint cannot be read"):
-        fit(tiny_config, data, ignore, resume_from=tmp_path)
-    fit(tiny_config.with_settings({"train.epochs": 1}), data, lambda metrics, save: save(tmp_path))
+    fit(tiny_config.with_settings({"train.epochs": 1}), data, ignore, checkpoints=store_in(tmp_path))
     other = TrainingData(data.manifest.model_copy(update={"digest": "other"}), data.train, data.val)
     with pytest.raises(TrainingError, match="made with another data set"):
-        fit(tiny_config, other, ignore, resume_from=tmp_path)
+        fit(tiny_config, other, ignore, checkpoints=store_in(tmp_path))
     with pytest.raises(DataError, match="does not hold a model"):
         load_model(tmp_path / "nowhere")

@@ -30,7 +30,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def pace_of(forecasts: list[Forecast], **options: Any) -> Pace:
     device = torch.device("cpu")
-    return Pace(device, num_steps=NUM_STEPS, num_epochs=2, validation_steps=30, on_forecast=forecasts.append, **options)  # type: ignore[arg-type]
+    return Pace(
+        device, num_steps=2 * NUM_STEPS, num_epochs=2, validation_steps=30, on_forecast=forecasts.append, **options
+    )  # type: ignore[arg-type]
 
 
 def test_a_limit_may_follow_from_the_forecast(clock: Clock) -> None:

@@ -1,0 +1,143 @@
+"""Where a training keeps its checkpoints: written in the background, whole or not at all, and checked when they are read.
+
+In: snapshots of a `TrainState`. Out: the newest one that is intact. A checkpoint is a file of tensors, `epoch-step.pt`, and a
+record beside it, `epoch-step.json`, which is written last and has the file's SHA-256.
+"""
+
+import hashlib
+import io
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rcnn.errors import ClusterError, TrainingError
+from rcnn.progress import say
+from rcnn.storage import StageFolder
+
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint is, for those who do not want its tensors.
+
+    Attributes:
+        epoch: finished epochs.
+        step: finished steps of the epoch after those.
+        seconds: of training up to there.
+        sha256: of the file.
+    """
+
+    epoch: int
+    step: int
+    seconds: float
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """Of its files, without their suffixes; sorted by name, checkpoints are in the order of training."""
+        return f"{self.epoch:06d}-{self.step:08d}"
+
+
+class CheckpointStore:
+    """The checkpoints in a stage's folder.
+
+    Args:
+        target: the stage's folder.
+        keep: how many to keep, the last ones.
+    """
+
+    def __init__(self, target: StageFolder, *, keep: int = 2):
+        self._target, self._keep = target, keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def write(self, snapshot: dict[str, Any]) -> None:
+        """Writes a checkpoint in the background, after the one before it.
+
+        A checkpoint that cannot be written is reported, and does not end the training: the next one may be luckier.
+        """
+        self._finish_last()
+        self._writing = self._writer.submit(self._write, snapshot)
+
+    def close(self) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            ClusterError: it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.result()
+        self._writer.shutdown()
+
+    def newest(self) -> Record | None:
+        """The newest intact checkpoint; damaged ones are named."""
+        for record in reversed(read_records(self._target)):
+            try:
+                self.read(record)
+            except TrainingError as error:
+                say(f"  {error.where}: {error.what}; using the one before it")
+            else:
+                return record
+        return None
+
+    def read(self, record: Record) -> dict[str, Any]:
+        """The snapshot of a checkpoint.
+
+        Raises:
+            TrainingError: its file is missing or damaged.
+        """
+        storage, file = self._target.storage, self._path(record, "pt")
+        try:
+            content = storage.read_bytes(file)
+        except FileNotFoundError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() != record.sha256:
+            what = "is not the checkpoint that was written" if content else "the checkpoint is missing or empty"
+            raise TrainingError(what, where=storage.uri(file), remedy="Train again with --fresh")
+        import torch  # late: `rcnn plan` reads records, and no tensors
+
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+    def _finish_last(self) -> None:
+        try:
+            if self._writing is not None:
+                self._writing.result()
+        except ClusterError as error:
+            say(f"  a checkpoint is lost, and training goes on without it: {error.what} ({error.where})")
+
+    def _write(self, snapshot: dict[str, Any]) -> None:
+        import torch
+
+        stream = io.BytesIO()
+        torch.save(snapshot, stream)
+        content = stream.getbuffer()
+        place = (snapshot["epoch"], snapshot["step"], snapshot["seconds"])
+        record = Record(*place, sha256=hashlib.sha256(content).hexdigest())
+        storage = self._target.storage
+        storage.write_bytes(self._path(record, "pt"), content, durable=True)
+        storage.write_json(self._path(record, "json"), asdict(record), durable=True)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """The record first: a record without its file would be taken for a damaged checkpoint."""
+        for record in read_records(self._target)[: -self._keep]:
+            for suffix in ("json", "pt"):
+                self._target.storage.delete_file(self._path(record, suffix))
+
+    def _path(self, record: Record, suffix: str) -> str:
+        return self._target.path(f"{FOLDER}/{record.name}.{suffix}")
+
+
+def read_records(target: StageFolder) -> list[Record]:
+    """The checkpoints in a stage's folder, oldest first; records that cannot be read are left out."""
+    records = []
+    for file in sorted(target.storage.list_sizes(target.path(FOLDER))):
+        if file.endswith(".json"):
+            try:
+                records.append(Record(**target.storage.read_json(target.path(f"{FOLDER}/{file}"))))
+            except (ValueError, TypeError):
+                say(
+                    f"  {target.storage.uri(target.path(f'{FOLDER}/{file}'))}: is not the record of a checkpoint; ignored"
+                )
+    return records
