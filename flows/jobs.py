@@ -5,7 +5,6 @@ two flows that need the same result share one job.
 """
 
 import asyncio
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from rcnn.errors import ClusterError, RcnnError
 from rcnn.progress import say
 from rcnn.results import StageResult
 from rcnn.stages import STAGES, Parent, Results, finished, nothing_to_do, results_from_json, stage_code, stage_folder
-from rcnn.storage import Storage
+from rcnn.storage import JOB, JOB_OUTCOME, Storage
 
 FLOW_RUN_TAG = "rcnn.prefect_flow_run"
 SUBMISSION_TAG = "rcnn.ray_submission"
@@ -107,14 +106,16 @@ def _submit(
         client.delete_job(job_id)  # of an earlier attempt that has ended: Ray accepts each id once
     storage = Storage(config.storage)
     storage.delete(_result_folder(job_id))
+    on_cluster = config.with_settings({"ray.address": "auto", "storage": storage.root})
+    # In a file: an argument would end at 128 KiB, and be seen in `ps` and in the dashboard.
     inputs = {
+        "config": on_cluster.model_dump(mode="json"),
         "results": {key: result.model_dump(mode="json") for key, result in results.items()},
         "code": stage_code(config, name),
         "parent": {"run_id": parent.run_id, "tags": dict(parent.tags) | {SUBMISSION_TAG: job_id}},
     }
-    on_cluster = config.with_settings({"ray.address": "auto", "storage": storage.root})
-    command = ["rcnn", name, "--config", on_cluster.model_dump_json(), "--inputs", json.dumps(inputs)]
-    command += ["--result", f"{_result_folder(job_id)}/outcome.json"]
+    storage.write_json(f"{_result_folder(job_id)}/{JOB}", inputs)
+    command = ["rcnn", name, "--job", storage.below(_result_folder(job_id)).root]
     command += ["--fresh"] if fresh else []
     client.submit_job(
         entrypoint=shlex.join(command),
@@ -147,7 +148,7 @@ async def _follow(client: Any, job_id: str) -> str:
 
 
 def _outcome(status: str, job_id: str, config: PipelineConfig, name: str) -> StageResult:
-    outcome = Storage(config.storage).read_json(f"{_result_folder(job_id)}/outcome.json") or {}
+    outcome = Storage(config.storage).read_json(f"{_result_folder(job_id)}/{JOB_OUTCOME}") or {}
     if status == "SUCCEEDED" and "result" in outcome:
         return results_from_json({name: outcome["result"]})[name]  # type: ignore[no-any-return]
     if "error" in outcome:

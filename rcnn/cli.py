@@ -14,6 +14,7 @@ import os
 import re
 import select
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from typing import Any
 from rcnn import __version__
 from rcnn.completion import SHELLS
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
+from rcnn.signals import EXIT_CODES
 from rcnn.stages import STAGES
 from rcnn.text import printable
 
@@ -33,8 +35,8 @@ PREFECT_IS_AWAY = "Failed to reach API at"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit code.
 
-    0; 1 where some images could not be read; 2 for an error that the user can fix; 130 where the user stopped it; 141
-    where the reader of its output did.
+    0; 1 where some images could not be read; 2 for an error that the user can fix; 130 where the user stopped it, 143 where
+    SIGTERM did, and 141 where the reader of its output did.
     """
     options = _parser().parse_args(arguments)
     atexit.register(gc.freeze)  # else Python searches all that torch, Ray and MLflow loaded for garbage: 1 s at exit
@@ -57,10 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"rcnn: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        exit_code = EXIT_CODES[signal.SIGINT] if isinstance(error, KeyboardInterrupt) else int(error.code or 0)
+        if exit_code not in EXIT_CODES.values():
+            raise
         resumes = "; the same command, without --fresh, resumes" if "fresh" in options else ""
         print(f"rcnn: stopped{resumes}", file=sys.stderr)
-        return 130
     return exit_code
 
 
@@ -84,8 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, row in STAGES.items():
         stage = _add(commands, name, _stage, row.help, config=True, fresh=True)
         stage.set_defaults(stage=name)
-        stage.add_argument("--inputs", metavar="JSON", help="for Ray jobs: earlier results; --config is then JSON too")
-        stage.add_argument("--result", metavar="NAME", help="for Ray jobs: file in the storage for the outcome")
+        stage.add_argument("--job", metavar="FOLDER", help="for Ray jobs: what to do, and where to leave the outcome")
     plan = _add(commands, "plan", _plan, "what each stage would do and cost, before it runs", config=True)
     plan.add_argument("--json", action="store_true", help="for machines: bytes, seconds, and counts in full")
     plan.add_argument("--fresh", action="store_true", help="time the training steps again")
@@ -258,40 +261,43 @@ def _config_options(options: argparse.Namespace) -> list[str]:
 def _stage(options: argparse.Namespace) -> None:
     from rcnn import stages
 
-    if options.inputs is None and options.result is None:
+    if options.job is None:
         results = stages.run_pipeline_until(_resolve(options), options.stage, fresh=options.fresh)
         print(json.dumps(results[options.stage].model_dump(mode="json"), indent=2))  # ASCII: safe on any terminal
         return
-    config, results, parent, code = _job_inputs(options)
-    from rcnn.storage import Storage
+    from rcnn.storage import JOB_OUTCOME, Storage
 
+    folder = Storage(options.job)
+    config, results, parent, code = _job_inputs(folder)
     try:
         stages.require_same_code(config, options.stage, code)
         result = stages.run_stage(config, options.stage, results, fresh=options.fresh, parent=parent)
     except RcnnError as error:
         tree = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
-        Storage(config.storage).write_json(options.result, {"error": tree | {"retryable": error.retryable}})
+        folder.write_json(JOB_OUTCOME, {"error": tree | {"retryable": error.retryable}})
         raise
-    Storage(config.storage).write_json(options.result, {"result": result.model_dump(mode="json")})
+    folder.write_json(JOB_OUTCOME, {"result": result.model_dump(mode="json")})
 
 
-def _job_inputs(options: argparse.Namespace) -> Any:
+def _job_inputs(folder: Any) -> Any:
     """What a Ray job gets: the exact config, the results before this stage, the MLflow run above it, the driver's code."""
     from rcnn.settings import config_from_json
     from rcnn.stages import Parent, results_from_json
+    from rcnn.storage import JOB
     from rcnn.text import parse_json
 
-    remedy = "They are for Ray jobs; leave all three out to run the stage, and what it needs, from here"
-    if None in (options.config, options.inputs, options.result):
-        raise ConfigError("come together or not at all", where="--config JSON, --inputs and --result", remedy=remedy)
+    where, remedy = (
+        folder.uri(JOB),
+        "--job is for Ray jobs; leave it out to run the stage, and what it needs, from here",
+    )
     try:
-        inputs = parse_json(options.inputs)
+        inputs = parse_json(folder.read_text(JOB))
         parent = Parent(inputs["parent"]["run_id"], tuple(inputs["parent"]["tags"].items()))
-        results, code = results_from_json(inputs["results"]), dict(inputs["code"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        results, code, config = results_from_json(inputs["results"]), dict(inputs["code"]), json.dumps(inputs["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fault = " ".join(str(error).split())
-        raise ConfigError(f"cannot be read ({fault})", where="--inputs", remedy=remedy) from error
-    return config_from_json(options.config, origin="--config"), results, parent, code
+        raise ConfigError(f"cannot be read ({fault})", where=where, remedy=remedy) from error
+    return config_from_json(config, origin=where), results, parent, code
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -32,10 +32,12 @@ MAX_CPUS = 4096
 MAX_MINUTES = 100_000
 
 
-def _require_no_credentials(setting: str, uri: str) -> None:
-    """Settings go to logs and to MLflow: a key in them would too."""
-    if re.search(r"://[^/?]*@|[?&](access_key|secret_key|session_token)=", uri):
-        raise ValueError(f"{setting} holds credentials; give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+def _require_no_credentials(
+    setting: str, uri: str, instead: str = "give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+) -> None:
+    """Settings go to logs and to MLflow: a key in them would too. The message must not repeat the value."""
+    if re.search(r"://[^/?]*@|[?&](access_key|secret_key|session_token|user|password|token)=", uri, re.IGNORECASE):
+        raise ValueError(f"{setting} holds credentials; {instead}")
 
 
 def _sound_uri(uri: str) -> str:
@@ -274,7 +276,19 @@ class ExecutionConfig(Section):
         le=10_000,
         description="Checkpoints to keep, the last ones: if one is damaged, the one before it is used.",
     )
-    num_workers: int = Field(1, ge=1, le=4096, description="Ray Train workers; the batch must divide by it.")
+    num_workers: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="Ray Train workers; the batch must divide by it. A range such as 2..8 sets min_workers too.",
+    )
+    min_workers: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Fewest workers to start with, where the cluster has no room for num_workers; when it has, more join, from "
+        "a checkpoint. Needs shares, so that the result does not change; 0: always num_workers.",
+    )
     cpus_per_worker: int = Field(1, ge=1, le=MAX_CPUS, description="CPU cores (and threads) of each worker.")
     use_gpu: bool = Field(False, description="Whether each worker takes one GPU.")
     loader: Literal["auto", "resident", "streaming"] = Field(
@@ -301,6 +315,24 @@ class ExecutionConfig(Section):
     max_failures: int = Field(
         2, ge=0, le=1000, description="Worker failures after which training resumes from a checkpoint."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range_sets_both(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("num_workers"), str):
+            fewest, dots, most = tree["num_workers"].partition("..")
+            if dots:
+                ends = [int(end) if end.strip().isdecimal() else end for end in (fewest, most)]
+                return tree | {"min_workers": ends[0], "num_workers": ends[1]}
+        return tree
+
+    @model_validator(mode="after")
+    def _range_is_sound(self) -> Self:
+        if self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers = {self.min_workers} is more than num_workers = {self.num_workers}; lower it"
+            )
+        return self
 
 
 SEARCHED_SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "train": TrainConfig, "augment": AugmentConfig}
@@ -414,6 +446,11 @@ class RayConfig(Section):
     )
     num_cpus: int = Field(0, ge=0, le=MAX_CPUS, description="Cores of a Ray that is started here; 0: all of them.")
 
+    @model_validator(mode="after")
+    def _address_is_free_of_secrets(self) -> Self:
+        _require_no_credentials("address", self.address, "give Ray's token by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN")
+        return self
+
 
 class TrackingConfig(Section):
     """Where MLflow keeps runs and models."""
@@ -436,6 +473,12 @@ class TrackingConfig(Section):
         if re.match(r"[\w.-]+:\d+(/|$)", uri):  # MLflow would make a folder of this name
             raise ValueError(f"should be http://{uri}")
         return _sound_uri(uri)
+
+    @model_validator(mode="after")
+    def _uri_is_free_of_secrets(self) -> Self:
+        instead = "give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and put a server in front of a database"
+        _require_no_credentials("uri", self.uri, instead)
+        return self
 
 
 class PipelineConfig(Section):
@@ -492,6 +535,11 @@ class PipelineConfig(Section):
             raise ValueError(
                 f"execution.num_workers = {num_workers} is more than train.num_shares = {num_shares}, and each worker needs a "
                 f"share; lower the one or raise the other"
+            )
+        if self.execution.min_workers and not num_shares:
+            raise ValueError(
+                f"execution.min_workers = {self.execution.min_workers} needs a result that does not depend on the number of "
+                f"workers; set train.num_shares to {num_workers} or more"
             )
         return self
 

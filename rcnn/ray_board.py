@@ -1,10 +1,11 @@
-"""A board for news from workers: they leave notes, and the driver reads them.
+"""A board between the workers and the driver: workers leave notes for the driver, and the driver a request for them.
 
 What a person sees and what goes to MLflow then has one writer, and no worker needs a terminal or MLflow.
 """
 
 import contextvars
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,15 @@ class _Notes:
 
     def __init__(self) -> None:
         self.notes: list[tuple[str, Any]] = []
+        self.request = ""
+
+    def ask(self, request: str) -> None:
+        """Leaves a request for the workers; an empty one takes it back."""
+        self.request = request
+
+    def asked(self) -> str:
+        """The driver's request."""
+        return self.request
 
     def put(self, kind: str, value: Any) -> None:
         """Leaves a note."""
@@ -39,6 +49,23 @@ class _Notes:
 def new_board() -> Any:
     """Starts the actor that holds the notes."""
     return ray.remote(num_cpus=0)(_Notes).remote()
+
+
+class Listener:
+    """A worker's ear: reads the driver's request in a thread of its own, so that a step never waits for it."""
+
+    def __init__(self, board: Any):
+        self.request = ""
+        self._board = board
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while not self.request:
+            time.sleep(SECONDS_BETWEEN_READS)
+            try:
+                self.request = ray.get(self._board.asked.remote())
+            except ray.exceptions.RayError:  # the driver is gone, and Ray ends this process
+                return
 
 
 @contextmanager

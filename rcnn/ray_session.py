@@ -1,10 +1,6 @@
 """Ray itself: started or joined, big enough, with a storage that all nodes see."""
 
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +127,3 @@ def require_room(config: PipelineConfig, *, num_cpus: int, num_gpus: float, sett
         if config.ray.address == "":
             raise ClusterError(what, where=settings, remedy="Lower them, or set ray.address to a larger cluster")
         say(f"  {what}: waiting for the cluster to grow")
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Makes Ctrl-C in the body what it is everywhere else: Ray Train would exit with 0, and keep its handler."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, before)

@@ -84,8 +84,8 @@ def debug_tiny() -> PipelineConfig:
 def mnist_rcnn32_quick() -> PipelineConfig:
     """RCNN-32 on all of MNIST, in a short one-cycle run.
 
-    Costs: 15 min on 2 CPU cores.
-    Reaches: 0.54 % test error (one run).
+    Costs: 4 min on 2 CPU cores.
+    Reaches: 0.55 % test error (mean of 3 seeds: 0.47 to 0.61).
     """
     return PipelineConfig(
         recipe="mnist_rcnn32_quick",

@@ -35,7 +35,8 @@ class Text(str):
 class Section(BaseModel):
     """A part of the config: frozen; unknown names and values of another type are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # A value that is refused may be a secret.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -392,7 +392,7 @@ def results_from_json(trees: Mapping[str, Any]) -> Results:
     """Results by stage, from what JSON made of them."""
     unknown = set(trees) - set(STAGES)
     if unknown:
-        raise ConfigError(f"there is no stage {sorted(unknown)[0]!r}", where="--inputs", remedy=f"Use {list(STAGES)}")
+        raise ConfigError(f"there is no stage {sorted(unknown)[0]!r}", where="results", remedy=f"Use {list(STAGES)}")
     return {name: imported(STAGES[name].result).model_validate(tree) for name, tree in trees.items()}
 
 

@@ -63,6 +63,11 @@ class Storage:
         """The path or URI of `name`, for messages and other processes."""
         return f"{self.root.partition('?')[0]}/{name}"
 
+    def below(self, name: str) -> "Storage":
+        """A storage whose root is the folder `name` of this one."""
+        base, mark, options = self.root.partition("?")
+        return Storage(f"{base}/{name}{mark}{options}")
+
     def local_path(self, name: str) -> Path:
         """`name` as a path on this machine.
 
@@ -264,6 +269,8 @@ RESULT = "_result.json"
 """The result of a finished stage. Readers of Parquet folders skip names that begin with _."""
 MADE_OF = "_made_of.json"
 """The parts that the key of that result hashes, so that `rcnn plan` can say what changed since."""
+JOB, JOB_OUTCOME = "job.json", "outcome.json"
+"""What a Ray job is to do, and how it ended, in a folder of its own."""
 OLD_RESULT = "result.json"  # until version 0.1
 
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ConfigError
@@ -53,7 +54,8 @@ SMALLEST_WRONG = {
     "model.lrn_beta": -1, "train.epochs": 0, "train.batch_size": 0, "train.learning_rate": 0, "train.momentum": 1,
     "train.weight_decay": -1, "train.schedule": "cosine", "train.plateau_factor": 1, "train.plateau_patience": -1,
     "train.one_cycle_warmup": 0, "augment.max_shift": -1, "train.clip_norm": -1, "train.ema_decay": 1,
-    "train.num_rows": -1, "execution.keep_checkpoints": 0, "execution.num_workers": 0, "execution.cpus_per_worker": 0,
+    "train.num_rows": -1, "execution.keep_checkpoints": 0, "execution.num_workers": 0,
+    "execution.min_workers": -1, "execution.cpus_per_worker": 0,
     "execution.checkpoint_minutes": 0, "train.num_shares": -1,
     "execution.max_failures": -1, "execution.use_gpu": "perhaps", "train.precision": "float8", "execution.compile": "perhaps",
     "train.deterministic": "perhaps", "execution.recompute": "perhaps", "execution.convolution": "fast",
@@ -121,6 +123,15 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
             "data.label_column = 'y' is for the source parquet",
         ),
         (["storage=s3://key:secret@bucket/x"], "storage holds credentials"),
+        (
+            ["tracking.uri=https://me:secret@host"],
+            "tracking.uri holds credentials; give them by MLFLOW_TRACKING_USERNAME",
+        ),
+        (["tracking.uri=postgresql://me:secret@host/mlflow"], "tracking.uri holds credentials"),
+        (
+            ["ray.address=http://me:secret@head:8265"],
+            "ray.address holds credentials; give Ray's token by RAY_AUTH_MODE",
+        ),
         (["data.svhn_extra=true"], "data.svhn_extra = True is for the source svhn, and source is 'mnist-sample'"),
         (["data.image_size=32"], "data.image_size = 32 is for the sources folder and parquet"),
         (["model.network=resnet"], "model.network is 'resnet': should be one of rcnn, recursive, wide, rcnn_bn, nin"),
@@ -132,6 +143,13 @@ def test_messages_of_wrong_overrides(overrides: list[str], expected: str) -> Non
     with pytest.raises(ConfigError, match="--set") as caught:
         resolve_config("demo", overrides=overrides)
     assert expected in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_refused_secret_is_not_in_the_error_that_prefect_shows() -> None:
+    with pytest.raises(ValidationError, match=r"tracking\n.*uri holds credentials") as caught:
+        PipelineConfig.model_validate({"tracking": {"uri": "https://me:secret@host"}})
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +177,33 @@ def test_a_relative_root_becomes_the_one_that_is_meant(tmp_path: Path, monkeypat
     assert rooted("photos/*.parquet") == str(tmp_path / "photos" / "*.parquet")
     assert rooted("s3://bucket/x") == "s3://bucket/x"
     assert PipelineConfig().rooted() == PipelineConfig()
+
+
+def test_a_range_of_workers_sets_both_ends(tiny_config: PipelineConfig) -> None:
+    config = resolve_config("debug_tiny", overrides=["train.num_shares=8", "execution.num_workers=2..8"])
+    assert (config.execution.min_workers, config.execution.num_workers) == (2, 8)
+    assert resolve_config("debug_tiny", overrides=["execution.num_workers=2"]).execution.min_workers == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["execution.num_workers=2..8"],
+            "execution.min_workers = 2 needs a result that does not depend on the number of",
+        ),
+        (
+            ["execution.num_workers=8..2", "train.num_shares=8"],
+            "execution.min_workers = 8 is more than num_workers = 2",
+        ),
+        (
+            ["execution.num_workers=a..2", "train.num_shares=8"],
+            "execution.min_workers is 'a': should be a whole number",
+        ),
+        (["execution.num_workers=2..", "train.num_shares=8"], "execution.num_workers is '': should be a whole number"),
+    ],
+)
+def test_a_range_of_workers_that_cannot_be_is_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config("debug_tiny", overrides=overrides)
+    assert expected in str(caught.value)

@@ -22,6 +22,7 @@ SHARED = [
     "results",
     "storage",
     "progress",
+    "signals",
     "tracking",
     "ray_session",
     "ray_board",
@@ -49,6 +50,7 @@ HOMES = {
     "ray": [
         "rcnn/train/ray_trainer.py",
         "rcnn/train/ray_workers.py",
+        "rcnn/train/elastic.py",
         "rcnn/ray_session.py",
         "rcnn/ray_board.py",
         "rcnn/data/ray_data.py",

@@ -20,7 +20,7 @@ from rcnn.section import fields_of, limits_of
 from rcnn.settings import build_config, explain_settings, read_config_file, setting_names
 
 LOOKS_LIKE_MORE = ["1.10", "1e5", "1_000", "2024-01-01", "true", "on", "0x10", "12"]
-INPUTS = '{"code": {}, "parent": {"run_id": "", "tags": {}}, "results": {}}'  # of a Ray job
+INPUTS = '{"code": {}, "parent": {"run_id": "", "tags": {}}, "results": {}, "config": {"train": {"epochs": 0}}}'  # of a Ray job
 DEEP = 200_000
 
 
@@ -662,22 +662,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the command line
 
 
+def job_in(folder: Path, text: str) -> str:
+    """A folder of a Ray job."""
+    folder.mkdir()
+    (folder / "job.json").write_text(text)
+    return str(folder)
+
+
 def test_the_command_line_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "deep.json").write_text("[" * DEEP)
     for command in (
         ["config", "--recipe", ""],
         ["config", "--config", str(tmp_path / "deep.json")],
         ["config", "--set", "storage=s3:/x"],
-        ["train", "--config", "[" * DEEP, "--inputs", INPUTS, "--result", "x"],
-        ["train", "--config", "{}", "--inputs", "[" * DEEP, "--result", "x"],
-        ["train", "--config", '{"train": {"epochs": 0}}', "--inputs", INPUTS,
-         "--result", "x"],
+        ["train", "--job", str(tmp_path / "nowhere")],
+        ["train", "--job", job_in(tmp_path / "deep", "[" * DEEP)],
+        ["train", "--job", job_in(tmp_path / "half", '{"config": {}}')],
+        ["train", "--job", job_in(tmp_path / "wrong", INPUTS)],
     ):  # fmt: skip
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.startswith("rcnn: ConfigError: ")
         assert error.count("\n") == 1
-    assert "--config: train.epochs is 0: should be a whole number, 1 to 100_000" in error
+    assert f"{tmp_path}/wrong/job.json: train.epochs is 0: should be a whole number, 1 to 100_000" in error
 
 
 def test_what_config_prints_brings_texts_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,16 +66,16 @@ def test_how_and_where_a_stage_runs_is_in_no_key() -> None:
         "execution.num_workers": 4, "execution.cpus_per_worker": 2, "execution.use_gpu": True, "execution.compile": "on",
         "execution.recompute": True, "execution.convolution": "direct", "execution.loader": "streaming",
         "execution.resident_megabytes": 7, "execution.keep_checkpoints": 9, "execution.max_failures": 9,
-        "execution.checkpoint_minutes": 1,
+        "execution.checkpoint_minutes": 1, "execution.min_workers": 2,
         "ray.address": "auto", "ray.num_cpus": 3, "tune.cpus_per_trial": 2, "tune.max_concurrent_trials": 3,
         "tune.gpus_per_trial": 1, "tune.workers_per_trial": 2, "tune.max_minutes": 5, "tune.trial_minutes": 1,
     }  # fmt: skip
     assert {name.partition(".")[2] for name in other if name.startswith("execution")} == set(
         ExecutionConfig.model_fields
     )
-    moved = debug_tiny().with_settings(other)
+    usual = debug_tiny().with_settings({"train.num_shares": 4})
     for name in STAGES:
-        assert stage_folder(moved, name, results).name == stage_folder(debug_tiny(), name, results).name
+        assert stage_folder(usual.with_settings(other), name, results).name == stage_folder(usual, name, results).name
 
 
 def test_a_search_is_named_by_what_its_trials_read() -> None:

@@ -6,6 +6,7 @@ detects altered bytes.
 
 import hashlib
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,13 +17,17 @@ import pyarrow.parquet as pq
 from rcnn.data.manifest import Part, Shard, Skipped
 from rcnn.data.schema import Block, build_table, content_sum, table_schema
 from rcnn.data.sources.origin import Chunk, bad_row
-from rcnn.errors import DataError, RcnnError
+from rcnn.errors import ClusterError, DataError, RcnnError
 from rcnn.storage import Storage
 
 MAX_ROWS_PER_GROUP = 1024
 MIN_ROWS_PER_GROUP = 16
 BYTES_PER_GROUP = 3 * 2**20
 ROWS_PER_SUM = 1024
+SECONDS_BEFORE_RETRIES = (
+    1.0,
+    5.0,
+)  # of a shard that the storage did not take: object stores refuse what comes too fast
 
 
 class ShardRecord(Part):
@@ -71,7 +76,19 @@ class ShardJob:
 
 
 def write_shard(job: ShardJob) -> ShardRecord | RcnnError:
-    """Reads the rows and writes the shard. Errors are returned, so that Ray does not wrap them in its own exceptions."""
+    """Reads the rows and writes the shard; a storage that fails gets two more chances.
+
+    Errors are returned, so that Ray does not wrap them in its own exceptions.
+    """
+    for seconds in SECONDS_BEFORE_RETRIES:
+        outcome = _write_once(job)
+        if not isinstance(outcome, ClusterError):
+            return outcome
+        time.sleep(seconds)
+    return _write_once(job)
+
+
+def _write_once(job: ShardJob) -> ShardRecord | RcnnError:
     try:
         block, skipped = job.chunk.read()
         if skipped and not job.skips_bad_rows:

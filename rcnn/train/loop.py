@@ -29,6 +29,11 @@ Metrics = dict[str, float]
 Report = Callable[[Metrics], None]
 """Called on every rank after each epoch, with its metrics."""
 
+
+class Stopped(Exception):
+    """Training has ended because it was asked to; a checkpoint has all that was done."""
+
+
 SECONDS_BETWEEN_PROGRESS = 1.0
 STEPS_BETWEEN_LOOKS_AT_LOSS = 50  # each waits for the device
 
@@ -44,6 +49,7 @@ def fit(
     max_seconds: float = 0.0,
     limit_of: Callable[[Forecast], float] = lambda forecast: 0.0,
     seconds_spent: float = 0.0,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Trains for `config.train.epochs` epochs, or for what is left of them, or until the time is up.
 
@@ -63,6 +69,7 @@ def fit(
         max_seconds: ends training in time for a last validation, after one step at the earliest; 0: no limit.
         limit_of: the limit where `max_seconds` is 0, from the forecast, for runs that keep no checkpoint; 0: none.
         seconds_spent: seconds that count already; a resumed run counts those of its checkpoint instead.
+        is_stopping: asked by rank 0 after each step; if true, it writes a checkpoint and ends.
 
     Returns:
         The state at the end; its `best` has the weights to use.
@@ -70,6 +77,7 @@ def fit(
     Raises:
         TrainingError: the loss is no longer a number, or the checkpoint was made with another data set.
         ClusterError: the last checkpoint cannot be written.
+        Stopped: it was asked to.
         DataError: there are fewer rows than one batch.
     """
     device = choose_device(config.execution.use_gpu)
@@ -91,7 +99,7 @@ def fit(
         seconds_spent=state.seconds or seconds_spent,
         num_ranks=process_group()[1],
     )
-    save = _Saver(state, checkpoints, pace, minutes=config.execution.checkpoint_minutes)
+    save = _Saver(state, checkpoints, pace, minutes=config.execution.checkpoint_minutes, is_stopping=is_stopping)
     while state.epoch < config.train.epochs and not (state.history and pace.is_over()):
         metrics = train_epoch(state, steps, pace, on_progress, after_step=save.if_due)
         is_whole = state.step == steps.num_steps
@@ -141,13 +149,29 @@ def _resume(state: TrainState, checkpoints: CheckpointStore | None, num_steps: i
 class _Saver:
     """Writes the checkpoints of rank 0 when they are due."""
 
-    def __init__(self, state: TrainState, checkpoints: CheckpointStore | None, pace: Pace, *, minutes: float):
-        self._state, self._pace, self._seconds = state, pace, 60 * minutes
+    def __init__(
+        self,
+        state: TrainState,
+        checkpoints: CheckpointStore | None,
+        pace: Pace,
+        *,
+        minutes: float,
+        is_stopping: Callable[[], bool],
+    ):
+        self._state, self._pace, self._seconds, self._is_stopping = state, pace, 60 * minutes, is_stopping
         self._store = checkpoints if process_group()[0] == 0 else None
         self._last = time.monotonic()
 
     def if_due(self) -> None:
-        """To be called after each step."""
+        """To be called after each step.
+
+        Raises:
+            Stopped: training is to stop; the checkpoint is written.
+        """
+        if self._store is not None and self._is_stopping():
+            self.now()
+            self._store.close()
+            raise Stopped
         if time.monotonic() - self._last > self._seconds:
             self.now()
 

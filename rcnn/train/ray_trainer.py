@@ -14,26 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcnn.ray_session import ensure_ray, interruptible, require_room  # isort: skip  (sets what Ray reads)
+from rcnn.ray_session import ensure_ray, require_room  # isort: skip  (sets what Ray reads)
 
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rcnn.config import PipelineConfig
+from rcnn.config import ExecutionConfig, PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import RcnnError, TrainingError
 from rcnn.model.build import count_parameters
 from rcnn.progress import EpochProgress, hand_on, say
-from rcnn.ray_board import following, new_board
+from rcnn.ray_board import Listener, following, new_board
 from rcnn.results import IngestResult, TrainResult
+from rcnn.signals import stopping
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import WEIGHTS, TrainState
 from rcnn.train.checkpoint_store import CheckpointStore, Record, read_records
+from rcnn.train.elastic import Waiting, watching_for_room, workers_to_start
 from rcnn.train.execution import choose_device
-from rcnn.train.loop import Metrics, fit, training_data
+from rcnn.train.loop import Metrics, Stopped, fit, training_data
 from rcnn.train.pace import Forecast, peak_bytes
 from rcnn.train.ray_workers import WorkersTrainer
 
@@ -53,10 +56,11 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     manifest = require_manifest(target.storage, data.folder)
     tracker.log_data(manifest.summary(), target.storage.uri(data.folder), context="training")
     ensure_ray(config, target.storage)
+    fewest = config.execution.min_workers or config.execution.num_workers
     require_room(
         config,
-        num_cpus=config.execution.num_workers * config.execution.cpus_per_worker,
-        num_gpus=config.execution.num_workers * config.execution.use_gpu,
+        num_cpus=fewest * config.execution.cpus_per_worker,
+        num_gpus=fewest * config.execution.use_gpu,
         settings="execution.num_workers, execution.cpus_per_worker, execution.use_gpu",
     )
     trained = _fit_on_workers(config, data, target, tracker, prediction)
@@ -127,19 +131,27 @@ def _fit_on_workers(
         "board": board,
         "started": prediction.started,
     }
-    failures = _Failures(config.execution.max_failures, target)
+    how, failures = config.execution, _Failures(config.execution, target)
+
+    def ask(request: str) -> None:
+        ray.get(board.ask.remote(request))
+
     with _showing(board, config.train.epochs, tracker, prediction):
         while True:
+            num_workers = workers_to_start(how)
+            if how.min_workers:
+                say(f"  workers: {num_workers} of at most {how.num_workers}")
             try:
-                with interruptible():
-                    return dict(_trainer(config, settings, target).fit().return_value)
+                with stopping(lambda: ask("stop")), watching_for_room(how, num_workers, lambda: ask("grow")):
+                    return dict(_trainer(config, num_workers, settings, target).fit().return_value)
             except TrainingFailedError as error:
                 failures.take(error)
             finally:
                 target.storage.delete(target.path(RAY))
+            ask("")
 
 
-def _trainer(config: PipelineConfig, settings: dict[str, Any], target: StageFolder) -> WorkersTrainer:
+def _trainer(config: PipelineConfig, num_workers: int, settings: dict[str, Any], target: StageFolder) -> WorkersTrainer:
     """A trainer for one attempt. Ray keeps no checkpoint, so what it writes is of no use to another attempt."""
     how, storage = config.execution, target.storage
     return WorkersTrainer(
@@ -147,7 +159,7 @@ def _trainer(config: PipelineConfig, settings: dict[str, Any], target: StageFold
         is_own_ray=config.ray.address == "",
         settings=settings,
         scaling_config=ScalingConfig(
-            num_workers=how.num_workers,
+            num_workers=num_workers,
             use_gpu=how.use_gpu,
             resources_per_worker={"CPU": how.cpus_per_worker} | ({"GPU": 1} if how.use_gpu else {}),
         ),
@@ -155,7 +167,7 @@ def _trainer(config: PipelineConfig, settings: dict[str, Any], target: StageFold
             name=uuid.uuid4().hex[:8],
             storage_path=storage.path(target.path(RAY)),
             storage_filesystem=None if storage.is_local else storage.filesystem,
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
 
@@ -165,12 +177,13 @@ class _Failures:
 
     An error that would come again ends the training: one of this project's that is not `retryable`, or the same error of a
     worker twice without a new checkpoint between. A worker that died may do so `execution.max_failures` times in a row;
-    each new checkpoint starts the count again.
+    each new checkpoint starts the count again. Workers that were asked to stop, and those that found no room, do not count.
     """
 
-    def __init__(self, most: int, target: StageFolder):
-        self._most, self._target = most, target
+    def __init__(self, how: ExecutionConfig, target: StageFolder):
+        self._how, self._most, self._target = how, how.max_failures, target
         self._count, self._last, self._at = 0, "", self._newest()
+        self._waiting: Waiting | None = None
 
     def take(self, error: TrainingFailedError) -> None:
         """Says what failed, and returns if there is to be another attempt.
@@ -178,7 +191,14 @@ class _Failures:
         Raises:
             RcnnError: there is not.
         """
+        if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            self._waiting = self._waiting or Waiting(self._how)
+            self._waiting.say_and_check(self._how.min_workers or self._how.num_workers)
+            return
+        self._waiting = None
         faults = list(getattr(error, "worker_failures", {}).values()) or [error]
+        if any(isinstance(fault, Stopped) for fault in faults):
+            return
         own = [fault for fault in faults if isinstance(fault, RcnnError)]
         fault = min(own, key=lambda fault: fault.retryable, default=faults[0])
         if isinstance(fault, RcnnError) and not fault.retryable:
@@ -261,6 +281,7 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
     max_minutes = config.train.max_minutes
     if is_first:
         hand_on(lambda line: note("said", line))
+    listener = Listener(board) if is_first else None
     state = fit(
         config,
         training_data(config, target.storage, settings["data_folder"]),
@@ -270,6 +291,7 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
         on_forecast=lambda forecast: note("forecast", forecast),
         max_seconds=max(1.0, 60 * max_minutes - SECONDS_TO_END) if max_minutes else 0.0,
         seconds_spent=time.time() - settings["started"],
+        is_stopping=lambda: bool(listener and listener.request),
     )
     if not is_first:
         return {}

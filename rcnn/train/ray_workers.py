@@ -6,7 +6,6 @@ needs no torch; there is no setting for it, so a subclass leaves them out. It ov
 the pinned version of Ray changes.
 """
 
-import threading
 from typing import Any
 
 from rcnn import ray_session  # noqa: F401  (sets what Ray reads when it is imported)  # isort: skip
@@ -64,10 +63,11 @@ class WorkersTrainer(DataParallelTrainer):
         # gets its own set imports Ray twice, and cannot be one of those that Ray started ahead.
         arguments["scaling_policy"] = _NoAutoscaler(self.scaling_config)
         controller = ray.remote(num_cpus=0)(TrainController).remote(**arguments)
-        if threading.current_thread() is threading.main_thread():
-            self._register_sigint_handler(controller)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves Ctrl-C to the driver, which asks for a checkpoint first; Ray's own handler would exit with 0."""
 
 
 class _NoAutoscaler(FixedScalingPolicy):

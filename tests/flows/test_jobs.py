@@ -110,6 +110,34 @@ def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
     assert run_as_job(config, "ingest", {}, fresh=True).mlflow_run_id != first.mlflow_run_id
 
 
+def test_a_config_of_any_length_reaches_the_job_and_no_argument_holds_it(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An argument of a shell ends at 128 KiB."""
+    from flows import jobs
+
+    entrypoints: list[str] = []
+    real_client = jobs.JobSubmissionClient
+
+    def connect(address: str) -> object:
+        client = real_client(address)
+        submit = client.submit_job
+
+        def submit_and_keep(**arguments: str) -> None:
+            entrypoints.append(arguments["entrypoint"])
+            submit(**arguments)
+
+        client.submit_job = submit_and_keep
+        return client
+
+    monkeypatch.setattr(jobs, "JobSubmissionClient", connect)
+    rates = [0.001 + number * 1e-6 for number in range(20_000)]
+    large = config.with_settings({"tune.space": {"train.learning_rate": rates}, "data.split_seed": 3})
+    assert len(large.model_dump_json()) > 2**17
+    assert isinstance(jobs.run_as_job(large, "ingest", {}), IngestResult)
+    assert len(entrypoints[0]) < 1000
+
+
 def test_the_stages_own_error_comes_back_from_the_job(config: PipelineConfig, tmp_path: Path) -> None:
     from flows.jobs import run_as_job
 

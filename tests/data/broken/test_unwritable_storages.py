@@ -12,6 +12,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 
 from rcnn.config import PipelineConfig
+from rcnn.data import shards
 from rcnn.data.ingest import run_ingest
 from rcnn.errors import ClusterError, ConfigError, RcnnError, SourceError
 from rcnn.storage import StageFolder, Storage
@@ -102,11 +103,18 @@ def test_a_storage_that_cannot_be_written_is_named(scene: Scene, case: Case) -> 
     check_refused(scene, case.make(scene), case.kind, case.words)
 
 
-class FullDisk:
-    """A file system that is full when one of the files is half written; `device` takes the place of that file."""
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries come at once."""
+    monkeypatch.setattr(shards, "SECONDS_BEFORE_RETRIES", (0, 0))
 
-    def __init__(self, number: int, device: str = ""):
-        self.number, self.device = number, device
+
+class FullDisk:
+    """A file system that is full when one of the files is half written, and from then on, or for `times` files; `device` takes
+    the place of that file."""
+
+    def __init__(self, number: int, device: str = "", *, times: int = 10**9):
+        self.number, self.device, self.times = number, device, times
         self.real = LocalFileSystem()
 
     def __getattr__(self, name: str) -> Any:
@@ -115,7 +123,7 @@ class FullDisk:
     @contextmanager
     def open_output_stream(self, path: str) -> Iterator[Any]:
         self.number -= 1
-        is_full = self.number < 0
+        is_full = -self.times <= self.number < 0
         with self.real.open_output_stream(self.device if is_full and self.device else path) as stream:
             if is_full and not self.device:
                 stream.write(b"half of")
@@ -135,6 +143,13 @@ def test_a_full_disk_is_named_and_keeps_finished_shards(scene: Scene, number: in
     assert len(list(Path(scene.storage).glob("datasets/.draft-x/records/*.json"))) == number // 2
     ingest(scene, settings)
     check_nothing_left(scene, kept(scene) - check_finished_shards(scene))
+    assert stored_rows(scene) == scene.rows
+
+
+@pytest.mark.parametrize("number", range(WRITES - 1))
+def test_a_storage_that_fails_twice_is_asked_a_third_time(scene: Scene, number: int) -> None:
+    scene.patch.setattr(Storage, "filesystem", FullDisk(number, times=2 if number % 2 == 0 else 1))
+    ingest(scene, scene.tree())
     assert stored_rows(scene) == scene.rows
 
 

@@ -1,0 +1,105 @@
+"""How many workers an attempt starts where `execution.num_workers` is a range: as many as there is room for, and more later.
+
+In: the settings and Ray's nodes. Out: a number, and a call when there is room for more.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rcnn import ray_session  # noqa: F401  (sets what Ray reads when it is imported)  # isort: skip
+
+import ray
+
+from rcnn.config import ExecutionConfig
+from rcnn.errors import ClusterError
+from rcnn.progress import say
+
+SECONDS_BETWEEN_LOOKS = 5.0
+LOOKS_TO_BE_SURE = 2  # resources that the end of another attempt sets free come back one after another
+SECONDS_BETWEEN_LINES = 60.0
+MINUTES_TO_WAIT = 30.0
+
+
+def workers_to_start(how: ExecutionConfig) -> int:
+    """The number for the next attempt; where the range's lower end does not fit, waits for room, and says so.
+
+    Raises:
+        ClusterError: there is no room for 30 minutes.
+    """
+    if not how.min_workers:
+        return how.num_workers
+    waiting = Waiting(how)
+    while (room := room_for_workers(how)) < how.min_workers:
+        waiting.say_and_check(how.min_workers)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return min(room, how.num_workers)
+
+
+def room_for_workers(how: ExecutionConfig) -> int:
+    """How many workers would fit on the living nodes, beside what runs there."""
+    nodes = ray._private.state.available_resources_per_node().values()
+    return sum(
+        min(
+            int(node.get("CPU", 0) // how.cpus_per_worker),
+            int(node.get("GPU", 0)) if how.use_gpu else how.num_workers,
+        )
+        for node in nodes
+    )
+
+
+class Waiting:
+    """A wait for room on the cluster: a line a minute, and an end to it."""
+
+    def __init__(self, how: ExecutionConfig):
+        self._how, self._started, self._last_line = how, time.monotonic(), -SECONDS_BETWEEN_LINES
+
+    def say_and_check(self, num_workers: int) -> None:
+        """Says what is waited for, if the last line is a minute old.
+
+        Raises:
+            ClusterError: it has taken too long.
+        """
+        now, how = time.monotonic(), self._how
+        each = f"{how.cpus_per_worker} CPU cores" + (" and a GPU" if how.use_gpu else "")
+        what = f"{num_workers} workers of {each} are wanted, and there is room for {room_for_workers(how)}"
+        if now - self._started > 60 * MINUTES_TO_WAIT:
+            raise ClusterError(
+                f"{what}, after {MINUTES_TO_WAIT:.0f} minutes",
+                where="execution.num_workers, execution.cpus_per_worker, execution.use_gpu",
+                remedy="Lower them, give num_workers a range such as 1..4, or add nodes; the same command resumes",
+                retryable=True,
+            )
+        if now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            say(f"  waiting for the cluster: {what}; nodes: {_nodes_in_words()}")
+
+
+def _nodes_in_words() -> str:
+    free = ray._private.state.available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    cores = [(free.get(node["NodeID"], {}).get("CPU", 0), node["Resources"].get("CPU", 0)) for node in alive]
+    names = [node["NodeManagerHostname"] for node in alive]
+    return ", ".join(f"{name} {left:g} of {all_:g} cores" for name, (left, all_) in zip(names, cores, strict=True))
+
+
+@contextmanager
+def watching_for_room(how: ExecutionConfig, running: int, ask: Callable[[], None]) -> Iterator[None]:
+    """Calls `ask` once in the body, in a thread, when more workers than the `running` ones could run."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        looks = 0
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            looks = looks + 1 if room_for_workers(how) > 0 else 0
+            if looks == LOOKS_TO_BE_SURE:
+                ask()
+                return
+
+    if how.min_workers and running < how.num_workers:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
