@@ -25,9 +25,9 @@ WORKERS = (1, 2, 4)
 CHECKPOINT_SECONDS = 2.0
 SECONDS_TO_START = 180
 SETTINGS = {
-    "train.num_shares": 4, "train.deterministic": True, "train.epochs": 30, "model.k": 16, "model.t": 3, "model.dropout": 0.3,
-    "augment.max_shift": 2, "train.ema_decay": 0.9, "tune.enabled": False, "ray.num_cpus": 4, "execution.max_failures": 1000,
-    "execution.checkpoint_minutes": CHECKPOINT_SECONDS / 60,
+    "train.num_shares": 4, "train.deterministic": True, "train.num_rows": 0, "train.epochs": 20, "model.k": 16, "model.t": 3,
+    "model.dropout": 0.3, "augment.max_shift": 2, "train.ema_decay": 0.9, "tune.enabled": False, "ray.num_cpus": 4,
+    "execution.max_failures": 1000, "execution.checkpoint_minutes": CHECKPOINT_SECONDS / 60,
 }  # fmt: skip
 
 
@@ -87,11 +87,11 @@ class Training:
 def run(num_kills: int, seed: int, storage: Path) -> Certificate:
     """Trains once alone and once with kills."""
     random.seed(seed)
-    certificate = Certificate()
+    certificate, epochs = Certificate(), {"train.epochs": 4 + 2 * num_kills}
     (storage / "alone").mkdir()
     (storage / "killed").mkdir()
-    certificate.expected = _finish(Training(storage / "alone", 1))
-    training = Training(storage / "killed", random.choice(WORKERS))
+    certificate.expected = _finish(Training(storage / "alone", 1, **epochs))
+    training = Training(storage / "killed", random.choice(WORKERS), **epochs)
     while sum(certificate.kills.values()) < num_kills and not training.has_ended():
         _wait_for_progress(training)
         time.sleep(random.uniform(0, 2 * CHECKPOINT_SECONDS))
@@ -107,7 +107,7 @@ def run(num_kills: int, seed: int, storage: Path) -> Certificate:
             flush=True,
         )
         if victim == "driver":
-            training = Training(storage / "killed", random.choice(WORKERS))
+            training = Training(storage / "killed", random.choice(WORKERS), **epochs)
     certificate.found = _finish(training)
     return certificate
 
