@@ -71,7 +71,11 @@ NO_CHANGE = [
     ),
     ("model/lrn_cpu.c", "/*", "/* another comment */ /*"),
     ("config.py", "class DataConfig(Section):", "A_CONSTANT = 1\n\n\nclass DataConfig(Section):"),
-    ("config.py", "num_workers: int = Field(1,", "new: int = Field(3, ge=0, le=9)\n    num_workers: int = Field(2,"),
+    (
+        "config.py",
+        "num_workers: int = Field(\n        1,",
+        "new: int = Field(3, ge=0, le=9)\n    num_workers: int = Field(\n        2,",
+    ),
     ("progress.py", "SECONDS_BETWEEN_LINES = 15", "SECONDS_BETWEEN_LINES = 16"),
     ("data/sources/cifar.py", "BYTES_PER_IMAGE = 3 * 32 * 32", "BYTES_PER_IMAGE = 32 * 3 * 32"),
     ("data/export.py", "PNG_EFFORT = 1", "PNG_EFFORT = 2"),

@@ -569,7 +569,7 @@ def _store_error(config: PipelineConfig, error: Exception) -> ClusterError:
         remedy = "Check the address, and that the database is sound"
     return ClusterError(
         f"MLflow failed ({fault})",
-        where=f"tracking.uri = {re.sub('://[^/@]*@', '://***@', uri)}",
+        where=f"tracking.uri = {uri}",
         remedy=remedy,
         retryable=is_busy or uri.startswith("http"),
     )

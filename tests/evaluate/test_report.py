@@ -30,7 +30,7 @@ def test_the_report_and_the_line_before_training_name_the_network(
     folder = storage.local_path("runs/train-0")
     (folder / "model").mkdir(parents=True)
     manifest = require_manifest(storage, digits.folder)
-    save_model(build_classifier(config, manifest).eval(), config, manifest, folder / "model")
+    save_model(build_classifier(config, manifest).state_dict(), config, manifest, folder / "model")
     history = [{"epoch": 1, "val/error": 0.9, "val/loss": 2.3, "train/loss": 2.3, "learning_rate": 0.01}]
     storage.write_json("runs/train-0/history.json", history)
     trained = TrainResult(

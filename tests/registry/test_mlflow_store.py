@@ -78,7 +78,7 @@ def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, 
     folder = storage.local_path(f"runs/train-{seed}")
     (folder / "model").mkdir(parents=True)
     manifest = require_manifest(Storage(str(digits_storage)), digits.folder)
-    save_model(build_classifier(config, manifest).eval(), config, manifest, folder / "model")
+    save_model(build_classifier(config, manifest).state_dict(), config, manifest, folder / "model")
     storage.write_json(f"runs/train-{seed}/history.json", [{"epoch": 1, "val/error": 0.5}])
     tracker = mlflow_store.open_run(config, "train", key=f"runs/train-{seed}")
     tracker.finish()

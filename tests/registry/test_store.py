@@ -189,10 +189,3 @@ def test_an_address_of_no_kind_is_one_line_for_predict_too(capsys: pytest.Captur
     Path("x.png").touch()
     assert main(["predict", "--model", "x", "x.png", "--set", "tracking.uri=nonsense://x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_credentials_of_a_database_are_not_shown(config: PipelineConfig) -> None:
-    secret = config.with_settings({"tracking.uri": "postgresql://me:secret@127.0.0.1:9/x"})
-    with pytest.raises(ClusterError) as caught:
-        open_run(secret, "train", key="k")
-    assert "secret" not in str(caught.value)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +12,51 @@ import pytest
 import torch
 
 from rcnn.config import PipelineConfig
-from rcnn.data.loader import TrainingData, load_training_data
+from rcnn.data.loader import load_training_data
 from rcnn.errors import ConfigError
 from rcnn.model.networks import NETWORKS
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
-from rcnn.train.checkpoint import TrainState
-from rcnn.train.loop import fit
+from rcnn.train.loop import fit, training_data
 from rcnn.train.shares import shares_of, subtrees
 
+ROOT = Path(__file__).parents[2]
 WORKER = """
-import hashlib, json, sys
+import json, sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
 from rcnn.config import PipelineConfig
-from rcnn.storage import Storage, StageFolder
-from rcnn.train.checkpoint_store import CheckpointStore
-from rcnn.train.loop import fit, training_data
+from tests.train.test_shares import outcome_of
 
-tree, folder, rank, num_ranks, threads, rendezvous, checkpoints = json.loads(sys.argv[1])
+trees, folder, rank, num_ranks, threads, rendezvous = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
-if num_ranks > 1:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120)
-    )
-config = PipelineConfig.model_validate(tree)
-store = CheckpointStore(StageFolder(Storage(checkpoints), "run")) if checkpoints else None
-state = fit(config, training_data(config, Storage(config.storage), folder), lambda metrics: None, checkpoints=store)
-weights = b"".join(tensor.numpy().tobytes() for tensor in state.model.state_dict().values())
-history = [{name: value for name, value in row.items() if "perf" not in name} for row in state.history]
-print(json.dumps([hashlib.sha256(weights).hexdigest(), history]))
+dist.init_process_group(
+    "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=300)
+)
+print(json.dumps([outcome_of(PipelineConfig.model_validate(tree), folder) for tree in trees]))
 """
 
 
-def run_of(
-    config: PipelineConfig,
-    digits: IngestResult,
-    tmp_path: Path,
-    *,
-    workers: int,
-    threads: int = 1,
-    checkpoints: str = "",
+def outcome_of(config: PipelineConfig, folder: str) -> list[Any]:
+    """The weights' SHA-256 and the history of a run as one worker of several, or as the only one."""
+    state = fit(config, training_data(config, Storage(config.storage), folder), lambda metrics: None)
+    weights = b"".join(tensor.numpy().tobytes() for tensor in state.model.state_dict().values())
+    history = [{name: value for name, value in row.items() if "perf" not in name} for row in state.history]
+    return [hashlib.sha256(weights).hexdigest(), history]
+
+
+def outcomes_of(
+    configs: Sequence[PipelineConfig], folder: str, tmp_path: Path, *, workers: int, threads: int = 1
 ) -> list[Any]:
-    """The weights' SHA-256 and the history of a run: all workers must have the same."""
-    rendezvous = tmp_path / f"{workers}-{threads}-{len(list(tmp_path.iterdir()))}"
-    arguments = [
-        [config.model_dump(mode="json"), digits.folder, rank, workers, threads, str(rendezvous), checkpoints]
-        for rank in range(workers)
-    ]
+    """The outcomes of runs on several workers, one process each: all must have the same."""
+    trees = [config.model_dump(mode="json") for config in configs]
+    arguments = [[trees, folder, rank, workers, threads, str(tmp_path / "rendezvous")] for rank in range(workers)]
     processes = [
-        subprocess.Popen([sys.executable, "-c", WORKER, json.dumps(each)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", WORKER, json.dumps(each)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for each in arguments
     ]
-    answers = [process.communicate(timeout=300)[0] for process in processes]
+    answers = [process.communicate(timeout=500)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * workers
     assert len(set(answers)) == 1
     return json.loads(answers[0])  # type: ignore[no-any-return]
@@ -80,47 +71,35 @@ def shared(config: PipelineConfig, **settings: object) -> PipelineConfig:
     return config.with_settings(usual | settings)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"model.k": 16, "model.t": 2},
-        {"model.k": 12, "train.num_shares": 6},  # torch's convolutions, and a tree that is no power of two
-        {"execution.loader": "streaming"},
-    ],
-)
-def test_the_same_bits_on_one_two_three_and_four_workers_of_one_or_two_threads(
-    tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, settings: Mapping[str, object]
-) -> None:
-    config = shared(tiny_config, **settings)
-    sha256, history = run_of(config, digits, tmp_path, workers=1)
-    assert len(sha256) == 64
-    assert [row["epoch"] for row in history] == [1, 2]
-    for workers, threads in ((1, 2), (2, 1), (3, 2), (4, 1)):
-        assert run_of(config, digits, tmp_path, workers=workers, threads=threads) == [sha256, history], (
-            workers,
-            threads,
-        )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("network", [name for name in NETWORKS if name != "rcnn"])
-def test_every_network_has_the_same_bits(
-    tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, network: str
-) -> None:
-    reads = NETWORKS[network].reads
+def of_network(config: PipelineConfig, network: str) -> PipelineConfig:
+    """The same for another network, and shorter."""
     unread = {"model.k": 32, "model.t": 3, "model.dropout": 0.2}
     own = {
         "model.network": network,
         "tune.enabled": False,
         "train.epochs": 1,
-        "train.num_rows": 72,
+        "train.num_rows": 48,
         "train.ema_decay": 0,
     }
-    settings = own | {name: value for name, value in unread.items() if name.removeprefix("model.") not in reads}
-    config = shared(tiny_config, **settings)
-    one = run_of(config, digits, tmp_path, workers=1)
-    assert run_of(config, digits, tmp_path, workers=2) == one
+    own |= {name: value for name, value in unread.items() if name.removeprefix("model.") not in NETWORKS[network].reads}
+    return shared(config, **own)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("workers", "threads"), [(2, 1), (3, 2), (4, 1)])
+def test_any_number_of_workers_and_threads_ends_with_the_same_bits(
+    tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, workers: int, threads: int
+) -> None:
+    configs = [
+        shared(tiny_config, **{"model.k": 16, "model.t": 2}),
+        shared(tiny_config, **{"model.k": 12, "train.num_shares": 6}),  # torch's convolutions; a tree that is not full
+        shared(tiny_config, **{"execution.loader": "streaming"}),
+    ]
+    if workers == 2:
+        configs += [of_network(tiny_config, network) for network in NETWORKS if network != "rcnn"]
+    alone = [outcome_of(config, digits.folder) for config in configs]
+    assert len({sha256 for sha256, _ in alone}) == len(configs)
+    assert outcomes_of(configs, digits.folder, tmp_path, workers=workers, threads=threads) == alone
 
 
 def test_shares_follow_torch_without_them(tiny_config: PipelineConfig, digits: IngestResult) -> None:
@@ -165,18 +144,13 @@ def test_what_does_not_divide_is_refused(tiny_config: PipelineConfig) -> None:
         tiny_config.with_settings({"train.deterministic": True, "execution.num_workers": 8})
 
 
-def weights_of(state: TrainState) -> str:
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.model.state_dict().values())).hexdigest()
-
-
 def test_the_threads_of_the_caller_stay_as_they_are(tiny_config: PipelineConfig, digits: IngestResult) -> None:
-    data: TrainingData = load_training_data(Storage(tiny_config.storage), digits.folder, num_rows=48)
     config = shared(tiny_config, **{"train.epochs": 1, "train.num_rows": 48})
     before, found = torch.get_num_threads(), set()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.add(weights_of(fit(config, data, lambda metrics: None)))
+            found.add(outcome_of(config, digits.folder)[0])
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
