@@ -5,7 +5,7 @@ READY := .venv/.ready
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow bench check format lock up down clean
+.PHONY: help demo test test-quick test-slow test-faults bench check format lock up down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +30,16 @@ test-quick: $(READY)  ## the tests that start no server or process, and are quic
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/test_layering.py -m "not (ray or long or slow or gpu)"
 
 test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow --ignore tests/faults
+
+test-faults: $(READY)  ## kills of workers, drivers and nodes, and signals: what training must survive
+	@$(BIN)/python -m pytest -m slow tests/faults
+	@$(BIN)/python -m tests.faults.kills --kills 20
 
 bench: $(READY)  ## speed: each side against its baseline, in one run
 	@$(BIN)/python -m tests.bench.data
 	@$(BIN)/python -m tests.bench.step
+	@$(BIN)/python -m tests.bench.shares
 	@$(BIN)/python -m tests.bench.overhead
 
 check: $(READY)  ## lint, format, types, and who imports whom

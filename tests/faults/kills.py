@@ -26,7 +26,8 @@ CHECKPOINT_SECONDS = 2.0
 SECONDS_TO_START = 180
 SETTINGS = {
     "train.num_shares": 4, "train.deterministic": True, "train.num_rows": 0, "train.epochs": 20, "model.k": 16, "model.t": 3,
-    "model.dropout": 0.3, "augment.max_shift": 2, "train.ema_decay": 0.9, "tune.enabled": False, "ray.num_cpus": 4,
+    "train.schedule": "one_cycle", "train.learning_rate": 0.03, "model.dropout": 0.3,
+    "augment.max_shift": 2, "train.ema_decay": 0.9, "tune.enabled": False, "ray.num_cpus": 4,
     "execution.max_failures": 1000, "execution.checkpoint_minutes": CHECKPOINT_SECONDS / 60,
 }  # fmt: skip
 
@@ -87,7 +88,7 @@ class Training:
 def run(num_kills: int, seed: int, storage: Path) -> Certificate:
     """Trains once alone and once with kills."""
     random.seed(seed)
-    certificate, epochs = Certificate(), {"train.epochs": 4 + 2 * num_kills}
+    certificate, epochs = Certificate(), {"train.epochs": 4 + 5 * num_kills // 4}
     (storage / "alone").mkdir()
     (storage / "killed").mkdir()
     certificate.expected = _finish(Training(storage / "alone", 1, **epochs))
