@@ -60,9 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rcnn: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
-        exit_code = EXIT_CODES[signal.SIGINT] if isinstance(error, KeyboardInterrupt) else int(error.code or 0)
-        if exit_code not in EXIT_CODES.values():
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        # Ray's own handler of SIGTERM, outside a training, exits with the signal's number.
+        if isinstance(error, SystemExit) and error.code not in (signal.SIGTERM, EXIT_CODES[signal.SIGTERM]):
             raise
+        exit_code = EXIT_CODES[number]
         resumes = "; the same command, without --fresh, resumes" if "fresh" in options else ""
         print(f"rcnn: stopped{resumes}", file=sys.stderr)
     return exit_code
@@ -267,6 +269,8 @@ def _stage(options: argparse.Namespace) -> None:
         return
     from rcnn.storage import JOB_OUTCOME, Storage
 
+    if options.config is not None or options.recipe is not None or options.set:
+        raise ConfigError("has all settings", where="--job", remedy="Leave out --config, --recipe and --set")
     folder = Storage(options.job)
     config, results, parent, code = _job_inputs(folder)
     try:

@@ -36,7 +36,9 @@ def _require_no_credentials(
     setting: str, uri: str, instead: str = "give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 ) -> None:
     """Settings go to logs and to MLflow: a key in them would too. The message must not repeat the value."""
-    if re.search(r"://[^/?]*@|[?&](access_key|secret_key|session_token|user|password|token)=", uri, re.IGNORECASE):
+    if re.search(
+        r"://[^/?]*@|[?&](access_key|secret_key|session_token|user|password|token|api_?key)=", uri, re.IGNORECASE
+    ):
         raise ValueError(f"{setting} holds credentials; {instead}")
 
 
@@ -313,7 +315,7 @@ class ExecutionConfig(Section):
         description="Trades time for memory: the backward pass computes each recurrent step's activations once more.",
     )
     max_failures: int = Field(
-        2, ge=0, le=1000, description="Worker failures after which training resumes from a checkpoint."
+        2, ge=0, le=1000, description="Deaths of workers without a new checkpoint after which training still goes on."
     )
 
     @model_validator(mode="before")
@@ -322,6 +324,8 @@ class ExecutionConfig(Section):
         if isinstance(tree, dict) and isinstance(tree.get("num_workers"), str):
             fewest, dots, most = tree["num_workers"].partition("..")
             if dots:
+                if fewest.strip() == "0":
+                    raise ValueError(f"num_workers = {tree['num_workers']!r} begins at 0; begin at 1 or more")
                 ends = [int(end) if end.strip().isdecimal() else end for end in (fewest, most)]
                 return tree | {"min_workers": ends[0], "num_workers": ends[1]}
         return tree
@@ -524,18 +528,23 @@ class PipelineConfig(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         batch_size, num_workers, num_shares = self.train.batch_size, self.execution.num_workers, self.train.shares
-        name = "train.num_shares" if num_shares else "execution.num_workers"
+        of_default = "" if self.train.num_shares else " (its default where train.deterministic is on)"
+        parts_named = (
+            f"train.num_shares = {num_shares}{of_default}" if num_shares else f"execution.num_workers = {num_workers}"
+        )
         parts = num_shares or num_workers
         if batch_size % parts:
             raise ValueError(
-                f"train.batch_size = {batch_size} does not divide by {name} = {parts}; "
+                f"train.batch_size = {batch_size} does not divide by {parts_named}; "
                 f"set train.batch_size to {parts * max(1, batch_size // parts)}"
             )
-        if num_shares and num_workers > num_shares:
-            raise ValueError(
-                f"execution.num_workers = {num_workers} is more than train.num_shares = {num_shares}, and each worker needs a "
-                f"share; lower the one or raise the other"
-            )
+        per_trial = self.tune.workers_per_trial if self.tune.enabled else 1
+        for name, count in (("execution.num_workers", num_workers), ("tune.workers_per_trial", per_trial)):
+            if num_shares and count > num_shares:
+                raise ValueError(
+                    f"{name} = {count} is more than {parts_named}, and each worker needs a share; lower the one or raise "
+                    f"the other"
+                )
         if self.execution.min_workers and not num_shares:
             raise ValueError(
                 f"execution.min_workers = {self.execution.min_workers} needs a result that does not depend on the number of "

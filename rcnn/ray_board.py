@@ -47,8 +47,9 @@ class _Notes:
 
 
 def new_board() -> Any:
-    """Starts the actor that holds the notes."""
-    return ray.remote(num_cpus=0)(_Notes).remote()
+    """Starts the actor that holds the notes, on the driver's own node: another one may be lost without the driver."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=here)(_Notes).remote()
 
 
 class Listener:

@@ -24,7 +24,8 @@ def stopping(ask: Callable[[], None]) -> Iterator[None]:
         ask: called in a thread of its own.
 
     Raises:
-        KeyboardInterrupt: there was a SIGINT: where the body has ended, or in it when the time is up or at a second signal.
+        KeyboardInterrupt: there was a SIGINT: where the body has ended without an error, or in it when the time is up or at a
+            second signal.
         SystemExit: the same, with exit code 143, for a SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -44,9 +45,6 @@ def stopping(ask: Callable[[], None]) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield
-    except Exception:
-        if not asked:
-            raise
     finally:
         timer.cancel()
         for number, handler in before.items():

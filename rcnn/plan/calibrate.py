@@ -212,7 +212,7 @@ def _timed(job: Job, of_network: Calibration, torch: Any) -> Calibration:
     from rcnn.train.checkpoint import new_state
     from rcnn.train.execution import choose_device, choose_execution, prepare
     from rcnn.train.loop import steps_of, train_epoch
-    from rcnn.train.pace import WARMUP_STEPS, Pace, peak_bytes
+    from rcnn.train.pace import Pace, peak_bytes
     from rcnn.train.step import score
 
     config = _of_one_worker(job.config)
@@ -228,11 +228,12 @@ def _timed(job: Job, of_network: Calibration, torch: Any) -> Calibration:
         images_NHWC = torch.randint(256, (num_rows, height, width, channels), dtype=torch.uint8)
         return Rows(images_NHWC.permute(0, 3, 1, 2), torch.randint(job.num_classes, (num_rows,)))
 
-    def step_seconds(num_steps: int) -> float:
-        state.step = 0
+    steps = steps_of(state, random_rows(STEPS_PER_ROUND * batch), execution)
+
+    def step_seconds() -> float:
+        state.step, num_steps = 0, steps.num_steps
         pace = Pace(device, num_steps=num_steps, num_epochs=1, validation_steps=0, on_forecast=lambda forecast: None)
-        metrics = train_epoch(state, steps_of(state, random_rows(num_steps * batch), execution), pace)
-        return batch / metrics["perf/images_per_second"]
+        return batch / train_epoch(state, steps, pace)["perf/images_per_second"]
 
     def score_seconds() -> float:
         images = random_rows(config.evaluate.batch_size)
@@ -241,17 +242,18 @@ def _timed(job: Job, of_network: Calibration, torch: Any) -> Calibration:
         float(score(state.best_model, images, batch_size=len(images), **options).loss_sum)  # waits for the device
         return (time.perf_counter() - started) / len(images)
 
-    step_seconds(WARMUP_STEPS)
-    steps = _repeated(lambda: step_seconds(STEPS_PER_ROUND), NUM_ROUNDS)
+    step_seconds()
+    of_step = _repeated(step_seconds, NUM_ROUNDS)
     score_seconds()
-    scores = _repeated(score_seconds, 2)
-    return Calibration(of_network.multiply_adds, of_network.num_parameters, steps, scores, peak_bytes(device))
+    of_score = _repeated(score_seconds, 2)
+    return Calibration(of_network.multiply_adds, of_network.num_parameters, of_step, of_score, peak_bytes(device))
 
 
 def _of_one_worker(config: PipelineConfig) -> PipelineConfig:
     """The config of a training that does what one worker of this one would: its part of a batch and of the shares."""
     part = {
         "execution.num_workers": 1,
+        "execution.min_workers": 0,
         "train.batch_size": config.train.batch_size // config.execution.num_workers,
         "train.learning_rate": 1e-6,  # random images teach nothing, and must not diverge
     }

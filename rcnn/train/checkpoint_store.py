@@ -6,6 +6,7 @@ record beside it, `epoch-step.json`, which is written last and has the file's SH
 
 import hashlib
 import io
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,12 +72,16 @@ class CheckpointStore:
         self._writer.shutdown()
 
     def newest(self) -> Record | None:
-        """The newest intact checkpoint; damaged ones are named."""
-        for record in reversed(read_records(self._target)):
+        """The newest intact checkpoint. Damaged ones are named and deleted, as is what a killed writer left."""
+        records = read_records(self._target)
+        self._delete_strays(records)
+        for record in reversed(records):
             try:
                 self.read(record)
-            except TrainingError as error:
+            except (TrainingError, ClusterError) as error:
                 say(f"  {error.where}: {error.what}; using the one before it")
+                if isinstance(error, TrainingError):  # as the newest by name, it would outlive those that follow
+                    self._delete(record)
             else:
                 return record
         return None
@@ -86,10 +91,12 @@ class CheckpointStore:
 
         Raises:
             TrainingError: its file is missing or damaged.
+            ClusterError: the storage cannot be read.
         """
         storage, file = self._target.storage, self._path(record, "pt")
         try:
-            content = storage.read_bytes(file)
+            with storage.reading(file):
+                content = storage.read_bytes(file)
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != record.sha256:
@@ -98,6 +105,11 @@ class CheckpointStore:
         import torch  # late: `rcnn plan` reads records, and no tensors
 
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+    def settle(self) -> None:
+        """Waits for the last checkpoint, where training has ended for another reason than its end."""
+        self._finish_last()
+        self._writing = None
 
     def _finish_last(self) -> None:
         try:
@@ -117,13 +129,24 @@ class CheckpointStore:
         storage = self._target.storage
         storage.write_bytes(self._path(record, "pt"), content, durable=True)
         storage.write_json(self._path(record, "json"), asdict(record), durable=True)
-        self._delete_old()
+        try:
+            for old in read_records(self._target)[: -self._keep]:
+                self._delete(old)
+        except ClusterError as error:  # the new checkpoint is there all the same
+            say(f"  an old checkpoint could not be deleted: {error.what} ({error.where})")
 
-    def _delete_old(self) -> None:
+    def _delete(self, record: Record) -> None:
         """The record first: a record without its file would be taken for a damaged checkpoint."""
-        for record in read_records(self._target)[: -self._keep]:
-            for suffix in ("json", "pt"):
+        for suffix in ("json", "pt"):
+            if self._target.storage.exists(self._path(record, suffix)):
                 self._target.storage.delete_file(self._path(record, suffix))
+
+    def _delete_strays(self, records: Sequence[Record]) -> None:
+        """Deletes drafts, and files without a record."""
+        wanted = {f"{record.name}.pt" for record in records}
+        for file in self._target.storage.list_sizes(self._target.path(FOLDER)):
+            if not file.endswith(".json") and file not in wanted:
+                self._target.storage.delete_file(self._target.path(f"{FOLDER}/{file}"))
 
     def _path(self, record: Record, suffix: str) -> str:
         return self._target.path(f"{FOLDER}/{record.name}.{suffix}")
@@ -135,7 +158,8 @@ def read_records(target: StageFolder) -> list[Record]:
     for file in sorted(target.storage.list_sizes(target.path(FOLDER))):
         if file.endswith(".json"):
             try:
-                records.append(Record(**target.storage.read_json(target.path(f"{FOLDER}/{file}"))))
+                with target.storage.reading(target.path(f"{FOLDER}/{file}")):
+                    records.append(Record(**target.storage.read_json(target.path(f"{FOLDER}/{file}"))))
             except (ValueError, TypeError):
                 say(
                     f"  {target.storage.uri(target.path(f'{FOLDER}/{file}'))}: is not the record of a checkpoint; ignored"

@@ -17,7 +17,8 @@ from rcnn.errors import ClusterError
 from rcnn.progress import say
 
 SECONDS_BETWEEN_LOOKS = 5.0
-LOOKS_TO_BE_SURE = 2  # resources that the end of another attempt sets free come back one after another
+LOOKS_TO_BE_SURE = 2
+SECONDS_TO_SETTLE = 1.0
 SECONDS_BETWEEN_LINES = 60.0
 MINUTES_TO_WAIT = 30.0
 
@@ -31,10 +32,19 @@ def workers_to_start(how: ExecutionConfig) -> int:
     if not how.min_workers:
         return how.num_workers
     waiting = Waiting(how)
-    while (room := room_for_workers(how)) < how.min_workers:
+    while (room := _settled_room(how)) < how.min_workers:
         waiting.say_and_check(how.min_workers)
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return min(room, how.num_workers)
+
+
+def _settled_room(how: ExecutionConfig) -> int:
+    """The room, when it no longer changes: what an earlier attempt held comes back bit by bit."""
+    room, before = room_for_workers(how), -1
+    while room != before:
+        time.sleep(SECONDS_TO_SETTLE)
+        before, room = room, room_for_workers(how)
+    return room
 
 
 def room_for_workers(how: ExecutionConfig) -> int:
@@ -85,21 +95,33 @@ def _nodes_in_words() -> str:
 
 
 @contextmanager
-def watching_for_room(how: ExecutionConfig, running: int, ask: Callable[[], None]) -> Iterator[None]:
-    """Calls `ask` once in the body, in a thread, when more workers than the `running` ones could run."""
+def watching_for_room(
+    how: ExecutionConfig, running: int, have_started: Callable[[], bool], ask: Callable[[], None]
+) -> Iterator[None]:
+    """Calls `ask` once in the body, in a thread, when more workers than the `running` ones could run.
+
+    Args:
+        how: the settings.
+        running: the number of workers.
+        have_started: whether they have; before that, the room is what they are about to take.
+        ask: called in the thread.
+    """
     ended = threading.Event()
 
     def watch() -> None:
         looks = 0
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            looks = looks + 1 if room_for_workers(how) > 0 else 0
+            looks = looks + 1 if have_started() and room_for_workers(how) > 0 else 0
             if looks == LOOKS_TO_BE_SURE:
                 ask()
                 return
 
+    thread = threading.Thread(target=watch, daemon=True)
     if how.min_workers and running < how.num_workers:
-        threading.Thread(target=watch, daemon=True).start()
+        thread.start()
     try:
         yield
     finally:
         ended.set()
+        if thread.is_alive():
+            thread.join()

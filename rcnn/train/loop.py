@@ -54,9 +54,9 @@ def fit(
     """Trains for `config.train.epochs` epochs, or for what is left of them, or until the time is up.
 
     A checkpoint holds whatever the next step depends on, so a run that was stopped anywhere and goes on from one ends with the
-    same bits as a run that was not. The time limit may end an epoch early. Its weights are then validated and reported like
-    those of a whole one, as epoch 3.4, say; the checkpoint knows nothing of that, so a run with a higher limit goes on as if
-    there had been none.
+    same bits as a run that was not: with shares on any number of workers, without them on as many as before. The time limit may
+    end an epoch early. Its weights are then validated and reported like those of a whole one, as epoch 3.4, say; the checkpoint
+    knows nothing of that, so a run with a higher limit goes on as if there had been none.
 
     Args:
         config: the whole config; `model`, `train`, `augment`, `execution` and `seed` matter here.
@@ -100,7 +100,28 @@ def fit(
         num_ranks=process_group()[1],
     )
     save = _Saver(state, checkpoints, pace, minutes=config.execution.checkpoint_minutes, is_stopping=is_stopping)
-    while state.epoch < config.train.epochs and not (state.history and pace.is_over()):
+    try:
+        _train(state, steps, val, pace, save, report, on_progress)
+    except BaseException:
+        if checkpoints is not None:
+            checkpoints.settle()  # else the end of the process would take a checkpoint that is being written
+        raise
+    if checkpoints is not None:
+        checkpoints.close()
+    return state
+
+
+def _train(
+    state: TrainState,
+    steps: Steps,
+    val: RowSource,
+    pace: Pace,
+    save: "_Saver",
+    report: Report,
+    on_progress: Callable[[float], None],
+) -> None:
+    """The epochs that are left, or those for which there is time."""
+    while state.epoch < state.config.train.epochs and not (state.history and pace.is_over()):
         metrics = train_epoch(state, steps, pace, on_progress, after_step=save.if_due)
         is_whole = state.step == steps.num_steps
         if not is_whole:
@@ -115,9 +136,6 @@ def fit(
         report(metrics)
         if not is_whole:
             break
-    if checkpoints is not None:
-        checkpoints.close()
-    return state
 
 
 def steps_of(state: TrainState, rows: RowSource, execution: Execution) -> Steps:
@@ -231,12 +249,13 @@ def train_epoch(
             last_progress = time.perf_counter()
             on_progress(state.epoch + state.step / steps.num_steps)
         if state.step % STEPS_BETWEEN_LOOKS_AT_LOSS == 0:
-            _require_finite(float(state.loss_sum), state)
+            _require_finite(
+                steps.mean_loss(state.loss_sum.clone()), state
+            )  # the same on all ranks: none waits for one that left
         pace.after_step()
         if pace.is_over(state.step):
             break
-        if state.step < steps.num_steps:
-            after_step()
+        after_step()
     mean_loss = steps.mean_loss(state.loss_sum / state.step)  # waits for the device, so the time below is complete
     seconds = time.perf_counter() - started
     _require_finite(mean_loss, state)

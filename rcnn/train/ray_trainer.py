@@ -5,10 +5,12 @@ In: a config and a data set. Out: a finished model folder.
 
 import hashlib
 import math
+import statistics
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 
 from rcnn.config import ExecutionConfig, PipelineConfig
 from rcnn.data.manifest import require_manifest
@@ -74,7 +76,7 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
         best_epoch=trained["best_epoch"],
         epochs=history[-1]["epoch"],
         num_parameters=trained["num_parameters"],
-        images_per_second=sorted(metrics["perf/images_per_second"] for metrics in history)[len(history) // 2],
+        images_per_second=statistics.median_high(_speeds(history)),
         seconds=round(time.time() - prediction.started, 1),
         predicted_seconds=round(prediction.seconds, 1),
         peak_bytes=trained["peak_bytes"],
@@ -83,6 +85,11 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     )
     _log_bill(result, config.train.epochs, tracker)
     return result
+
+
+def _speeds(history: Sequence[Metrics]) -> list[float]:
+    """Images per second of each epoch; of one that was resumed after its last step, there is none."""
+    return [speed for metrics in history if (speed := metrics["perf/images_per_second"])] or [0.0]
 
 
 def _log_bill(result: TrainResult, num_epochs: int, tracker: Tracker) -> None:
@@ -136,18 +143,25 @@ def _fit_on_workers(
     def ask(request: str) -> None:
         ray.get(board.ask.remote(request))
 
-    with _showing(board, config.train.epochs, tracker, prediction):
+    heard = threading.Event()
+    with _showing(board, config.train.epochs, tracker, prediction, heard):
         while True:
             num_workers = workers_to_start(how)
             if how.min_workers:
                 say(f"  workers: {num_workers} of at most {how.num_workers}")
-            try:
-                with stopping(lambda: ask("stop")), watching_for_room(how, num_workers, lambda: ask("grow")):
-                    return dict(_trainer(config, num_workers, settings, target).fit().return_value)
-            except TrainingFailedError as error:
-                failures.take(error)
-            finally:
-                target.storage.delete(target.path(RAY))
+            heard.clear()
+            watch = watching_for_room(how, num_workers, heard.is_set, lambda: ask("grow"))
+            with stopping(lambda: ask("stop")):
+                try:
+                    with watch:
+                        return dict(_trainer(config, num_workers, settings, target).fit().return_value)
+                except (
+                    TrainingFailedError,
+                    ray.exceptions.RayActorError,
+                ) as error:  # the latter: of Ray Train's controller
+                    failures.take(error)
+                finally:
+                    target.storage.delete(target.path(RAY))
             ask("")
 
 
@@ -176,8 +190,8 @@ class _Failures:
     """Decides whether a failed attempt is followed by another one.
 
     An error that would come again ends the training: one of this project's that is not `retryable`, or the same error of a
-    worker twice without a new checkpoint between. A worker that died may do so `execution.max_failures` times in a row;
-    each new checkpoint starts the count again. Workers that were asked to stop, and those that found no room, do not count.
+    worker twice without a new checkpoint between. Workers may die `execution.max_failures` times without a new checkpoint,
+    which starts the count again. Workers that were asked to stop, that were preempted, or that found no room do not count.
     """
 
     def __init__(self, how: ExecutionConfig, target: StageFolder):
@@ -185,7 +199,7 @@ class _Failures:
         self._count, self._last, self._at = 0, "", self._newest()
         self._waiting: Waiting | None = None
 
-    def take(self, error: TrainingFailedError) -> None:
+    def take(self, error: Exception) -> None:
         """Says what failed, and returns if there is to be another attempt.
 
         Raises:
@@ -196,24 +210,29 @@ class _Failures:
             self._waiting.say_and_check(self._how.min_workers or self._how.num_workers)
             return
         self._waiting = None
-        faults = list(getattr(error, "worker_failures", {}).values()) or [error]
+        faults = _faults_of(error)
         if any(isinstance(fault, Stopped) for fault in faults):
             return
-        own = [fault for fault in faults if isinstance(fault, RcnnError)]
-        fault = min(own, key=lambda fault: fault.retryable, default=faults[0])
+        fault = _decisive(faults)
         if isinstance(fault, RcnnError) and not fault.retryable:
             raise fault from error
         text, newest = _last_line(fault), self._newest()
+        if isinstance(error, PreemptionError):
+            say("  nodes were taken away; training is going on from the last checkpoint")
+            return
         if newest != self._at:
             self._count, self._last = 0, ""
         self._count += 1
-        if self._count > self._most or (text == self._last and not _has_died(fault)):
-            raise self._as_error(text) from error
+        comes_again = text == self._last and not _has_died(fault)
+        if comes_again and isinstance(fault, RcnnError):
+            raise fault from error
+        if self._count > self._most or comes_again:
+            raise self._as_error(text, comes_again=comes_again) from error
         self._last, self._at = text, newest
         say(f"  the training failed ({text}) and is going on from the last checkpoint")
 
-    def _as_error(self, text: str) -> TrainingError:
-        if text == self._last:
+    def _as_error(self, text: str, *, comes_again: bool) -> TrainingError:
+        if comes_again:
             what, remedy = f"failed twice at the same place with: {text}", "--debug shows the worker's traceback"
             if "memory" in text.lower():
                 remedy = "Lower train.batch_size, or set execution.recompute to true"
@@ -227,6 +246,20 @@ class _Failures:
 
     def _newest(self) -> Record | None:
         return next(reversed(read_records(self._target)), None)
+
+
+def _faults_of(error: Exception) -> list[Exception]:
+    """What went wrong in each worker; Ray Train wraps the death of one in an error of its own."""
+    faults = [*getattr(error, "worker_failures", {}).values()] or [error]
+    return [getattr(fault, "health_check_failure", None) or fault for fault in faults]
+
+
+def _decisive(faults: Sequence[Exception]) -> Exception:
+    """Our own error, or else the death of a worker: what the others say then is that they lost it."""
+    own = [fault for fault in faults if isinstance(fault, RcnnError)]
+    if own:
+        return min(own, key=lambda fault: fault.retryable)
+    return next(filter(_has_died, faults), faults[0])
 
 
 def _has_died(fault: Exception) -> bool:
@@ -243,8 +276,10 @@ def _last_line(fault: Exception) -> str:
 
 
 @contextmanager
-def _showing(board: Any, num_epochs: int, tracker: Tracker, prediction: _Prediction) -> Iterator[None]:
-    """Sends the workers' notes to the screen and to the tracker while the body runs."""
+def _showing(
+    board: Any, num_epochs: int, tracker: Tracker, prediction: _Prediction, heard: threading.Event
+) -> Iterator[None]:
+    """Sends the workers' notes to the screen and to the tracker while the body runs; `heard` is set when one speaks."""
     progress = EpochProgress(num_epochs)
 
     def finish_epoch(metrics: Metrics) -> None:
@@ -252,11 +287,15 @@ def _showing(board: Any, num_epochs: int, tracker: Tracker, prediction: _Predict
         tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=math.ceil(metrics["epoch"]))
         progress.finish_epoch(metrics)
 
+    def say_theirs(line: str) -> None:
+        heard.set()
+        say(line)
+
     try:
         handlers: dict[str, Callable[[Any], None]] = {
             "progress": progress.advance,
             "epoch": finish_epoch,
-            "said": say,
+            "said": say_theirs,
             "forecast": prediction.take,
         }
         with following(board, handlers):

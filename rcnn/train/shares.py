@@ -144,7 +144,8 @@ class _Lanes:
 
     def __init__(self, model: nn.Module, shares: range, execution: Execution):
         is_cpu = execution.device.type == "cpu"
-        num_lanes = min(torch.get_num_threads(), len(shares)) if is_cpu else 1
+        is_parallel = is_cpu and not execution.is_compiled  # a compiled network draws from the generator of the process
+        num_lanes = min(torch.get_num_threads(), len(shares)) if is_parallel else 1
         self._shares = [shares[lane::num_lanes] for lane in range(num_lanes)]
         self._modules = [execution.compiled(with_same_parameters(model)) for _ in range(num_lanes)]
         self._pool = _threads_of_one(num_lanes) if is_cpu else None

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,13 @@ def test_a_run_that_is_stopped_at_any_step_ends_with_the_same_bits(
     data = load_training_data(Storage(config.storage), digits.folder, num_rows=320, engine=loader)
     torch.set_num_threads(1)
     whole = fit(config, data, lambda metrics: None)
-    for num_steps in (1, 3, STEPS_PER_EPOCH - 4, 2):  # by then in the second epoch: no check after an epoch's last step
+    for num_steps in (1, 3, STEPS_PER_EPOCH - 4, 2):
         with pytest.raises(Stopped):
             run(config, data, target, is_stopping=after(num_steps))
-    assert [record.name for record in read_records(target)][-1] == "000001-00000003"
+    assert [record.name for record in read_records(target)] == [
+        "000001-00000000",
+        "000001-00000002",
+    ]  # stopped after the last step too
     assert what_was_learned(run(config, data, target)) == what_was_learned(whole)
 
 
@@ -76,7 +80,7 @@ def test_checkpoints_come_with_the_clock_and_the_last_ones_are_kept(
 ) -> None:
     often = config.with_settings({"execution.checkpoint_minutes": 1e-9, "train.epochs": 1})
     fit(often, data, lambda metrics: None, checkpoints=CheckpointStore(target, keep=3))
-    assert [(record.epoch, record.step) for record in read_records(target)] == [(0, 8), (0, 9), (1, 0)]
+    assert [(record.epoch, record.step) for record in read_records(target)] == [(0, 9), (0, 10), (1, 0)]
     files = {Path(file).name for file in target.storage.list_sizes(target.path(FOLDER))}
     assert len(files) == 6  # a file and a record each, and no draft
 
@@ -99,6 +103,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert "using the one before it" in caplog.text
     assert "resuming after epoch 2 of 3" in caplog.text
     assert what_was_learned(resumed) == what_was_learned(whole)
+
+
+def test_a_damaged_checkpoint_does_not_outlive_those_that_follow_it(
+    config: PipelineConfig, data: TrainingData, target: StageFolder
+) -> None:
+    """It is the newest by name: kept, each new one would be deleted as the oldest."""
+    run(config, data, target)
+    for record in read_records(target):
+        target.storage.write_bytes(target.path(f"{FOLDER}/{record.name}.pt"), b"damaged")
+    target.storage.write_bytes(target.path(f"{FOLDER}/000009-00000000.pt.1234.part"), b"of a killed process")
+    target.storage.write_bytes(target.path(f"{FOLDER}/000009-00000000.pt"), b"without a record")
+    with pytest.raises(Stopped):
+        run(config, data, target, is_stopping=after(2))
+    assert [record.name for record in read_records(target)] == ["000000-00000002"]
+    assert len(target.storage.list_sizes(target.path(FOLDER))) == 2
+
+
+def test_a_checkpoint_that_is_being_written_survives_an_error(
+    config: PipelineConfig, data: TrainingData, target: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Storage.write_bytes
+
+    def slow(storage: Storage, name: str, content: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        write(storage, name, content, **options)
+
+    def fail(metrics: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Storage, "write_bytes", slow)
+    with pytest.raises(RuntimeError, match="a bug"):
+        fit(config, data, fail, checkpoints=CheckpointStore(target))
+    assert [record.name for record in read_records(target)] == ["000001-00000000"]
 
 
 def test_a_record_that_is_none_is_ignored_and_named(

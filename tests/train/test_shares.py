@@ -138,7 +138,9 @@ def test_a_worker_owns_neighbours_and_adds_up_whole_parts_of_the_tree() -> None:
 
 
 def test_what_does_not_divide_is_refused(tiny_config: PipelineConfig) -> None:
-    with pytest.raises(ConfigError, match=r"train\.batch_size = 30 does not divide by train\.num_shares = 4; .* to 28"):
+    with pytest.raises(
+        ConfigError, match=r"train\.batch_size = 30 does not divide by train\.num_shares = 4 \(its .* to 28"
+    ):
         tiny_config.with_settings({"train.deterministic": True, "train.batch_size": 30})
     with pytest.raises(ConfigError, match=r"execution\.num_workers = 8 is more than train\.num_shares = 4"):
         tiny_config.with_settings({"train.deterministic": True, "execution.num_workers": 8})
