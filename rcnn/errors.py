@@ -59,3 +59,7 @@ class TrainingError(RcnnError):
 
 class ClusterError(RcnnError):
     """Ray, MLflow or the shared storage cannot be reached."""
+
+
+class LeaseLost(ClusterError):
+    """Another process has taken over the work of this one."""

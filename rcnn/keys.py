@@ -22,9 +22,10 @@ KEY_LENGTH = 12
 UNCOUNTED = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
-        "config", "data.sources", "errors", "keys", "model.networks", "progress", "ray_board", "ray_session", "recipes",
-        "results", "section", "settings",
-        "ranges", "stages", "storage", "text", "tracking", "tune.plots", "tune.resources", "tune.screen",
+        "conditional", "config", "data.sources", "errors", "keys", "lease", "model.networks", "progress", "ranges",
+        "ray_board", "ray_session", "recipes", "results", "section", "settings", "signals", "stages", "storage", "text",
+        "tracking", "train.checkpoint_store", "train.elastic", "train.ray_workers", "tune.attempt", "tune.plots",
+        "tune.resources", "tune.screen",
     )
 )  # fmt: skip
 

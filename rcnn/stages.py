@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rcnn.errors import ClusterError, ConfigError
+from rcnn.errors import ClusterError, ConfigError, LeaseLost
 from rcnn.keys import Code, code_of, differing, key_of
+from rcnn.lease import held
 from rcnn.model.networks import NETWORKS
 from rcnn.progress import say
 from rcnn.storage import MADE_OF, RESULT, StageFolder, Storage
@@ -348,6 +349,7 @@ def run_stage(
         parent: the MLflow run to hang under.
 
     Raises:
+        ClusterError: with `fresh`, another process is at work on the same result. Without, this one waits for it.
         RcnnError: whatever the stage raises. A partial result is never taken for a finished one.
     """
     target = replace(stage_folder(config, name, results), replaces=fresh)
@@ -357,11 +359,24 @@ def run_stage(
         return done
     _check_inputs(config, name, results)
     target.storage.make_folder(STAGES[name].folder)  # a storage that cannot be written is reported before any work
+    with held(target, waits=not fresh) as target:
+        done = None if fresh else finished(config, name, results)  # by the process that was waited for
+        if done is not None:
+            say(nothing_to_do(name, target))
+            return done
+        return _run_alone(config, name, results, target, fresh, parent or Parent())
+
+
+def _run_alone(
+    config: PipelineConfig, name: str, results: Results, target: StageFolder, fresh: bool, parent: Parent
+) -> StageResult:
+    """Runs a stage whose lease is held, and stores its result."""
     if fresh and not STAGES[name].replaces_whole:
         target.storage.delete(target.name)
     config = effective_config(config, name, results)
     say(f"{name}: {STAGES[name].purpose(config)}")
-    result = _run_tracked(config, name, results, target, fresh, parent or Parent())
+    result = _run_tracked(config, name, results, target, fresh, parent)
+    target.require_held()
     target.storage.write_json(target.path(MADE_OF), made_of(config, name, results))
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     say(f"{name}: done in {result.duration}")
@@ -426,6 +441,8 @@ def _run_tracked(
     tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=tags, fresh=fresh)
     try:
         result = _run_timed(config, name, results, target, tracker)
+    except LeaseLost:
+        raise  # the run belongs to the process that took over
     except BaseException:
         finish_failed(tracker)
         raise

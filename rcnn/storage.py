@@ -10,14 +10,14 @@ The file that marks a piece of work as finished is written last.
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rcnn.errors import ClusterError, ConfigError
+from rcnn.errors import ClusterError, ConfigError, LeaseLost
 from rcnn.text import parse_json
 
 
@@ -274,6 +274,16 @@ JOB, JOB_OUTCOME = "job.json", "outcome.json"
 OLD_RESULT = "result.json"  # until version 0.1
 
 
+class Held(Protocol):
+    """A lease, as those who write see it (see `rcnn/lease.py`)."""
+
+    token: str
+    on_lost: Callable[[LeaseLost], None]
+
+    def require(self) -> None:
+        """Raises `LeaseLost` if another process has the lease."""
+
+
 @dataclass(frozen=True)
 class StageFolder:
     """The only folder that a stage writes to; its name contains the hash of everything that the result depends on."""
@@ -282,6 +292,17 @@ class StageFolder:
     name: str
     replaces: bool = False
     """Whether to replace existing contents (`--fresh`)."""
+    lease: "Held | None" = None
+    """Proof that nobody else works on it; None where nobody asked for it, as in tests and benchmarks."""
+
+    def require_held(self) -> None:
+        """Checks that no other process has taken over; to be called before each write that another one could spoil.
+
+        Raises:
+            LeaseLost: one has.
+        """
+        if self.lease:
+            self.lease.require()
 
     def path(self, file: str) -> str:
         """The path of a file in this folder, relative to the storage's root."""

@@ -22,6 +22,8 @@ SHARED = [
     "results",
     "storage",
     "progress",
+    "conditional",
+    "lease",
     "signals",
     "tracking",
     "ray_session",

@@ -1,3 +1,5 @@
+import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -228,3 +230,23 @@ def test_a_storage_that_cannot_be_written_is_told_before_any_work(tmp_path: Path
     config: PipelineConfig = debug_tiny().with_settings({"storage": str(tmp_path / storage)})
     with pytest.raises(ClusterError, match=r"cannot be written \(.*\)\. Check its permissions"):
         run_stage(config, "ingest", {})
+
+
+def _ingest_and_print_the_key(storage: str) -> None:
+    result = run_stage(debug_tiny().with_settings({"storage": storage}), "ingest", {})
+    Path(storage, f"{os.getpid()}.digest").write_text(result.digest)  # type: ignore[attr-defined]
+
+
+def test_of_three_processes_one_does_the_work_and_the_others_use_its_result(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_ingest_and_print_the_key, args=(str(tmp_path),)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    digests = [file.read_text() for file in tmp_path.glob("*.digest")]
+    assert len(digests) == 3
+    assert len(set(digests)) == 1
+    runs = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert len(runs) == 1  # the others found the result and opened none

@@ -5,7 +5,7 @@ draft folder that is renamed when it is complete, so a data set appears with its
 resumed by the next.
 
     datasets/.draft-<name>/data/      the unfinished data set      datasets/.draft-<name>/records/   a record per shard
-    .locks/<name>.lock                held during ingest           datasets/<name>/                  the complete data set
+    datasets/<name>/                  the complete data set
 """
 
 import errno
@@ -15,12 +15,11 @@ import shutil
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from rcnn.config import DataConfig, PipelineConfig
@@ -30,6 +29,7 @@ from rcnn.data.shards import ShardJob, ShardRecord, rows_per_group, write_shard,
 from rcnn.data.sources import open_source
 from rcnn.data.sources.origin import Origin
 from rcnn.errors import ClusterError, DataError, RcnnError, SourceError
+from rcnn.lease import is_held
 from rcnn.progress import say
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
@@ -54,12 +54,11 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
         DataError: a row cannot be used, or the origin cannot be split as configured.
         ClusterError: the storage cannot be written.
     """
-    with _alone(target):
-        if target.replaces or read_manifest(target.storage, target.name) is None:
-            manifest = _ingest(config, target)
-        else:
-            manifest = require_whole(target.storage, target.name)
-            target.storage.delete(_Draft(target.storage, target.name).folder)  # of a run killed during clean-up
+    if target.replaces or read_manifest(target.storage, target.name) is None:
+        manifest = _ingest(config, target)
+    else:
+        manifest = require_whole(target.storage, target.name)
+        target.storage.delete(_Draft(target.storage, target.name).folder)  # of a run killed during clean-up
     tracker.log_params({"source": config.data.source, "digest": manifest.digest})
     tracker.log_metrics({f"rows/{name}": split.rows for name, split in manifest.splits.items()})
     tracker.log_data(manifest.summary(), target.storage.uri(target.name), context="ingest")
@@ -70,31 +69,6 @@ def run_ingest(config: PipelineConfig, target: StageFolder, tracker: Tracker) ->
         source=config.data.source,
         rows={name: split.rows for name, split in manifest.splits.items()},
     )
-
-
-@contextmanager
-def _alone(target: StageFolder) -> Iterator[None]:
-    """Lets one process at a time write a data set; without locks (S3), concurrent runs write identical bytes."""
-    if not target.storage.is_local:
-        yield
-        return
-    name = f".locks/{target.name.rpartition('/')[2]}.lock"
-    target.storage.make_folder(".locks")
-    lock = _lock_of(target.storage, target.name.rpartition("/")[2])
-    with target.storage.writing(name):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            say("  another process is ingesting the same data set: waiting for it")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock_of(storage: Storage, name: str) -> FileLock:
-    return FileLock(storage.local_path(f".locks/{name}.lock"))
 
 
 def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
@@ -345,6 +319,7 @@ class _Draft:
 
     def publish(self, manifest: Manifest, target: StageFolder, records: Sequence[ShardRecord]) -> None:
         """Writes the manifest and moves the data set to its final place."""
+        target.require_held()
         for record in records:
             if record.shard.rows == 0:
                 self.storage.delete_file(f"{self.data}/{record.shard.file}")
@@ -386,8 +361,9 @@ def _delete_old_drafts(storage: Storage, *, keep: str) -> None:
     for folder in storage.local_path("datasets").glob(f"{DRAFT_PREFIX}*"):
         if f"datasets/{folder.name}" == keep:
             continue
-        lock = _lock_of(storage, folder.name.removeprefix(DRAFT_PREFIX))
-        with suppress(Timeout, FileNotFoundError), lock.acquire(blocking=False):
+        if is_held(storage, f"datasets/{folder.name.removeprefix(DRAFT_PREFIX)}"):
+            continue
+        with suppress(FileNotFoundError):
             last_change = max(file.stat().st_mtime for file in [folder, *folder.glob("records/*")])
             if time.time() - last_change > SECONDS_TO_KEEP_A_DRAFT:
                 shutil.rmtree(folder, ignore_errors=True)

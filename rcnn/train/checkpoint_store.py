@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rcnn.errors import ClusterError, TrainingError
+from rcnn.errors import ClusterError, LeaseLost, TrainingError
 from rcnn.progress import say
 from rcnn.storage import StageFolder
 
@@ -57,6 +57,9 @@ class CheckpointStore:
         """Writes a checkpoint in the background, after the one before it.
 
         A checkpoint that cannot be written is reported, and does not end the training: the next one may be luckier.
+
+        Raises:
+            LeaseLost: another process took over, seen when the one before was to be written.
         """
         self._finish_last()
         self._writing = self._writer.submit(self._write, snapshot)
@@ -115,6 +118,8 @@ class CheckpointStore:
         try:
             if self._writing is not None:
                 self._writing.result()
+        except LeaseLost:
+            raise
         except ClusterError as error:
             say(f"  a checkpoint is lost, and training goes on without it: {error.what} ({error.where})")
 
@@ -127,6 +132,7 @@ class CheckpointStore:
         place = (snapshot["epoch"], snapshot["step"], snapshot["seconds"])
         record = Record(*place, sha256=hashlib.sha256(content).hexdigest())
         storage = self._target.storage
+        self._target.require_held()
         storage.write_bytes(self._path(record, "pt"), content, durable=True)
         storage.write_json(self._path(record, "json"), asdict(record), durable=True)
         try:

@@ -27,6 +27,7 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rcnn.config import ExecutionConfig, PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import RcnnError, TrainingError
+from rcnn.lease import Lease
 from rcnn.model.build import count_parameters
 from rcnn.progress import EpochProgress, hand_on, say
 from rcnn.ray_board import Listener, following, new_board
@@ -135,6 +136,7 @@ def _fit_on_workers(
         "storage": target.storage.root,
         "folder": target.name,
         "data_folder": data.folder,
+        "token": target.lease.token if target.lease else "",
         "board": board,
         "started": prediction.started,
     }
@@ -143,9 +145,12 @@ def _fit_on_workers(
     def ask(request: str) -> None:
         ray.get(board.ask.remote(request))
 
+    if target.lease:
+        target.lease.on_lost = lambda error: ask("stop")
     heard = threading.Event()
     with _showing(board, config.train.epochs, tracker, prediction, heard):
         while True:
+            target.require_held()
             num_workers = workers_to_start(how)
             if how.min_workers:
                 say(f"  workers: {num_workers} of at most {how.num_workers}")
@@ -310,7 +315,9 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     config = PipelineConfig.model_validate(settings["config"])
     torch.set_num_threads(config.execution.cpus_per_worker)
-    board, target = settings["board"], StageFolder(Storage(settings["storage"]), settings["folder"])
+    board, storage, token = settings["board"], Storage(settings["storage"]), settings["token"]
+    lease = Lease(storage, settings["folder"], token) if token else None
+    target = StageFolder(storage, settings["folder"], lease=lease)
     is_first = ray.train.get_context().get_world_rank() == 0
 
     def note(kind: str, value: Any) -> None:
@@ -323,7 +330,7 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
     listener = Listener(board) if is_first else None
     state = fit(
         config,
-        training_data(config, target.storage, settings["data_folder"]),
+        training_data(config, storage, settings["data_folder"]),
         lambda metrics: note("epoch", metrics),
         checkpoints=CheckpointStore(target, keep=config.execution.keep_checkpoints),
         on_progress=lambda epochs_done: note("progress", epochs_done),
@@ -348,5 +355,6 @@ def _publish_model(state: TrainState, target: StageFolder) -> str:
     """Writes the best epoch's model to its final place; returns the SHA-256 of its weights."""
     with tempfile.TemporaryDirectory() as draft:
         state.save_best(Path(draft))
+        target.require_held()
         target.storage.upload(Path(draft), target.path("model"))
         return hashlib.sha256(Path(draft, WEIGHTS).read_bytes()).hexdigest()

@@ -1,22 +1,14 @@
-"""One attempt at a search: it is the only one, it has a scratch folder of its own, and it knows the minutes used so far.
+"""One attempt at a search: it has a scratch folder of its own, and it knows the minutes used so far.
 
-In: the folder of the search. Out: a lock and a scratch folder that end with the attempt, and a clock that all attempts at
-the search share.
+In: the folder of the search. Out: a scratch folder that ends with the attempt, and a clock that all attempts at the search
+share.
 """
 
-import hashlib
-import os
-import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from rcnn.progress import say
 from rcnn.storage import StageFolder
 
 SCRATCH = "ray-"
@@ -25,60 +17,12 @@ SECONDS_BETWEEN_NOTES = 10.0
 
 
 @contextmanager
-def only_attempt(target: StageFolder) -> Iterator[None]:
-    """Waits until no other process of this machine works on the search, then keeps others out while the body runs.
-
-    The lock belongs to the process and ends with it, however it ends. Attempts on other machines share it only where the
-    storage is a folder whose file system locks across machines.
-
-    Raises:
-        ClusterError: the storage cannot be written.
-    """
-    path = _lock_path(target)
-    with target.storage.writing(path.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock, owner = FileLock(path), path.with_suffix(".pid")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            say(f"  {_process_in(owner)} is running the same search: waiting for it to end")
-            lock.acquire()
-        owner.write_text(f"{os.getpid()} {socket.gethostname()}")
-    try:
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
-
-
-def _lock_path(target: StageFolder) -> Path:
-    """Beside the search, not in it: `--fresh` deletes its folder. For an object store, which has no locks, on this machine."""
-    name = target.name.replace("/", "-")
-    if target.storage.is_local:
-        return target.storage.local_path(f".locks/{name}.lock")
-    root = hashlib.sha256(target.storage.root.encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir(), f"rcnn-locks-{os.getuid()}", f"{root}-{name}.lock")
-
-
-def _process_in(owner: Path) -> str:
-    try:
-        pid, host = owner.read_text().split()
-    except (OSError, ValueError):  # it is just starting, or just ending
-        return "another process"
-    return f"process {pid} on {host}"
-
-
-@contextmanager
 def scratch(target: StageFolder) -> Iterator[str]:
-    """A folder for what Ray Tune writes, deleted at the end; those of killed attempts of this machine are deleted at once.
-
-    To be entered by the only attempt of this machine. Those of other machines may be in use and are left as they are.
-    """
-    prefix = f"{SCRATCH}{socket.gethostname()}-"
+    """A folder for what Ray Tune writes, deleted at the end; those of killed attempts are deleted at once."""
     for folder in target.storage.list_folders(target.name):
-        if folder.startswith(prefix):
+        if folder.startswith(SCRATCH):
             target.storage.delete(target.path(folder))
-    own = target.path(f"{prefix}{uuid.uuid4().hex[:8]}")
+    own = target.path(f"{SCRATCH}{uuid.uuid4().hex[:8]}")
     try:
         yield own
     finally:

@@ -47,8 +47,10 @@ def write_record(target: StageFolder, record: Record) -> None:
     """Notes that a trial has ended. The file is there as a whole or not at all.
 
     Raises:
+        LeaseLost: another process has taken over the search.
         ClusterError: the storage cannot be written.
     """
+    target.require_held()
     target.storage.write_text(target.path(f"{FOLDER}/{record.name}.json"), record.model_dump_json(indent=1) + "\n")
 
 

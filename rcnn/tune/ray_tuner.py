@@ -20,14 +20,14 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
-from rcnn.errors import RcnnError
+from rcnn.errors import LeaseLost, RcnnError
 from rcnn.progress import say
 from rcnn.ray_board import following, new_board
 from rcnn.results import Choice, IngestResult, Outcome, TuneResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import Tracker, finish_failed
 from rcnn.train.loop import Metrics
-from rcnn.tune.attempt import Budget, only_attempt, scratch
+from rcnn.tune.attempt import Budget, scratch
 from rcnn.tune.ledger import Record, read_records, write_record, write_table
 from rcnn.tune.plots import write_pictures
 from rcnn.tune.ray_trial import WORST_ERROR, TrialInputs, run_trial
@@ -53,8 +53,7 @@ MAX_FAULT = 200  # characters of a failed trial's line
 def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TuneResult:
     """Searches `tune.space` for the point with the lowest validation error.
 
-    Resumes an interrupted search, and extends a finished one: no trial that has ended is trained again. Waits for another
-    process of this machine that runs the same search, and then finds its trials.
+    Resumes an interrupted search, and extends a finished one: no trial that has ended is trained again.
 
     Raises:
         ConfigError: the network does not read what is searched, or a point's settings exclude each other.
@@ -63,8 +62,7 @@ def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tr
         DataError: the data set is not what its manifest says.
     """
     require_searchable(config)
-    with only_attempt(target):
-        return _run_attempt(_Search(config, data, target, tracker))
+    return _run_attempt(_Search(config, data, target, tracker))
 
 
 def _run_attempt(search: "_Search") -> TuneResult:
@@ -78,6 +76,8 @@ def _run_attempt(search: "_Search") -> TuneResult:
         ended = sorted([*search.records.values(), *search.lost.values()], key=lambda each: (len(each.name), each.name))
         result = result_of(config, target, ended, was_cut=search.was_cut)
         search.close()
+    except LeaseLost:
+        raise  # the runs of the trials belong to the process that took over
     except BaseException:
         search.fail()
         raise
@@ -103,7 +103,7 @@ class _Search:
         self.was_cut = False
         self.budget = Budget(target, max_minutes=config.tune.max_minutes)
         self.board: Any = None
-        self.fatal: Sequence[RcnnError] = ()
+        self.fatal: list[RcnnError] = []
         """Errors that every trial would meet."""
         self.tracked: dict[str, Tracker] = {}
         self.labelled: set[str] = set()
@@ -129,6 +129,8 @@ class _Search:
             following(self.board, {"trial": lambda note: self._note_epoch(screen, *note), "end": self._note_end}) as self.fatal,
             scratch(self.target) as folder,
         ):  # fmt: skip
+            if self.target.lease:
+                self.target.lease.on_lost = self.fatal.append
             recorder = _Recorder(self, screen)
             inputs = TrialInputs(self.config, self.target.storage.root, self.data.folder, folder, self.board)
             _tuner(inputs, room, planned, scheduler, recorder, self).fit()

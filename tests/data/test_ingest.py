@@ -17,6 +17,7 @@ from rcnn.data.loader import load_rows
 from rcnn.data.manifest import SourceRecord, read_manifest, require_manifest
 from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
 from rcnn.errors import ClusterError, DataError
+from rcnn.lease import held
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
@@ -328,20 +329,6 @@ def _ingest(root: str) -> None:
     run_ingest(PipelineConfig(), StageFolder(Storage(root), "datasets/x"), NoTracker())
 
 
-@pytest.mark.long
-def test_two_ingests_at_once_do_not_harm_each_other(target: StageFolder) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_ingest, args=(target.storage.root,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    manifest = require_manifest(target.storage, "datasets/x")
-    assert len(load_rows(target.storage, "datasets/x", manifest, "train")) == 3600
-    assert [path.name for path in target.storage.local_path("datasets").iterdir()] == ["x"]
-
-
 def test_stale_drafts_are_removed_after_a_week(target: StageFolder, random_source: Origin) -> None:
     folder = target.storage.local_path("datasets")
     for name, days in (("old", 8), ("new", 6)):
@@ -435,8 +422,7 @@ def test_an_old_draft_that_somebody_is_at_is_left_alone(target: StageFolder, ran
     draft = target.storage.local_path("datasets/.draft-old")
     (draft / "records").mkdir(parents=True)
     os.utime(draft, (0, 0))
-    target.storage.make_folder(".locks")
-    with ingest._lock_of(target.storage, "old"):
+    with held(StageFolder(target.storage, "datasets/old")):
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=_ingest, args=(target.storage.root,))
         process.start()

@@ -56,17 +56,6 @@ def storage_that_is_a_file(scene: Scene) -> Settings:
     return scene.tree()
 
 
-@unwritable(ClusterError, "{storage}/.locks", "cannot be written")
-def locks_that_are_a_file(scene: Scene) -> Settings:
-    return storage_with_a_file(scene, ".locks")
-
-
-@unwritable(ClusterError, "{storage}/.locks/x.lock", "cannot be written")
-def lock_that_is_a_folder(scene: Scene) -> Settings:
-    Path(scene.storage, ".locks/x.lock").mkdir(parents=True)
-    return scene.tree()
-
-
 @unwritable(ClusterError, "{storage}/datasets", "cannot be written")
 def data_sets_that_are_a_file(scene: Scene) -> Settings:
     return storage_with_a_file(scene, "datasets")

@@ -1,0 +1,261 @@
+"""Leases: whoever works on a key holds its lease, and nobody else does, over processes, machines and retries.
+
+In: a stage's folder. Out: the folder with a lease, which a heartbeat renews while the body runs. Those who write ask the
+folder first (`StageFolder.require_held`), so a process that was silent for too long, and lost its lease to another one,
+writes nothing more.
+
+    .leases/<folder>.json     who holds it: a token (new for each holder), a counter of beats, and the process
+
+A holder is taken for dead when its process is gone from this machine, or when its counter stands still for a minute by the
+clock of the one who waits: clocks of different machines are not compared.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import psutil
+
+from rcnn import conditional
+from rcnn.errors import ClusterError, LeaseLost
+from rcnn.progress import say
+from rcnn.storage import StageFolder, Storage
+from rcnn.text import parse_json
+
+FOLDER = ".leases"
+SECONDS_BETWEEN_BEATS = 10.0
+SECONDS_TO_EXPIRE = 60.0
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LINES = 600.0
+SECONDS_OF_DOUBT = 5.0  # when a process was started is computed from the clock, which may be set
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease.
+
+    Attributes:
+        token: of this holding; empty: the lease is free.
+        beat: how often it was renewed.
+        host, pid, started: the process, and when it was started (pids are used again).
+        seen: when it was last renewed, by the holder's clock, for people to read.
+    """
+
+    token: str = ""
+    beat: int = 0
+    host: str = ""
+    pid: int = 0
+    started: float = 0.0
+    seen: str = ""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to be dead: its process was on this machine and has ended."""
+        if not self.token or self.host != socket.gethostname():
+            return not self.token
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            is_another = abs(process.create_time() - self.started) > SECONDS_OF_DOUBT
+            return is_another or bool(process.status() == psutil.STATUS_ZOMBIE)
+        return True
+
+    def renewed(self) -> "Holder":
+        """The same, one beat later."""
+        return replace(self, beat=self.beat + 1, seen=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+class Lease:
+    """A lease that somebody took, as seen by its holder and by the workers that write for it.
+
+    Args:
+        storage: where it lies.
+        name: the stage's folder.
+        token: of the holding.
+    """
+
+    def __init__(self, storage: Storage, name: str, token: str):
+        self.storage, self.name, self.token = storage, name, token
+        self.on_lost: Callable[[LeaseLost], None] = lambda error: None
+        """Called once, in the thread of the heartbeat, when another process has taken the lease."""
+
+    def require(self) -> None:
+        """Checks that the lease is still held.
+
+        Raises:
+            LeaseLost: another process has it.
+            ClusterError: the storage cannot be read.
+        """
+        holder, _ = read_holder(self.storage, self.name)
+        if holder.token != self.token:
+            raise LeaseLost(
+                f"{holder if holder.token else 'another process'} took over this work",
+                where=self.storage.uri(self.name),
+                remedy=f"Nothing is lost, and it goes on there: this process did not answer for {SECONDS_TO_EXPIRE:g} s",
+            )
+
+
+@contextmanager
+def held(target: StageFolder, *, waits: bool = True) -> Iterator[StageFolder]:
+    """Takes the lease of a stage's folder and keeps it while the body runs; yields the folder with it.
+
+    Where storage is neither a local folder nor S3, there are no leases, and a line says so.
+
+    Args:
+        target: the folder.
+        waits: whether to wait for another holder that is alive.
+
+    Raises:
+        ClusterError: somebody else holds it, and `waits` is off; or the storage cannot be used.
+    """
+    if not conditional.can_swap(target.storage):
+        say(f"  this kind of storage has no leases: let no other process work on {target.name} now")
+        yield target
+        return
+    holder, version = _take(target, waits)
+    lease = Lease(target.storage, target.name, holder.token)
+    beats = _Heartbeat(lease, holder, version)
+    try:
+        yield replace(target, lease=lease)
+    finally:
+        beats.stop_and_release()
+
+
+def is_held(storage: Storage, name: str) -> bool:
+    """Whether somebody seems to be at work on a folder; where another machine's clock must be trusted, by an hour.
+
+    Raises:
+        ClusterError: the storage cannot be read.
+    """
+    if not conditional.can_swap(storage):
+        return False
+    holder, _ = read_holder(storage, name)
+    if holder.is_gone or holder.host == socket.gethostname():
+        return not holder.is_gone
+    return datetime.now(UTC) - datetime.fromisoformat(holder.seen) < timedelta(hours=1)
+
+
+def read_holder(storage: Storage, name: str) -> tuple[Holder, str]:
+    """Who holds the lease of a folder, and the version of the record; a damaged record is that of nobody.
+
+    Raises:
+        ClusterError: the storage cannot be read.
+    """
+    text, version = conditional.read(storage, _file(name))
+    with suppress(ValueError, TypeError):
+        return Holder(**parse_json(text)), version
+    return Holder(), version
+
+
+def _file(name: str) -> str:
+    return f"{FOLDER}/{name.replace('/', '-')}.json"
+
+
+def _write(storage: Storage, name: str, holder: Holder, version: str) -> str | None:
+    return conditional.swap(storage, _file(name), json.dumps(asdict(holder)) + "\n", version)
+
+
+def _take(target: StageFolder, waits: bool) -> tuple[Holder, str]:
+    """Takes the lease once it is free or its holder dead. Returns this process as the holder, and the record's version."""
+    mine, watch = _this_process(), _Watch()
+    while True:
+        other, version = read_holder(target.storage, target.name)
+        watch.look(other)
+        if other.is_gone or watch.is_silent:
+            if taken := _write(target.storage, target.name, mine, version):
+                return mine, taken
+            continue
+        if waits:
+            watch.say_now_and_then(other)
+        elif watch.is_alive:
+            raise ClusterError(
+                f"{other} is at work on it",
+                where=target.storage.uri(target.name),
+                remedy="Wait until it has ended, or stop it first",
+            )
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _this_process() -> Holder:
+    started = psutil.Process().create_time()
+    return Holder(uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), started=started).renewed()
+
+
+class _Watch:
+    """Watches another holder by one's own clock.
+
+    Attributes:
+        is_alive: whether it is known to be: its process is on this machine, or it was seen to renew the lease.
+    """
+
+    def __init__(self) -> None:
+        self.is_alive = False
+        self._last: tuple[str, int] | None = None
+        self._since = time.monotonic()
+        self._said = self._since - SECONDS_BETWEEN_LINES
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has not renewed the lease for so long that it is taken for dead."""
+        return time.monotonic() - self._since > SECONDS_TO_EXPIRE
+
+    def look(self, other: Holder) -> None:
+        """Notes what the record says now."""
+        if (other.token, other.beat) != self._last:
+            self.is_alive = self._last is not None or other.host == socket.gethostname()
+            self._last, self._since = (other.token, other.beat), time.monotonic()
+
+    def say_now_and_then(self, other: Holder) -> None:
+        """Says who is waited for."""
+        if time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+            say(f"  {other} is at work on the same result: waiting for it")
+            self._said = time.monotonic()
+
+
+class _Heartbeat:
+    """Renews a lease in a thread of its own."""
+
+    def __init__(self, lease: Lease, holder: Holder, version: str):
+        self._lease, self._holder, self._version = lease, holder, version
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(SECONDS_BETWEEN_BEATS):
+            # A storage that is away is no reason to stop: nobody can take the lease meanwhile, or somebody has.
+            try:
+                if not self._put(self._holder.renewed()):
+                    self._lease.require()
+            except LeaseLost as error:
+                self._lease.on_lost(error)
+                return
+            except ClusterError:
+                continue
+
+    def _put(self, holder: Holder) -> bool:
+        """Writes the record, unless another process has the lease; returns whether it was written."""
+        lease = self._lease
+        written = _write(lease.storage, lease.name, holder, self._version)
+        if not written:  # perhaps by a write of our own, whose answer was lost
+            found, version = read_holder(lease.storage, lease.name)
+            written = _write(lease.storage, lease.name, holder, version) if found.token == lease.token else None
+        if written:
+            self._holder, self._version = holder, written
+        return bool(written)
+
+    def stop_and_release(self) -> None:
+        """Ends the thread, and frees the lease if it is still ours."""
+        self._stop.set()
+        self._thread.join()
+        with suppress(ClusterError):  # the next one sees that this process is gone, or that the lease is not renewed
+            self._put(Holder())
