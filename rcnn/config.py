@@ -228,6 +228,11 @@ class TrainConfig(Section):
     one_cycle_warmup: float = Field(0.25, gt=0, lt=1, description="Share of all steps in which one_cycle rises.")
     clip_norm: float = Field(1.0, ge=0, le=1e6, description="Largest norm of the gradient; 0: no clipping.")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of the averaged weights; 0: no averaging.")
+    on_divergence: Literal["end", "roll_back"] = Field(
+        "end",
+        description="If the loss is no longer a number, end; or roll_back to the start of the epoch, with a third of the "
+        "learning rate, up to five times. The history counts them (train/roll_backs).",
+    )
     num_rows: int = Field(0, ge=0, le=MAX_ROWS, description="Training rows to use; 0: all of them.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

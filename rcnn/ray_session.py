@@ -21,6 +21,7 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.progress import say
 from rcnn.storage import Storage
+from rcnn.tracking import needs_server
 
 
 def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
@@ -28,6 +29,7 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
 
     Raises:
         ClusterError: there is no such cluster, or not all of its nodes see the storage.
+        ConfigError: the cluster has several machines, and MLflow's store is a file.
     """
     if config.ray.address.startswith("http"):
         raise ClusterError(
@@ -47,13 +49,16 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
                 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
                 ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises bare ones too, where a process does not start in time
             raise ClusterError(
                 f"Ray cannot be reached ({' '.join(str(error).split())})",
                 where=f"ray.address = {config.ray.address!r}",
                 remedy="Start it with `make up`, or leave the setting empty to start Ray here",
                 retryable=True,
             ) from error
+    hosts = {node["NodeManagerAddress"] for node in _nodes()}
+    if len(hosts) > 1 and not config.tracking.uri:
+        raise needs_server(f"Ray on {len(hosts)} machines")
     _require_shared(storage)
 
 

@@ -7,9 +7,10 @@ driver is the only writer: workers send their numbers to it (so SQLite is enough
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from rcnn.config import PipelineConfig
-from rcnn.errors import ClusterError
+from rcnn.errors import ClusterError, ConfigError
 from rcnn.progress import say
 from rcnn.storage import Storage
 
@@ -21,9 +22,27 @@ def tracking_uri(config: PipelineConfig) -> str:
     """Where MLflow keeps runs: the setting, or a SQLite file in the storage.
 
     Raises:
-        ConfigError: there is no setting, and the storage is not a local folder.
+        ConfigError: there is no setting, and the storage is not a local folder, or Ray is on other machines: several of
+            them would write one SQLite file, which shared folders do not protect.
     """
+    if not config.tracking.uri and is_elsewhere(config.ray.address):
+        raise needs_server(f"ray.address = {config.ray.address}")
     return config.tracking.uri or f"sqlite:///{Storage(config.storage).local_path(STORE)}"
+
+
+def is_elsewhere(address: str) -> bool:
+    """Whether an address of Ray jobs is on another machine."""
+    host = urlsplit(address).hostname or ""
+    return address.startswith("http") and host != "localhost" and not host.startswith("127.") and host != "::1"
+
+
+def needs_server(what: str) -> ConfigError:
+    """The error where several machines would write our own SQLite file."""
+    return ConfigError(
+        "is empty, so MLflow's store would be a SQLite file in the storage, written by several machines",
+        where=f"tracking.uri, with {what}",
+        remedy="Set tracking.uri to an MLflow server, e.g. http://mlflow:5000",
+    )
 
 
 def has_store(config: PipelineConfig) -> bool:

@@ -43,6 +43,7 @@ from rcnn.tracking import STORE, experiment_name, has_store, model_name, trackin
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "rcnn.stage_key"
 DATA_SET_TAG = "rcnn.data_set"  # of a registered model: marks those of this project
+PROMOTION_TAG, UNDER_WAY = "rcnn.newest_when_promoted", "under way"  # of a version
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS = 100  # MLflow's limit for one call
@@ -230,11 +231,36 @@ def champion_of(config: PipelineConfig) -> Standing | None:
     with _reachable(config):
         client = _connect(config)
         version = _or_none(lambda: client.get_model_version_by_alias(model_name(config), CHAMPION))
-    if version is None:
-        return None
-    # A version that was registered by hand has no such tags: nothing can be compared with it.
+    return None if version is None else _standing(version)
+
+
+def _standing(version: Any) -> Standing:
+    """The figures of a version. One that was registered by hand has no such tags: nothing can be compared with it."""
     error = as_share(version.tags.get("test_error", ""))
     return Standing(int(version.version), error, version.tags.get("test_digest", "unknown"))
+
+
+@contextlib.contextmanager
+def promotion(config: PipelineConfig, version: int) -> Iterator[None]:
+    """Marks a version while the body makes it champion, and afterwards with the version that was the newest then."""
+    name = model_name(config)
+
+    def mark(value: str) -> None:
+        with _reachable(config):
+            _connect(config).set_model_version_tag(name, str(version), PROMOTION_TAG, value)
+
+    mark(UNDER_WAY)
+    yield
+    mark(str(max(version_numbers(config, name))))
+
+
+def promoted_since(config: PipelineConfig, version: int) -> list[Standing]:
+    """The other versions that are becoming champion, or became it when this one was registered already."""
+    name = model_name(config)
+    with _reachable(config):
+        found = _connect(config).search_model_versions(f"name = '{name}'")
+    marked = [(each, each.tags.get(PROMOTION_TAG, "0")) for each in found if int(each.version) != version]
+    return [_standing(each) for each, mark in marked if mark == UNDER_WAY or int(mark) >= version]
 
 
 @dataclass(frozen=True)

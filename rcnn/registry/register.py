@@ -7,7 +7,7 @@ from rcnn.config import PipelineConfig
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
-from rcnn.registry.gate import Standing, judge
+from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge
 from rcnn.results import EvaluateResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import NoTracker, Tracker, model_name
@@ -31,14 +31,12 @@ def run_register(
         model_folder = Path(folder, mlflow_store.MODEL_FOLDER)
         target.storage.download(f"{trained.folder}/model", model_folder)
         _, description = load_model(model_folder)
-        champion = mlflow_store.champion_of(config)
         figures = Standing(0, evaluated.test_error, evaluated.test_digest)
         run_id = _training_run(config, trained, target)
         new = mlflow_store.register_model(
             config, model_folder, description, run_id=run_id, weights_sha256=trained.weights_sha256, figures=figures
         )
-    verdict = judge(new, champion)
-    mlflow_store.set_alias(config, verdict.alias, new.version)
+    verdict = _promote_if_better(config, new)
     name = model_name(config)
     remember_model(config, name)
     say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
@@ -49,6 +47,29 @@ def run_register(
         reason=verdict.reason,
         model_uri=f"models:/{name}/{new.version}",
     )
+
+
+def _promote_if_better(config: PipelineConfig, new: Standing) -> Verdict:
+    """Sets the alias of a registered version.
+
+    Two pipelines that register at once may both be better than the champion that both have seen, and MLflow has no write that
+    fails if another one came first. So each is registered before it looks at the champion, is marked while it takes the alias,
+    and then looks for others that are, or were so since it was registered: whoever takes the alias last sees them all, and
+    gives it to the best.
+    """
+    verdict = judge(new, mlflow_store.champion_of(config))
+    if verdict.alias == CHAMPION:
+        with mlflow_store.promotion(config, new.version):
+            mlflow_store.set_alias(config, CHAMPION, new.version)
+            for rival in sorted(mlflow_store.promoted_since(config, new.version), key=lambda each: each.test_error):
+                against = judge(rival, new)
+                if against.alias == CHAMPION:
+                    mlflow_store.set_alias(config, CHAMPION, rival.version)
+                    verdict = Verdict(CHALLENGER, f"version {rival.version}, registered meanwhile, is {against.reason}")
+                    break
+    if verdict.alias == CHALLENGER:
+        mlflow_store.set_alias(config, CHALLENGER, new.version)
+    return verdict
 
 
 def remember_registered(config: PipelineConfig, registered: RegisterResult) -> None:

@@ -48,6 +48,8 @@ class TrainState:
     """At the start of that epoch."""
     seconds: float = 0.0
     """Of training, up to here."""
+    roll_backs: int = 0
+    """How often training diverged and went back (see `roll_back.py`)."""
     history: list[dict[str, float]] = field(default_factory=list)
     """The metrics of each finished epoch."""
     best: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class TrainState:
         """Adds an epoch's metrics to the history; keeps the weights if they are the best so far."""
         self.history.append(metrics)
         if not self.best or metrics["val/error"] < self.best["val_error"]:
-            weights = _copied(self.best_model.state_dict())
+            weights = copied(self.best_model.state_dict())
             self.best = {"epoch": metrics["epoch"], "val_error": metrics["val/error"], "weights": weights}
 
     def save_best(self, folder: Path) -> None:
@@ -71,7 +73,7 @@ class TrainState:
 
     def snapshot(self) -> dict[str, Any]:
         """A checkpoint: a copy, in memory, that later steps do not change."""
-        return _copied(  # type: ignore[no-any-return]
+        return copied(  # type: ignore[no-any-return]
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -82,6 +84,7 @@ class TrainState:
                 "step": self.step,
                 "learning_rate": self.learning_rate,
                 "seconds": self.seconds,
+                "roll_backs": self.roll_backs,
                 "history": self.history,
                 "best": self.best,
                 "config": self.config.model_dump_json(),
@@ -108,17 +111,17 @@ class TrainState:
             self.averaged.load_state_dict(saved["averaged"])
         self.loss_sum = saved["loss_sum"].to(self.loss_sum.device)
         self.epoch, self.step, self.learning_rate = saved["epoch"], saved["step"], saved["learning_rate"]
-        self.seconds = saved["seconds"]
+        self.seconds, self.roll_backs = saved["seconds"], saved["roll_backs"]
         self.history, self.best = saved["history"], saved["best"]
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Plain values and tensors as they are now, the tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {name: _copied(each) for name, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+        return {name: copied(each) for name, each in value.items()}
+    return [copied(each) for each in value] if isinstance(value, list) else value
 
 
 def new_state(config: PipelineConfig, manifest: Manifest, *, device: torch.device, num_steps: int) -> TrainState:

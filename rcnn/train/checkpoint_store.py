@@ -45,7 +45,7 @@ class CheckpointStore:
 
     Args:
         target: the stage's folder.
-        keep: how many to keep, the last ones.
+        keep: how many to keep, the last ones, and besides them the newest that is the start of an epoch.
     """
 
     def __init__(self, target: StageFolder, *, keep: int = 2):
@@ -109,6 +109,21 @@ class CheckpointStore:
 
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
+    def start_of(self, epoch: int) -> Record:
+        """The checkpoint of the start of an epoch.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        for record in read_records(self._target):
+            if (record.epoch, record.step) == (epoch, 0):
+                return record
+        raise TrainingError(
+            f"the checkpoint of the start of epoch {epoch + 1} is missing",
+            where=self._target.storage.uri(self._target.path(FOLDER)),
+            remedy="Train again with --fresh",
+        )
+
     def settle(self) -> None:
         """Waits for the last checkpoint, where training has ended for another reason than its end."""
         self._finish_last()
@@ -136,8 +151,11 @@ class CheckpointStore:
         storage.write_bytes(self._path(record, "pt"), content, durable=True)
         storage.write_json(self._path(record, "json"), asdict(record), durable=True)
         try:
-            for old in read_records(self._target)[: -self._keep]:
-                self._delete(old)
+            records = read_records(self._target)
+            start = max((record.name for record in records if record.step == 0), default="")
+            for old in records[: -self._keep]:
+                if old.name != start:
+                    self._delete(old)
         except ClusterError as error:  # the new checkpoint is there all the same
             say(f"  an old checkpoint could not be deleted: {error.what} ({error.where})")
 

@@ -15,13 +15,13 @@ from rcnn.config import PipelineConfig
 from rcnn.data.augment import Augmentation
 from rcnn.data.batches import RowSource
 from rcnn.data.loader import Rows, TrainingData, load_training_data
-from rcnn.errors import TrainingError
 from rcnn.progress import say
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
 from rcnn.train.checkpoint_store import CheckpointStore
 from rcnn.train.execution import Execution, choose_device, choose_execution, prepare
 from rcnn.train.pace import Forecast, Pace
+from rcnn.train.roll_back import Diverged, RollBack
 from rcnn.train.shares import SharedSteps
 from rcnn.train.step import PlainSteps, Steps, process_group
 
@@ -75,7 +75,8 @@ def fit(
         The state at the end; its `best` has the weights to use.
 
     Raises:
-        TrainingError: the loss is no longer a number, or the checkpoint was made with another data set.
+        Diverged: the loss is no longer a number, and training is not to go back, or has too often.
+        TrainingError: the checkpoint was made with another data set.
         ClusterError: the last checkpoint cannot be written.
         Stopped: it was asked to.
         DataError: there are fewer rows than one batch.
@@ -86,6 +87,7 @@ def fit(
     execution = choose_execution(config, device, num_steps=_num_steps(config, data))
     say(f"  {execution}")
     steps = steps_of(state, data.train, execution)
+    roll_back = RollBack(state, checkpoints)
     _resume(state, checkpoints, steps.num_steps)
     val = data.val.to(device) if isinstance(data.val, Rows) else data.val
     pace = Pace(
@@ -101,7 +103,7 @@ def fit(
     )
     save = _Saver(state, checkpoints, pace, minutes=config.execution.checkpoint_minutes, is_stopping=is_stopping)
     try:
-        _train(state, steps, val, pace, save, report, on_progress)
+        _train(state, steps, val, pace, save, roll_back, report, on_progress)
     except BaseException:
         if checkpoints is not None:
             checkpoints.settle()  # else the end of the process would take a checkpoint that is being written
@@ -117,16 +119,24 @@ def _train(
     val: RowSource,
     pace: Pace,
     save: "_Saver",
+    roll_back: RollBack,
     report: Report,
     on_progress: Callable[[float], None],
 ) -> None:
     """The epochs that are left, or those for which there is time."""
     while state.epoch < state.config.train.epochs and not (state.history and pace.is_over()):
-        metrics = train_epoch(state, steps, pace, on_progress, after_step=save.if_due)
+        roll_back.begin()
+        try:
+            metrics = train_epoch(state, steps, pace, on_progress, after_step=save.if_due)
+        except Diverged as error:
+            roll_back.go_back(error)
+            continue
         is_whole = state.step == steps.num_steps
         if not is_whole:
             save.now()
         metrics |= validate(steps, val, pace)
+        if state.roll_backs:
+            metrics["train/roll_backs"] = state.roll_backs
         metrics["epoch"] = state.epoch + (1 if is_whole else round(state.step / steps.num_steps, 3))
         state.note_metrics(metrics)
         state.seconds = pace.seconds
@@ -233,7 +243,7 @@ def train_epoch(
     """Trains from `state.step` to the end of the epoch, or until the time is up; returns the metrics of the epoch so far.
 
     Raises:
-        TrainingError: the loss is no longer a number.
+        Diverged: the loss is no longer a number.
     """
     first_step = state.step
     if first_step == 0:
@@ -265,7 +275,7 @@ def train_epoch(
 
 def _require_finite(loss: float, state: TrainState) -> None:
     if not math.isfinite(loss):
-        raise TrainingError(
+        raise Diverged(
             f"the training loss is {loss} in epoch {state.epoch + 1}, by step {state.step}",
             where=f"train.learning_rate = {state.config.train.learning_rate}",
             remedy="Lower it by a factor of 3 to 10",

@@ -80,6 +80,13 @@ class Schedule:
         if self._plateau is not None:
             self._plateau.step(val_error)
 
+    def lower(self, factor: float) -> None:
+        """Multiplies the rate, and all that the schedule computes later ones from. The optimizer's state keeps that."""
+        for group in self._optimizer.param_groups:
+            for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+                if name in group:
+                    group[name] *= factor
+
     def state_dict(self) -> dict[str, Any]:
         """The state of the schedule, in plain values."""
         return (self._plateau or self._one_cycle).state_dict()  # type: ignore[union-attr,no-any-return]

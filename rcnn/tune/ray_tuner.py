@@ -6,8 +6,8 @@ interrupted or extended search starts Ray Tune with what is left. Tune's own fol
 """
 
 import logging
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rcnn.ray_session import ensure_ray, require_room  # isort: skip  (sets what
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
@@ -128,6 +129,7 @@ class _Search:
                          num_rows=self.num_rows) as screen,
             following(self.board, {"trial": lambda note: self._note_epoch(screen, *note), "end": self._note_end}) as self.fatal,
             scratch(self.target) as folder,
+            _credentials_kept_here(),
         ):  # fmt: skip
             if self.target.lease:
                 self.target.lease.on_lost = self.fatal.append
@@ -252,6 +254,21 @@ def _tuner(
             verbose=0,
         ),
     )
+
+
+@contextmanager
+def _credentials_kept_here() -> Iterator[None]:
+    """Keeps Ray Tune from handing on the driver's AWS keys: it does so in the trials' command lines, where `ps` shows them.
+
+    Trials on our own Ray have the driver's variables all the same. The nodes of a cluster need credentials of their own anyway,
+    since Ray Train hands none on.
+    """
+    credentials = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE -= credentials
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE |= credentials
 
 
 def _name_of(trial: Any) -> str:

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import ClusterError, ConfigError
 from rcnn.recipes import debug_tiny
-from rcnn.registry import mlflow_store
+from rcnn.registry import mlflow_store, register
 from rcnn.registry.answers import remember_model
 from rcnn.registry.register import run_register
-from rcnn.results import EvaluateResult, IngestResult, TrainResult
+from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import tracking_uri
 from rcnn.train.checkpoint import build_classifier, save_model
@@ -117,6 +118,36 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
     assert [(row["version"], row["aliases"]) for row in versions] == [
         ("4", "challenger"), ("3", "champion"), ("2", ""), ("1", "")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("meets", ["judge", "set_alias", "promoted_since"])
+@pytest.mark.parametrize(("errors", "best"), [((0.4, 0.3), 2), ((0.3, 0.4), 1)])
+def test_of_two_that_register_at_once_the_better_one_is_champion(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult, monkeypatch: pytest.MonkeyPatch,
+    meets: str, errors: tuple[float, float], best: int,
+) -> None:  # fmt: skip
+    """The second registers as a whole while the first is about to judge, to take the alias, or to look for others."""
+    target = StageFolder(Storage(config.storage), "runs/register")
+    runs = [trained(config, digits_storage, digits, seed) for seed in (1, 2)]
+    second: list[RegisterResult] = []
+    home = register if meets == "judge" else mlflow_store
+    original = getattr(home, meets)
+
+    def meet(*arguments: Any) -> Any:
+        monkeypatch.setattr(home, meets, original)
+        second.append(run_register(config, runs[1], evaluated(errors[1]), target))
+        return original(*arguments)
+
+    monkeypatch.setattr(home, meets, meet)
+    first = run_register(config, runs[0], evaluated(errors[0]), target)
+    assert (first.version, second[0].version) == (1, 2)
+    champion = mlflow_store.champion_of(config)
+    assert champion is not None
+    assert champion.version == best
+    if first.alias == "challenger":
+        assert first.reason.startswith(
+            "version 2, registered meanwhile, is better: 30.00 % test error against 40.00 % (version 1)"
+        )
 
 
 @pytest.mark.parametrize("config", ["sqlite"], indirect=True)

@@ -311,6 +311,56 @@ def test_a_loss_that_is_no_number_is_an_error_with_a_remedy(tiny_config: Pipelin
         fit(config, data, ignore)
 
 
+DIVERGES = {
+    "train.learning_rate": 10, "train.weight_decay": 5, "train.clip_norm": 0, "train.batch_size": 8,
+    "train.on_divergence": "roll_back",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "one_cycle"])
+def test_training_that_diverges_goes_back_and_on_with_a_lower_rate(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, schedule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config.with_settings(DIVERGES | {"train.epochs": 4, "train.schedule": schedule})
+    with caplog.at_level("INFO", "rcnn"):
+        whole = fit(config, data, ignore)
+    lines = [each.message for each in caplog.records if "going back to the start of epoch" in each.message]
+    count = whole.roll_backs
+    assert len(lines) == count > 0
+    assert lines[-1].endswith(f"with a third of the learning rate ({count} of at most 5 times)")
+    assert whole.history[-1]["train/roll_backs"] == count
+    assert len(whole.history) == 4
+    if schedule == "plateau":
+        assert whole.history[-1]["learning_rate"] == pytest.approx(10 / 3**count)
+    calm = tiny_config.with_settings({"train.epochs": 1})
+    assert "train/roll_backs" not in fit(calm, data, ignore).history[-1]
+
+
+@pytest.mark.parametrize("stop", [(1, 2), (2, 3)])
+def test_a_run_that_is_stopped_near_its_divergence_ends_with_the_same_bits(
+    tiny_config: PipelineConfig,
+    data: TrainingData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: tuple[int, int],
+) -> None:
+    config = tiny_config.with_settings(DIVERGES | {"train.epochs": 3})
+    whole = fit(config, data, ignore)
+    with monkeypatch.context() as patched:
+        stop_at(*stop, patched)
+        limited = fit(config, data, ignore, checkpoints=store_in(tmp_path), max_seconds=1e6)
+    assert limited.step == stop[1]  # a checkpoint within an epoch that diverges, or after it went back
+    resumed = fit(config, data, ignore, checkpoints=store_in(tmp_path))
+    assert resumed.roll_backs == whole.roll_backs > 0
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_training_that_goes_on_diverging_ends(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    config = tiny_config.with_settings(DIVERGES | {"train.weight_decay": 1000, "train.momentum": 0.99})
+    with pytest.raises(TrainingError, match=r"It was lowered 5 times: lower it by a factor of 3 to 10"):
+        fit(config, data, ignore)
+
+
 def test_wrong_batch_device_and_checkpoints_are_named(
     tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path
 ) -> None:
