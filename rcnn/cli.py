@@ -122,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("A", "B"),
         help="what differs between two recipes, files, or runs (a folder, or its name in the storage)",
     )
+    doctor = _add(
+        commands, "doctor", _doctor, "check storage, Ray, MLflow, Prefect, and what killed runs left", config=True
+    )
+    doctor.add_argument("--mend", action="store_true", help="end what killed runs left: leases, MLflow runs")
+    collect = _add(commands, "gc", _gc, "list what no result refers to, and delete it if asked to", config=True)
+    collect.add_argument("--delete", action="store_true", help="delete what is listed")
+    collect.add_argument("--days", type=float, default=7.0, help="leave what changed in so many days (default: 7)")
     _add(commands, "recipes", _recipes, "list the named configs, with what each costs and reaches")
     _add(commands, "sources", _sources, "list the data sets, with what each needs")
     completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")
@@ -402,6 +409,47 @@ def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str,
 
     remember_model(config, name)
     print(f"{name} version {options.promote} is now the champion")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    config = _resolve(options)
+    from rcnn.doctor import examine
+
+    num_faults = 0
+    for finding in examine(config):
+        mended = ""
+        if finding.mend and options.mend:
+            finding.mend()
+            mended = ": ended"
+        is_fault = bool(finding.remedy and not mended)
+        num_faults += is_fault
+        remedy = f". {finding.remedy}" if is_fault else ""
+        print(
+            printable(f"{'FAULT' if is_fault else 'ok':6}{finding.part:10} {finding.text}{mended}{remedy}"), flush=True
+        )
+    print(f"{num_faults} {'fault' if num_faults == 1 else 'faults'}" if num_faults else "all is sound")
+    return 2 if num_faults else 0
+
+
+def _gc(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.gc import find_leftovers
+    from rcnn.storage import Storage
+
+    Storage(config.storage).require_readable()
+    found = list(find_leftovers(config, days=options.days))
+    if not found:
+        print(printable(f"nothing in {config.storage} can go that has not changed for {options.days:g} days"))
+        return
+    rows = [
+        {"what": each.what, "where": each.place, "MB": f"{each.num_bytes / 1e6:,.1f}", "days": f"{each.days:.0f}"}
+        for each in found
+    ]
+    _print_table(rows, title=printable(f"left over in {config.storage}"))
+    for each in found if options.delete else ():
+        each.delete()
+    megabytes = sum(each.num_bytes for each in found) / 1e6
+    print(f"{megabytes:,.1f} MB " + ("are deleted" if options.delete else "can go: `rcnn gc --delete` deletes them"))
 
 
 def _data_list(options: argparse.Namespace) -> None:

@@ -23,9 +23,9 @@ UNCOUNTED = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
         "conditional", "config", "data.sources", "errors", "keys", "lease", "model.networks", "progress", "ranges",
-        "ray_board", "ray_session", "recipes", "results", "section", "settings", "signals", "stages", "storage", "text",
-        "tracking", "train.checkpoint_store", "train.elastic", "train.ray_workers", "tune.attempt", "tune.plots",
-        "tune.resources", "tune.screen",
+        "ray_board", "ray_nodes", "ray_session", "recipes", "results", "section", "settings", "signals", "stages",
+        "storage", "text", "tracking", "train.checkpoint_store", "train.elastic", "train.ray_workers",
+        "tune.attempt", "tune.plots", "tune.resources", "tune.screen",
     )
 )  # fmt: skip
 
@@ -50,6 +50,12 @@ def code_of(modules: Iterable[str]) -> Code:
         found[name] = _digest_of(name)
         waiting += _imports_of(name)
     return dict(sorted(found.items()))
+
+
+def modules_of_the_package() -> list[str]:
+    """The names of all modules."""
+    files = (file.relative_to(ROOT.parent).with_suffix("") for file in Path(__file__).parent.rglob("*.py"))
+    return [".".join(file.parts).removesuffix(".__init__") for file in files]
 
 
 def differing(ours: Code, theirs: Code) -> list[str]:

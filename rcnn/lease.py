@@ -46,6 +46,7 @@ class Holder:
         beat: how often it was renewed.
         host, pid, started: the process, and when it was started (pids are used again).
         seen: when it was last renewed, by the holder's clock, for people to read.
+        work: the folder.
     """
 
     token: str = ""
@@ -54,9 +55,17 @@ class Holder:
     pid: int = 0
     started: float = 0.0
     seen: str = ""
+    work: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+    @property
+    def seems_alive(self) -> bool:
+        """Whether it is thought to be at work: where another machine's clock must be trusted, within an hour."""
+        if self.is_gone or self.host == socket.gethostname():
+            return not self.is_gone
+        return datetime.now(UTC) - datetime.fromisoformat(self.seen) < timedelta(hours=1)
 
     @property
     def is_gone(self) -> bool:
@@ -131,17 +140,26 @@ def held(target: StageFolder, *, waits: bool = True) -> Iterator[StageFolder]:
 
 
 def is_held(storage: Storage, name: str) -> bool:
-    """Whether somebody seems to be at work on a folder; where another machine's clock must be trusted, by an hour.
+    """Whether somebody seems to be at work on a folder (see `Holder.seems_alive`).
 
     Raises:
         ClusterError: the storage cannot be read.
     """
-    if not conditional.can_swap(storage):
-        return False
-    holder, _ = read_holder(storage, name)
-    if holder.is_gone or holder.host == socket.gethostname():
-        return not holder.is_gone
-    return datetime.now(UTC) - datetime.fromisoformat(holder.seen) < timedelta(hours=1)
+    return conditional.can_swap(storage) and read_holder(storage, name)[0].seems_alive
+
+
+def all_holders(storage: Storage) -> list[Holder]:
+    """The holders in all records of a storage, dead ones included."""
+    files = storage.list_sizes(FOLDER) if conditional.can_swap(storage) else {}
+    holders = [_parsed(conditional.read(storage, f"{FOLDER}/{file}")[0]) for file in files if file.endswith(".json")]
+    return [holder for holder in holders if holder.token]
+
+
+def break_lease(storage: Storage, holder: Holder) -> None:
+    """Frees the lease of a holder that is dead, if nobody has taken it since."""
+    found, version = read_holder(storage, holder.work)
+    if found == holder:
+        _write(storage, holder.work, Holder(), version)
 
 
 def read_holder(storage: Storage, name: str) -> tuple[Holder, str]:
@@ -151,9 +169,13 @@ def read_holder(storage: Storage, name: str) -> tuple[Holder, str]:
         ClusterError: the storage cannot be read.
     """
     text, version = conditional.read(storage, _file(name))
+    return _parsed(text), version
+
+
+def _parsed(text: str) -> Holder:
     with suppress(ValueError, TypeError):
-        return Holder(**parse_json(text)), version
-    return Holder(), version
+        return Holder(**parse_json(text))
+    return Holder()
 
 
 def _file(name: str) -> str:
@@ -166,7 +188,7 @@ def _write(storage: Storage, name: str, holder: Holder, version: str) -> str | N
 
 def _take(target: StageFolder, waits: bool) -> tuple[Holder, str]:
     """Takes the lease once it is free or its holder dead. Returns this process as the holder, and the record's version."""
-    mine, watch = _this_process(), _Watch()
+    mine, watch = _this_process(target.name), _Watch()
     while True:
         other, version = read_holder(target.storage, target.name)
         watch.look(other)
@@ -185,9 +207,9 @@ def _take(target: StageFolder, waits: bool) -> tuple[Holder, str]:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _this_process() -> Holder:
+def _this_process(work: str) -> Holder:
     started = psutil.Process().create_time()
-    return Holder(uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), started=started).renewed()
+    return Holder(uuid.uuid4().hex, 0, socket.gethostname(), os.getpid(), started, work=work).renewed()
 
 
 class _Watch:

@@ -1,7 +1,6 @@
 """Ray itself: started or joined, big enough, with a storage that all nodes see."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 # Ray reads these when it is imported. Reports take 0.1 s instead of 2; the others end noise on the driver's screen, and
@@ -20,12 +19,17 @@ from ray._private import ray_constants
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.progress import say
+from rcnn.ray_nodes import require_alike, require_one_machine
 from rcnn.storage import Storage
-from rcnn.tracking import needs_server
 
 
-def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
-    """Starts Ray on this machine, or joins the cluster that this process is in; a second call does nothing.
+def ensure_ray(config: PipelineConfig, storage: Storage, *, looks_at_nodes: bool = True) -> None:
+    """Starts Ray on this machine, or joins the cluster that this process is in; a second call starts nothing.
+
+    Args:
+        config: `ray.address` says which.
+        storage: what all nodes must see.
+        looks_at_nodes: whether to check the nodes of a cluster; see `ray_nodes.require_alike`.
 
     Raises:
         ClusterError: there is no such cluster, or not all of its nodes see the storage.
@@ -56,59 +60,15 @@ def ensure_ray(config: PipelineConfig, storage: Storage) -> None:
                 remedy="Start it with `make up`, or leave the setting empty to start Ray here",
                 retryable=True,
             ) from error
-    hosts = {node["NodeManagerAddress"] for node in _nodes()}
-    if len(hosts) > 1 and not config.tracking.uri:
-        raise needs_server(f"Ray on {len(hosts)} machines")
-    _require_shared(storage)
+    require_one_machine(config.tracking.uri)
+    if looks_at_nodes:
+        require_alike(storage)
 
 
 def _stay_on_loopback() -> None:
     """On Linux Ray opens its ports to the network, unless it thinks itself unable to form clusters, as on macOS."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that Ray starts
     ray_constants.ENABLE_RAY_CLUSTER = False  # read from there when ray was imported
-
-
-def _require_shared(storage: Storage) -> None:
-    """Every node must see what another one writes; asked before anything long starts."""
-    if not storage.is_local or len(_nodes()) == 1:
-        return
-    mark = f".seen-by-all-{os.getpid()}"
-    storage.write_text(mark, "")
-    try:
-        require_seen(storage.local_path(mark), setting="storage")
-    finally:
-        storage.local_path(mark).unlink()
-
-
-def require_seen(path: Path, *, setting: str) -> None:
-    """Checks that every node sees a path.
-
-    Raises:
-        ClusterError: one does not, or does not answer.
-    """
-    nodes = _nodes()
-    if len(nodes) == 1:
-        return
-    sees = ray.remote(num_cpus=0)(os.path.exists)
-    answers = {
-        f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": sees.options(
-            label_selector={"ray.io/node-id": node["NodeID"]}
-        ).remote(str(path))
-        for node in nodes
-    }
-    ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=60)
-    blind = [name for name, answer in answers.items() if answer not in ready or not ray.get(answer)]
-    if blind:
-        raise ClusterError(
-            f"node {blind[0]} does not see it ({len(blind)} of {len(nodes)} nodes do not)",
-            where=f"{setting} = {path}",
-            remedy=f"Set {setting} to a folder that all nodes mount, or to a URI such as s3://bucket/prefix",
-            retryable=True,
-        )
-
-
-def _nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def node_here(config: PipelineConfig) -> dict[str, float]:

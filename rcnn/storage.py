@@ -9,6 +9,8 @@ The file that marks a piece of work as finished is written last.
 
 import json
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -188,6 +190,18 @@ class Storage:
             infos = self.filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == fs.FileType.File}
 
+    def usage(self, name: str) -> tuple[int, float]:
+        """The bytes below a folder, and when it last changed, in seconds since 1970; of an empty one, now."""
+        from pyarrow import fs
+
+        with self.reading(name):
+            infos = self.filesystem.get_file_info(
+                fs.FileSelector(self.path(name), recursive=True, allow_not_found=True)
+            )
+        files = [info for info in infos if info.type == fs.FileType.File]
+        changed = max((info.mtime.timestamp() for info in files), default=time.time())
+        return sum(info.size for info in files), changed
+
     def list_folders(self, name: str) -> list[str]:
         """The names of the folders in a folder, sorted; none where there is no such folder."""
         from pyarrow import fs
@@ -209,6 +223,22 @@ class Storage:
                 where=self.uri(name),
                 remedy="Another process removed or changed it: run the same command again",
                 retryable=True,
+            )
+
+    def require_free(self, num_bytes: int) -> None:
+        """Checks that a local root has so much room left; of an object store nothing is known.
+
+        Raises:
+            ClusterError: it does not.
+        """
+        if not self.is_local or not os.path.isdir(self.root):
+            return
+        free = shutil.disk_usage(self.root).free
+        if free < num_bytes:
+            raise ClusterError(
+                f"has {free / 1e9:,.1f} GB free, and {num_bytes / 1e9:,.1f} GB are needed",
+                where=self.root,
+                remedy="Free some space, or set storage elsewhere",
             )
 
     def require_readable(self) -> None:

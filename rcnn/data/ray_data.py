@@ -5,14 +5,14 @@ import pickle
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
-from rcnn.ray_session import ensure_ray, require_seen  # isort: skip  (sets what Ray reads)
-
+from rcnn.ray_session import ensure_ray  # isort: skip  (sets what Ray reads)
 import ray.data
 from ray.exceptions import RayError
 
 from rcnn.config import PipelineConfig
 from rcnn.data.sources.origin import without_pattern
 from rcnn.errors import ClusterError
+from rcnn.ray_nodes import require_seen
 from rcnn.storage import Storage
 
 Job = TypeVar("Job")

@@ -36,12 +36,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, DataError
+from rcnn.lease import all_holders
 from rcnn.registry.gate import CHAMPION, Standing
 from rcnn.storage import Storage
 from rcnn.tracking import STORE, experiment_name, has_store, model_name, tracking_uri
 
 PARENT_TAG = "mlflow.parentRunId"
-KEY_TAG = "rcnn.stage_key"
+KEY_TAG, STORAGE_TAG = "rcnn.stage_key", "rcnn.storage"
 DATA_SET_TAG = "rcnn.data_set"  # of a registered model: marks those of this project
 PROMOTION_TAG, UNDER_WAY = "rcnn.newest_when_promoted", "under way"  # of a version
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
@@ -138,7 +139,13 @@ def open_run(
     with _reachable(config):
         client = _connect(config)
         experiment_id = _experiment(client, config)
-        labels = {KEY_TAG: key, "rcnn.config_hash": config.hash(), "rcnn.recipe": config.recipe, **(tags or {})}
+        labels = {
+            KEY_TAG: key,
+            STORAGE_TAG: config.storage,
+            "rcnn.config_hash": config.hash(),
+            "rcnn.recipe": config.recipe,
+            **(tags or {}),
+        }
         if parent_run_id:
             labels[PARENT_TAG] = parent_run_id
         if commit := git_commit():
@@ -155,6 +162,74 @@ def open_run(
         tracker = MlflowTracker(config, client, experiment_id, run.info.run_id)
         tracker.log_params(_flat(config.model_dump(mode="json", exclude={"ray", "tracking"})))
         return tracker
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A run of a stage: its id, its name, the stage's folder, and when it ended, in seconds since 1970."""
+
+    run_id: str
+    name: str
+    key: str
+    ended: float = 0.0
+
+
+def runs_of(config: PipelineConfig, storage: Storage) -> list[StageRun]:
+    """The runs of stages in this storage that have ended, without those that a registered version came from."""
+    with _reachable(config):
+        client = _connect(config)
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        where = f"tags.`{STORAGE_TAG}` = '{storage.root}' and attributes.status != 'RUNNING'"
+        found = client.search_runs(experiments, where) if experiments else []
+        kept = {
+            version.run_id
+            for name in list_models(config)
+            for version in client.search_model_versions(f"name = '{name}'")
+        }
+    return [
+        StageRun(
+            run.info.run_id,
+            run.info.run_name,
+            run.data.tags[KEY_TAG],
+            (run.info.end_time or run.info.start_time) / 1000,
+        )
+        for run in found
+        if run.info.run_id not in kept and "/" in run.data.tags[KEY_TAG]
+    ]
+
+
+def delete_run(config: PipelineConfig, run_id: str) -> None:
+    """Deletes a run, which MLflow's own tools can restore until `mlflow gc`."""
+    with _reachable(config):
+        _connect(config).delete_run(run_id)
+
+
+def runs_without_a_process(config: PipelineConfig) -> list[StageRun]:
+    """The runs of stages that are marked as running while nobody holds the stage's lease, and those above them."""
+    storage = Storage(config.storage)
+    at_work = {holder.work for holder in all_holders(storage) if holder.seems_alive}
+    with _reachable(config):
+        client = _connect(config)
+        experiments = [each.experiment_id for each in client.search_experiments() if each.name.startswith("rcnn/")]
+        running = client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []
+    keyed = [
+        StageRun(run.info.run_id, run.info.run_name, run.data.tags[KEY_TAG])
+        for run in running
+        if KEY_TAG in run.data.tags
+    ]
+    # The run of a pipeline has no lease of its own: it is left to itself while any stage is at work.
+    return [run for run in keyed if (run.key not in at_work if "/" in run.key else not at_work)]
+
+
+def end_run(config: PipelineConfig, run_id: str) -> None:
+    """Marks a run that nobody works on, and those under it, as killed."""
+    with _reachable(config):
+        client = _connect(config)
+        experiment = client.get_run(run_id).info.experiment_id
+        where = f"tags.`{PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"
+        for run in client.search_runs([experiment], where):
+            client.set_terminated(run.info.run_id, "KILLED")
+        client.set_terminated(run_id, "KILLED")
 
 
 def has_run(config: PipelineConfig, run_id: str) -> bool:

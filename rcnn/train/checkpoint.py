@@ -60,6 +60,12 @@ class TrainState:
         """The model to evaluate: the averaged weights if averaging is on."""
         return self.averaged.module if self.averaged is not None else self.model  # type: ignore[return-value]
 
+    @property
+    def num_bytes(self) -> int:
+        """About what a checkpoint takes: the weights, their momentum, the best ones, and the average."""
+        weights: int = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
+        return weights * (4 if self.averaged is not None else 3)
+
     def note_metrics(self, metrics: dict[str, float]) -> None:
         """Adds an epoch's metrics to the history; keeps the weights if they are the best so far."""
         self.history.append(metrics)

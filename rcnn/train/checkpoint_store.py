@@ -64,6 +64,17 @@ class CheckpointStore:
         self._finish_last()
         self._writing = self._writer.submit(self._write, snapshot)
 
+    def require_space(self, num_bytes: int) -> None:
+        """Checks that there is room for all that are kept, the one that is being written, and the model.
+
+        Args:
+            num_bytes: of one.
+
+        Raises:
+            ClusterError: there is not.
+        """
+        self._target.storage.require_free((self._keep + 3) * num_bytes)
+
     def close(self) -> None:
         """Waits for the last checkpoint.
 

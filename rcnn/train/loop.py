@@ -88,6 +88,8 @@ def fit(
     say(f"  {execution}")
     steps = steps_of(state, data.train, execution)
     roll_back = RollBack(state, checkpoints)
+    if checkpoints is not None and process_group()[0] == 0:
+        checkpoints.require_space(state.num_bytes)
     _resume(state, checkpoints, steps.num_steps)
     val = data.val.to(device) if isinstance(data.val, Rows) else data.val
     pace = Pace(

@@ -1,0 +1,94 @@
+"""`rcnn gc`: finds what no result and no running work refers to, and deletes it if asked to.
+
+In: a config, which names the storage and MLflow. Out: leftovers, each with its size, age and reason. Nothing that somebody
+holds a lease on is one, nor anything that changed in the last days.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from rcnn.config import PipelineConfig
+from rcnn.data.ingest import DRAFT_PREFIX
+from rcnn.lease import is_held
+from rcnn.registry.mlflow_store import delete_run, runs_of
+from rcnn.stages import STAGES
+from rcnn.storage import RESULT, Storage
+from rcnn.tracking import has_store
+
+DAYS = 7.0
+JOBS = "runs/jobs"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something to delete.
+
+    Attributes:
+        what: why it is of no use.
+        place: a folder in the storage, or an MLflow run.
+        num_bytes: its size; of a run in MLflow, 0.
+        days: since its last change.
+        delete: deletes it. A run in MLflow can be restored with its own tools.
+    """
+
+    what: str
+    place: str
+    num_bytes: int
+    days: float
+    delete: Callable[[], None]
+
+
+def find_leftovers(config: PipelineConfig, *, days: float = DAYS) -> Iterator[Leftover]:
+    """Everything in the storage and in MLflow that can go.
+
+    Args:
+        config: names the storage and MLflow.
+        days: how long it must not have changed.
+
+    Raises:
+        ClusterError: the storage or MLflow cannot be read.
+    """
+    storage = Storage(config.storage)
+    for what, folder in _candidates(storage):
+        num_bytes, changed = storage.usage(folder)
+        age = (time.time() - changed) / 86400
+        if age >= days:
+            yield Leftover(what, folder, num_bytes, age, partial(storage.delete, folder))
+    if has_store(config):
+        for run in runs_of(config, storage):
+            age = (time.time() - run.ended) / 86400
+            if age >= days and not storage.exists(run.key):
+                what = "MLflow run whose files are gone, and which has no registered model"
+                yield Leftover(what, f"{run.name} ({run.run_id[:8]})", 0, age, partial(delete_run, config, run.run_id))
+
+
+def _candidates(storage: Storage) -> Iterator[tuple[str, str]]:
+    """Reasons and folders, whatever their age."""
+    for name in storage.list_folders("datasets"):
+        if name.startswith(DRAFT_PREFIX) and not is_held(storage, f"datasets/{name.removeprefix(DRAFT_PREFIX)}"):
+            yield "data set that was never finished", f"datasets/{name}"
+    for parent in sorted({stage.folder for stage in STAGES.values()} - {"datasets"}):
+        for name in storage.list_folders(parent):
+            folder = f"{parent}/{name}"
+            if folder != JOBS and not is_held(storage, folder):
+                yield from _within(storage, folder)
+    for name in storage.list_folders(JOBS):
+        yield "note of a Ray job", f"{JOBS}/{name}"
+
+
+def _within(storage: Storage, folder: str) -> Iterator[tuple[str, str]]:
+    """What can go of a stage's folder: all, if the stage never finished, or what only unfinished work needs."""
+    try:
+        result = storage.read_json(f"{folder}/{RESULT}")
+    except ValueError:
+        result = None
+    if not isinstance(result, dict):
+        yield "work that was never finished", folder
+        return
+    for name in storage.list_folders(folder):
+        if name == "checkpoints" and not result.get("limit_minutes"):
+            yield "checkpoints of a finished training", f"{folder}/{name}"
+        elif name == "ray" or name.startswith("ray-"):
+            yield "what Ray left of a killed attempt", f"{folder}/{name}"
