@@ -123,7 +123,10 @@ def _failure_of_notes(config: PipelineConfig) -> ClusterError | None:
     if outbox.flush():
         return None
     return outbox.failure or ClusterError(
-        "MLflow is slow", where=f"tracking.uri = {config.tracking.uri}", remedy="Check the server", retryable=True
+        "MLflow has not taken all notes yet",
+        where=f"tracking.uri = {config.tracking.uri}",
+        remedy="Check the server",
+        retryable=True,
     )
 
 
@@ -168,6 +171,8 @@ class Outbox:
 
     def flush(self) -> bool:
         """Has all notes sent now. False where MLflow fails, or takes no note for `SECONDS_TO_TAKE_A_NOTE`."""
+        import rcnn.registry.mlflow_store  # noqa: F401  (not in the thread: it takes seconds, and they would count)
+
         with self._changed:
             self._num_asked += 1
             asked, failures = self._num_asked, self._num_failures
@@ -243,9 +248,12 @@ class Outbox:
 
     def _read(self, file: str) -> Any:
         try:
-            return self._storage.read_json(file)
+            note = self._storage.read_json(file)
         except ValueError as error:
             raise DataError(f"it is not a note ({error})") from error
+        if note is not None and not (isinstance(note, dict) and note.keys() >= {"kind", "run", "experiment", "time"}):
+            raise DataError("it is not a note")
+        return note
 
     def _write(self, note: Mapping[str, Any], folder: str) -> None:
         from rcnn.registry.mlflow_store import RunWriter
