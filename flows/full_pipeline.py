@@ -71,12 +71,12 @@ def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
     if not fresh and finished_pipeline(config) is not None:
         yield Parent()
         return
-    from rcnn.registry.mlflow_store import open_run
+    from rcnn.registry.runs import open_run
 
     tags = {FLOW_RUN_TAG: str(flow_run.id)} if flow_run.id else {}
     tracker = open_run(config, "pipeline", key=pipeline_key(config), tags=tags, fresh=fresh)
     try:
-        yield Parent(tracker.run_id, tuple(tags.items()))
+        yield Parent(tracker.id, tuple(tags.items()))
     except BaseException:
         finish_failed(tracker)
         raise

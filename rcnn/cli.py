@@ -193,6 +193,7 @@ def _resolve(options: argparse.Namespace) -> Any:
 def _pipeline(options: argparse.Namespace) -> None:
     config = _resolve(options)
     from rcnn.progress import say
+    from rcnn.registry.outbox import send_waiting
     from rcnn.stages import finished_pipeline, nothing_to_do, stage_folder
     from rcnn.summary import print_summary
 
@@ -203,6 +204,7 @@ def _pipeline(options: argparse.Namespace) -> None:
     for name in results:
         say(nothing_to_do(name, stage_folder(config, name, results)))
     say("pipeline: every stage is done, so no flow run was started")
+    send_waiting(config)
     print_summary(config, {name: result.model_dump(mode="json") for name, result in results.items()})
 
 

@@ -468,6 +468,12 @@ class TrackingConfig(Section):
         "", max_length=MAX_PATH, description="MLflow tracking URI; empty: mlflow.db (SQLite) in the storage."
     )
     experiment: str = Field("", max_length=400, description="Experiment; empty: rcnn/<data set>.")
+    wait_minutes: float = Field(
+        10.0,
+        ge=0,
+        le=MAX_MINUTES,
+        description="How long `register` waits for an MLflow that is away, before it fails; nothing else waits.",
+    )
     model_name: str = Field(
         "",
         pattern=r"^[^/:'\"]*$",  # MLflow takes no / or : here, and its searches no quotes

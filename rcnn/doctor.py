@@ -166,8 +166,8 @@ def _answers(url: str, setting: str, remedy: str) -> bytes:
     except ValueError as error:
         raise ConfigError(str(error), where=f"{setting} = {url}", remedy=remedy) from error
     except OSError as error:
-        cause = getattr(error, "reason", error)
-        reason = os.strerror(cause.errno) if getattr(cause, "errno", None) else cause
+        cause = getattr(error, "reason", error)  # urllib wraps it
+        reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else cause
         raise ClusterError(f"does not answer ({reason})", where=f"{setting}, {url}", remedy=remedy) from error
 
 

@@ -74,7 +74,7 @@ def following(board: Any, handlers: Mapping[str, Callable[[Any], None]]) -> Iter
     """Hands each note to the handler of its kind while the body runs. Yields the list of fatal errors, which grows.
 
     A note of kind "fault" holds an error that ended one worker, and "fatal" one that ended them all. A handler that fails
-    for a reason that may pass (MLflow is away, say) gets the same note again a little later.
+    for a reason that may pass (the storage cannot be written, say) gets the same note again a little later.
 
     Raises:
         RcnnError: where the body fails, the first error that a worker left, in place of what Ray made of it; where it

@@ -21,6 +21,7 @@ class StageResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mlflow_run_id: str = ""
+    """Empty: MLflow was away when the stage ended; the tag `rcnn.stage_key` finds the run."""
     seconds: float = 0.0
     """Of this stage, since the last resumption; 0: made before this was kept."""
     predicted_seconds: float = 0.0
@@ -215,7 +216,7 @@ class TrainResult(StageResult):
             **({"ended early": self.unfinished} if self.unfinished else {}),
             "memory": self.memory,
             "model": locate(f"{self.folder}/model"),
-            "MLflow run": self.mlflow_run_id,
+            "MLflow run": self.mlflow_run_id or f"the one with the tag rcnn.stage_key = {self.folder}",
         }
 
     def figures(self) -> dict[str, str]:

@@ -214,7 +214,7 @@ FORECAST = "rcnn.plan.forecast:forecast_seconds"
 
 @dataclass(frozen=True)
 class Parent:
-    """What a stage's MLflow run hangs under, and the tags that it gets."""
+    """What a stage's MLflow run hangs under (our own id of that run, see `registry/runs.py`), and the tags that it gets."""
 
     run_id: str = ""
     tags: tuple[tuple[str, str], ...] = ()
@@ -393,11 +393,17 @@ def run_pipeline_until(config: PipelineConfig, last: str, *, fresh: bool = False
     results: Results = {}
     for name in planned(config, last):
         results[name] = run_stage(config, name, results, fresh=fresh and name == last)
+    from rcnn.registry.outbox import send_waiting
+
+    send_waiting(config)
     return results
 
 
 def end_pipeline(config: PipelineConfig, results: Results) -> None:
-    """Calls what the stages' rows want done after the last stage, when the run above them has ended too."""
+    """Sends what waits for MLflow, then calls what the stages' rows want done when the run above them has ended too."""
+    from rcnn.registry.outbox import send_waiting
+
+    send_waiting(config)
     for name, result in results.items():
         if STAGES[name].at_end:
             imported(STAGES[name].at_end)(config, result)
@@ -429,7 +435,7 @@ def _check_inputs(config: PipelineConfig, name: str, results: Results) -> None:
 def _run_tracked(
     config: PipelineConfig, name: str, results: Results, target: StageFolder, fresh: bool, parent: Parent
 ) -> StageResult:
-    from rcnn.registry.mlflow_store import open_run
+    from rcnn.registry.runs import open_run
     from rcnn.tracking import NoTracker, finish_failed
 
     stage = STAGES[name]
@@ -438,7 +444,7 @@ def _run_tracked(
     tags = dict(parent.tags)
     for result in results.values():
         tags |= result.tags()
-    tracker = open_run(config, name, key=target.name, parent_run_id=parent.run_id, tags=tags, fresh=fresh)
+    tracker = open_run(config, name, key=target.name, parent=parent.run_id, tags=tags, fresh=fresh)
     try:
         result = _run_timed(config, name, results, target, tracker)
     except LeaseLost:

@@ -5,6 +5,7 @@ The file that marks a piece of work as finished is written last.
 
     <root>/datasets/  data sets, one folder each       <root>/runs/     one folder per stage, Ray Train and Tune included
     <root>/reports/   plots and tables                 <root>/mlflow.db tracking, unless a server is set
+    <root>/outbox/    notes that wait for MLflow
 """
 
 import json
@@ -209,6 +210,14 @@ class Storage:
         with self.reading(name):
             infos = self.filesystem.get_file_info(fs.FileSelector(self.path(name), allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+    def list_files(self, name: str) -> list[str]:
+        """The names of the files in a folder, sorted, without those in its folders; none where there is no such folder."""
+        from pyarrow import fs
+
+        with self.reading(name):
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.path(name), allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
 
     def require_size(self, name: str, num_bytes: int) -> None:
         """Checks that a file exists with all of its bytes.

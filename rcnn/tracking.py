@@ -1,10 +1,11 @@
 """How a stage reports progress, whatever records it.
 
-Stages get a `Tracker` handed in and never import MLflow; `registry/mlflow_store.py` holds the one that writes to it. The
+Stages get a `Tracker` handed in and never import MLflow; `registry/runs.py` holds the one that leads there. The
 driver is the only writer: workers send their numbers to it (so SQLite is enough, and no credential leaves the driver).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -60,16 +61,34 @@ def model_name(config: PipelineConfig) -> str:
     return config.tracking.model_name or f"rcnn-{config.data.dataset}"
 
 
-class Tracker(Protocol):
-    """A run that takes parameters, metrics, tags and files, and may have children."""
+def points_of(history: Sequence[Mapping[str, float]]) -> list[tuple[str, float, int]]:
+    """Name, value and absolute step of each metric of each epoch; the step of an epoch that was cut short is the next one."""
+    return [
+        (name, value, math.ceil(metrics["epoch"]))
+        for metrics in history
+        for name, value in metrics.items()
+        if name != "epoch"
+    ]
 
-    run_id: str
+
+class Tracker(Protocol):
+    """A run that takes parameters, metrics, tags and files, and may have children.
+
+    Where the run has a value of a metric at a step, it keeps that value: what is logged again changes nothing.
+    """
+
+    @property
+    def run_id(self) -> str:
+        """The run's id in MLflow; empty as long as MLflow has not made the run."""
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Stores settings by name."""
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Stores numbers at an absolute step (an epoch)."""
+
+    def log_history(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Stores the metrics of all epochs, in case some were lost with a driver that was killed."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Labels the run."""
@@ -83,15 +102,15 @@ class Tracker(Protocol):
     def child(self, name: str) -> "Tracker":
         """A run under this one."""
 
-    def unfinished_children(self) -> list[str]:
-        """The names of the runs under this one that have not ended."""
+    def close_children(self, ended: Mapping[str, Mapping[str, str]]) -> None:
+        """Ends the runs under this one that have not ended: as finished, with tags, those in `ended`; as failed the others."""
 
     def finish(self, *, failed: bool = False) -> None:
         """Ends the run."""
 
 
 def finish_failed(tracker: Tracker) -> None:
-    """Ends a run whose work failed; if MLflow cannot be reached, the failure itself is still the error to raise."""
+    """Ends a run whose work failed; if the storage cannot be written, the failure itself is still the error to raise."""
     try:
         tracker.finish(failed=True)
     except ClusterError as error:
@@ -101,13 +120,19 @@ def finish_failed(tracker: Tracker) -> None:
 class NoTracker:
     """Listens to nothing: for `fit()` by itself, and for benchmarks."""
 
-    run_id = ""
+    @property
+    def run_id(self) -> str:
+        """None."""
+        return ""
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Drops them."""
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Drops them."""
+
+    def log_history(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Drops it."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Drops them."""
@@ -122,9 +147,8 @@ class NoTracker:
         """Itself."""
         return self
 
-    def unfinished_children(self) -> list[str]:
-        """None."""
-        return []
+    def close_children(self, ended: Mapping[str, Mapping[str, str]]) -> None:
+        """Does nothing."""
 
     def finish(self, *, failed: bool = False) -> None:
         """Does nothing."""

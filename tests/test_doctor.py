@@ -15,6 +15,8 @@ from rcnn.config import PipelineConfig
 from rcnn.doctor import Finding, examine
 from rcnn.lease import Holder, held, is_held
 from rcnn.registry import mlflow_store
+from rcnn.registry.outbox import outbox_of
+from rcnn.registry.runs import open_run
 from rcnn.storage import StageFolder, Storage
 
 pytestmark = pytest.mark.long
@@ -88,7 +90,8 @@ def test_leases_and_runs_of_the_dead_are_mended_and_those_of_the_living_are_not(
     dead = replace(lease._this_process("runs/train-dead"), pid=ended.pid)
     leave_a_lease(storage, dead)
     for key in ("runs/train-dead", "runs/train-living", "runs/train-unknown"):
-        mlflow_store.open_run(config, "train", key=key)
+        open_run(config, "train", key=key)
+    assert outbox_of(config).flush()
     options = ["doctor", "--set", f"storage={config.storage}"]
     with held(StageFolder(storage, "runs/train-living")):
         assert main(options) == 2

@@ -9,7 +9,8 @@ from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.gc import find_leftovers
 from rcnn.lease import held
-from rcnn.registry import mlflow_store
+from rcnn.registry.outbox import outbox_of
+from rcnn.registry.runs import open_run
 from rcnn.storage import StageFolder, Storage
 
 pytestmark = pytest.mark.long
@@ -74,9 +75,10 @@ def test_what_nothing_refers_to_is_listed_and_then_deleted(
 
 def test_runs_in_mlflow_whose_files_are_gone_are_deleted(storage: Storage, config: PipelineConfig) -> None:
     for key in ("runs/train-done", "runs/train-gone"):
-        mlflow_store.open_run(config, "train", key=key).finish()
-    mlflow_store.open_run(config, "train", key="runs/train-running")
-    mlflow_store.open_run(config, "pipeline", key="pipeline-0a1b").finish()
+        open_run(config, "train", key=key).finish()
+    open_run(config, "train", key="runs/train-running")
+    open_run(config, "pipeline", key="pipeline-0a1b").finish()
+    assert outbox_of(config).flush()
     [found] = [each for each in find_leftovers(config, days=0) if "MLflow" in each.what]
     assert found.place.startswith("train (")
     found.delete()

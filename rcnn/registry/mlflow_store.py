@@ -10,8 +10,6 @@ import math
 import os
 import re
 import sqlite3
-import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,13 +23,18 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# Its 7 retries of 120 s each take four minutes where a server refuses connections, and a quarter of an hour where it hangs. The
+# outbox sends a note again, Prefect runs `register` again, and a person sees at once what is wrong.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
 import numpy as np
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos import databricks_pb2
 from sqlalchemy.exc import SQLAlchemyError
 
 from rcnn.config import PipelineConfig
@@ -43,40 +46,152 @@ from rcnn.tracking import STORE, experiment_name, has_store, model_name, trackin
 
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG, STORAGE_TAG = "rcnn.stage_key", "rcnn.storage"
+NOTES_TAG = "rcnn.outbox_runs"
 DATA_SET_TAG = "rcnn.data_set"  # of a registered model: marks those of this project
 PROMOTION_TAG, UNDER_WAY = "rcnn.newest_when_promoted", "under way"  # of a version
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
-MAX_PARAMS = 100  # MLflow's limit for one call
+MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
+MAX_IDS = 100  # of resumptions: a tag has a limit too
+REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
-class MlflowTracker:
-    """A `Tracker` that writes to one MLflow run; every call raises ClusterError where MLflow is out of reach."""
+class RunWriter:
+    """Writes the notes of an outbox (see `outbox.py`) to MLflow. A note that is written twice has the effect of one.
 
-    def __init__(self, config: PipelineConfig, client: MlflowClient, experiment_id: str, run_id: str):
-        self.config, self.client, self.experiment_id, self.run_id = config, client, experiment_id, run_id
+    What the outbox calls a run has an id of ours, since MLflow gives its own only when it makes a run. The tag `NOTES_TAG`
+    holds that id; of a run that was resumed, all of them. MLflow itself drops a metric only if its time is equal too, and a
+    resumed training repeats epochs at other times: a point is not written where the run has one of its name and step.
+    """
 
-    def log_params(self, params: Mapping[str, object]) -> None:
-        """Stores settings by name."""
-        entries = [Param(name, str(value)) for name, value in params.items()]
-        with _reachable(self.config):
-            for start in range(0, len(entries), MAX_PARAMS):
-                self.client.log_batch(self.run_id, params=entries[start : start + MAX_PARAMS])
+    def __init__(self, config: PipelineConfig):
+        self._config = config
+        with _reachable(config):
+            self._client = _connect(config)
+        self._run_ids: dict[str, str] = {}
+        self._points: dict[str, set[tuple[str, int]]] = {}
+        """By MLflow's id, the name and step of each metric that the run has."""
+        self._writers: dict[str, Callable[[str, Mapping[str, Any]], None]] = {
+            "params": self._write_params,
+            "metrics": self._write_metrics,
+            "tags": self._write_tags,
+            "data": self._write_data,
+            "children": self._write_children,
+            "end": self._write_end,
+        }
 
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        """Stores numbers at an absolute step."""
-        now = int(time.time() * 1000)
-        entries = [Metric(name, value, now, step) for name, value in metrics.items()]
-        with _reachable(self.config):
-            self.client.log_batch(self.run_id, metrics=entries)
+    def write(self, note: Mapping[str, Any], files: Path | None = None) -> str:
+        """Does what a note says; returns MLflow's id of its run.
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Labels the run."""
-        with _reachable(self.config):
-            self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        Args:
+            note: as `outbox.py` describes it.
+            files: the local folder of its files, if it has some.
 
-    def log_data(self, summary: Mapping[str, Any], uri: str, *, context: str) -> None:
+        Raises:
+            DataError: MLflow does not accept the note, and never will.
+            ClusterError: MLflow is out of reach, or the store is damaged.
+        """
+        with _reachable(self._config):
+            if note["kind"] == "open":
+                return self._open(note)
+            run_id = self._find(note["run"], note["experiment"])
+            with self._accepted(note):
+                if not run_id:
+                    raise MlflowException("its run is not there", error_code=databricks_pb2.RESOURCE_DOES_NOT_EXIST)
+                if note["kind"] == "files":
+                    self._client.log_artifacts(run_id, str(files))
+                else:
+                    self._writers[note["kind"]](run_id, note)
+        return run_id
+
+    @contextlib.contextmanager
+    def _accepted(self, note: Mapping[str, Any]) -> Iterator[None]:
+        """Tells a note that MLflow refuses from one that it could not take: a proxy's 404, say, is not MLflow's."""
+        try:
+            yield
+        except MlflowException as error:
+            is_mlflows = isinstance(error, RestException) or not tracking_uri(self._config).startswith("http")
+            if error.error_code not in REFUSALS or not is_mlflows:
+                raise
+            raise DataError(
+                f"MLflow refuses it ({_first_line(error)})", where=f"a note of {note['kind']} for run {note['run']}"
+            ) from error
+
+    def _open(self, note: Mapping[str, Any]) -> str:
+        """Makes the run that a note opens, or resumes an earlier one."""
+        experiment_id = _experiment(self._client, self._config, note["experiment"])
+        run_id = self._find(note["run"], note["experiment"]) or self._resume(note, experiment_id)
+        if not run_id:
+            tags = {**note["tags"], NOTES_TAG: note["run"], **self._parent_tag(note)}
+            made = self._client.create_run(experiment_id, start_time=note["time"], run_name=note["name"], tags=tags)
+            run_id = self._run_ids[note["run"]] = made.info.run_id
+            self._points[run_id] = set()
+        # A resumed run keeps its parameters: of how and where it runs, they may be others now.
+        known = self._client.get_run(run_id).data.params
+        self._write_params(
+            run_id, {"params": {name: value for name, value in note["params"].items() if name not in known}}
+        )
+        return run_id
+
+    def _resume(self, note: Mapping[str, Any], experiment_id: str) -> str:
+        """The run that an earlier attempt left unfinished, or a child of this name; empty if there is none."""
+        if note["fresh"]:
+            return ""
+        if note["key"]:
+            # A finished run is history: work that is done once more, since its files are gone, is another run.
+            where = f"tags.`{KEY_TAG}` = '{note['key']}' and attributes.status != 'FINISHED'"
+        else:
+            parent = self._find(note["parent"], note["experiment"])
+            where = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.run_name = '{note['name']}'"
+        found = self._client.search_runs([experiment_id], where, max_results=1)
+        if not found:
+            return ""
+        run_id = str(found[0].info.run_id)
+        self._client.update_run(run_id, status="RUNNING")
+        ids = [*found[0].data.tags.get(NOTES_TAG, "").split(), note["run"]]
+        self._write_tags(
+            run_id, {"tags": {**note["tags"], **self._parent_tag(note), NOTES_TAG: " ".join(ids[-MAX_IDS:])}}
+        )
+        self._run_ids[note["run"]] = run_id
+        return run_id
+
+    def _parent_tag(self, note: Mapping[str, Any]) -> dict[str, str]:
+        parent = self._find(note["parent"], note["experiment"]) if note["parent"] else ""
+        return {PARENT_TAG: parent} if parent else {}
+
+    def _find(self, run: str, experiment: str) -> str:
+        """MLflow's id of an outbox's run; empty where MLflow has none."""
+        if run not in self._run_ids:
+            experiment_id = _experiment(self._client, self._config, experiment)
+            found = self._client.search_runs([experiment_id], f"tags.`{NOTES_TAG}` LIKE '%{run}%'", max_results=1)
+            if not found:
+                return ""
+            self._run_ids[run] = found[0].info.run_id
+        return self._run_ids[run]
+
+    def _write_params(self, run_id: str, note: Mapping[str, Any]) -> None:
+        entries = [Param(name, value) for name, value in note["params"].items()]
+        for start in range(0, len(entries), MAX_PARAMS):
+            self._client.log_batch(run_id, params=entries[start : start + MAX_PARAMS])
+
+    def _write_metrics(self, run_id: str, note: Mapping[str, Any]) -> None:
+        if run_id not in self._points:
+            names = self._client.get_run(run_id).data.metrics
+            histories = [self._client.get_metric_history(run_id, name) for name in names]
+            self._points[run_id] = {(metric.key, metric.step) for history in histories for metric in history}
+        known = self._points[run_id]
+        missing = {(name, step): value for name, value, step in note["points"] if (name, step) not in known}
+        entries = [Metric(name, value, note["time"], step) for (name, step), value in missing.items()]
+        for start in range(0, len(entries), MAX_METRICS):
+            self._client.log_batch(run_id, metrics=entries[start : start + MAX_METRICS])
+        known |= set(missing)
+
+    def _write_tags(self, run_id: str, note: Mapping[str, Any]) -> None:
+        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in note["tags"].items()])
+
+    def _write_data(self, run_id: str, note: Mapping[str, Any]) -> None:
         """Notes a data set as an input of the run."""
+        summary, uri = note["summary"], note["uri"]
         noted = Dataset(
             name=summary["name"],
             digest=summary["digest"][:MAX_DIGEST],
@@ -85,83 +200,32 @@ class MlflowTracker:
             schema=json.dumps({"image": ["uint8", *summary["image_shape"]], "classes": summary["classes"]}),
             profile=json.dumps({key: summary[key] for key in ("rows", "skipped", "split_digests", "digest")}),
         )
-        with _reachable(self.config):
-            self.client.log_inputs(
-                self.run_id, datasets=[DatasetInput(noted, tags=[InputTag("mlflow.data.context", context)])]
-            )
+        context = InputTag("mlflow.data.context", note["context"])
+        self._client.log_inputs(run_id, datasets=[DatasetInput(noted, tags=[context])])
 
-    def log_files(self, folder: Path) -> None:
-        """Stores each file of a local folder."""
-        with _reachable(self.config):
-            self.client.log_artifacts(self.run_id, str(folder))
+    def _write_children(self, run_id: str, note: Mapping[str, Any]) -> None:
+        """Ends the runs under this one that a killed attempt left."""
+        where = f"tags.`{PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"
+        experiment_id = self._client.get_run(run_id).info.experiment_id
+        while found := self._client.search_runs([experiment_id], where):
+            for child in found:
+                tags = note["ended"].get(child.info.run_name)
+                self._write_tags(child.info.run_id, {"tags": tags or {}})
+                status = "FAILED" if tags is None else "FINISHED"
+                self._write_end(child.info.run_id, {"status": status, "time": note["time"]})
 
-    def child(self, name: str) -> "MlflowTracker":
-        """The run of that name under this one, made if it is not there: a resumed search continues in the same runs."""
-        where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.run_name = '{name}'"
-        with _reachable(self.config):
-            found = self.client.search_runs([self.experiment_id], where, max_results=1)
-            run = found[0] if found else self._create(name)
-            if run.info.status != "RUNNING":
-                self.client.update_run(run.info.run_id, status="RUNNING")
-        return MlflowTracker(self.config, self.client, self.experiment_id, run.info.run_id)
-
-    def unfinished_children(self) -> list[str]:
-        """The names of the runs under this one that have not ended."""
-        where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.status = 'RUNNING'"
-        with _reachable(self.config):
-            return [run.info.run_name for run in self.client.search_runs([self.experiment_id], where)]
-
-    def finish(self, *, failed: bool = False) -> None:
-        """Ends the run."""
-        with _reachable(self.config):
-            self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
-
-    def _create(self, name: str) -> Any:
-        return self.client.create_run(self.experiment_id, run_name=name, tags={PARENT_TAG: self.run_id})
+    def _write_end(self, run_id: str, note: Mapping[str, Any]) -> None:
+        self._client.set_terminated(run_id, note["status"], end_time=note["time"])
 
 
-def open_run(
-    config: PipelineConfig,
-    name: str,
-    *,
-    key: str,
-    parent_run_id: str = "",
-    tags: Mapping[str, str] | None = None,
-    fresh: bool = False,
-) -> MlflowTracker:
-    """The run of a stage, with the full config as its parameters.
-
-    Resumes an unfinished run with this key unless `fresh`.
+def require_answer(config: PipelineConfig) -> None:
+    """Checks that MLflow can take notes.
 
     Raises:
         ClusterError: the MLflow server is out of reach, or the store is damaged.
     """
     with _reachable(config):
-        client = _connect(config)
-        experiment_id = _experiment(client, config)
-        labels = {
-            KEY_TAG: key,
-            STORAGE_TAG: config.storage,
-            "rcnn.config_hash": config.hash(),
-            "rcnn.recipe": config.recipe,
-            **(tags or {}),
-        }
-        if parent_run_id:
-            labels[PARENT_TAG] = parent_run_id
-        if commit := git_commit():
-            labels["mlflow.source.git.commit"] = commit
-        # A finished run is history: work that is done once more, on purpose or since its files are gone, is another run.
-        unfinished = f"tags.`{KEY_TAG}` = '{key}' and attributes.status != 'FINISHED'"
-        found = [] if fresh else client.search_runs([experiment_id], unfinished, max_results=1)
-        if found:
-            tracker = MlflowTracker(config, client, experiment_id, found[0].info.run_id)
-            client.update_run(tracker.run_id, status="RUNNING")
-            tracker.set_tags(labels)
-            return tracker
-        run = client.create_run(experiment_id, run_name=name, tags=labels)
-        tracker = MlflowTracker(config, client, experiment_id, run.info.run_id)
-        tracker.log_params(_flat(config.model_dump(mode="json", exclude={"ray", "tracking"})))
-        return tracker
+        _experiment(_connect(config), config, experiment_name(config))
 
 
 @dataclass(frozen=True)
@@ -232,10 +296,19 @@ def end_run(config: PipelineConfig, run_id: str) -> None:
         client.set_terminated(run_id, "KILLED")
 
 
-def has_run(config: PipelineConfig, run_id: str) -> bool:
-    """Whether the store knows the run: results outlive a store that was deleted or exchanged."""
+def find_run(config: PipelineConfig, run_id: str, *, key: str) -> str:
+    """A run's id in MLflow: `run_id`, or that of the newest run with this key; empty if the store has neither.
+
+    A result names no run if MLflow was away when its stage ended, and results outlive a store that was deleted or exchanged.
+    """
     with _reachable(config):
-        return _or_none(lambda: _connect(config).get_run(run_id)) is not None
+        client = _connect(config)
+        if run_id and _or_none(lambda: client.get_run(run_id)) is not None:
+            return run_id
+        experiment_id = _experiment(client, config, experiment_name(config))
+        where, newest = f"tags.`{KEY_TAG}` = '{key}'", ["attributes.start_time DESC"]
+        found = client.search_runs([experiment_id], where, max_results=1, order_by=newest)
+        return str(found[0].info.run_id) if found else ""
 
 
 def register_model(
@@ -491,17 +564,7 @@ def list_versions(config: PipelineConfig, name: str = "") -> list[dict[str, str]
     return sorted(rows, key=lambda row: -int(row["version"]))
 
 
-def git_commit() -> str:
-    """The commit of the code that runs, with "-dirty" where files differ from it; empty outside a checkout."""
-    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _experiment(client: MlflowClient, config: PipelineConfig) -> str:
-    name = experiment_name(config)
+def _experiment(client: MlflowClient, config: PipelineConfig, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
@@ -614,13 +677,6 @@ def _requirements() -> list[str]:
     return [f"{name}=={version(name)}" for name in ("torch", "numpy", "pydantic", "pyarrow", "safetensors", "tqdm")]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _or_none(call: Callable[[], Any]) -> Any:
     """What the call returns, or None where MLflow says that there is no such thing; other errors stay errors."""
     try:
@@ -640,15 +696,22 @@ def _reachable(config: PipelineConfig) -> Iterator[None]:
         raise _store_error(config, error) from error
 
 
-def _database_fault(error: Exception) -> str:
-    """What SQLite said, which SQLAlchemy and MLflow put somewhere into a longer text."""
-    found = re.search(r"\(sqlite3\.\w+\) ([^\n\[]+)", str(error))
-    return found[1].strip() if found else ""
+def _inner_fault(error: Exception) -> str:
+    """What SQLite or the network said, which SQLAlchemy and MLflow put somewhere into a longer text."""
+    found = re.search(
+        r"\(sqlite3\.\w+\) ([^\n\[]+)|\[Errno -?\d+\] ([^'\")\n]+)|Error\(\d+, '([^']+)'|(Read timed out|timed out)",
+        str(error),
+    )
+    return next(filter(None, found.groups())).strip() if found else ""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _store_error(config: PipelineConfig, error: Exception) -> ClusterError:
     uri = tracking_uri(config)
-    fault = _database_fault(error) or next(iter(str(error).splitlines()), type(error).__name__)
+    fault = _inner_fault(error) or _first_line(error)
     is_busy = "database is locked" in fault
     if uri.startswith("http"):
         remedy = "Check that the server runs and the address is right"

@@ -8,6 +8,8 @@ from rcnn.progress import say
 from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
 from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge
+from rcnn.registry.outbox import wait_for_mlflow
+from rcnn.registry.runs import open_run
 from rcnn.results import EvaluateResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import NoTracker, Tracker, model_name
@@ -23,10 +25,13 @@ def run_register(
 ) -> RegisterResult:
     """Registers the model under its training run, and sets the alias that `gate.judge` decides. `tracker` is not used.
 
+    It is the one stage that waits for MLflow, and for all notes to be there.
+
     Raises:
-        ClusterError: MLflow cannot be reached.
+        ClusterError: MLflow cannot be reached within `tracking.wait_minutes`.
         DataError: the model folder is incomplete.
     """
+    wait_for_mlflow(config)
     with tempfile.TemporaryDirectory() as folder:
         model_folder = Path(folder, mlflow_store.MODEL_FOLDER)
         target.storage.download(f"{trained.folder}/model", model_folder)
@@ -79,10 +84,10 @@ def remember_registered(config: PipelineConfig, registered: RegisterResult) -> N
 
 def _training_run(config: PipelineConfig, trained: TrainResult, target: StageFolder) -> str:
     """The run that trained the model; recreated from the stored history if MLflow's store was replaced since."""
-    if mlflow_store.has_run(config, trained.mlflow_run_id):
-        return trained.mlflow_run_id
-    tracker = mlflow_store.open_run(config, "train", key=trained.folder)
-    for metrics in target.storage.read_json(f"{trained.folder}/history.json"):
-        tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=int(metrics["epoch"]))
+    if run_id := mlflow_store.find_run(config, trained.mlflow_run_id, key=trained.folder):
+        return run_id
+    tracker = open_run(config, "train", key=trained.folder)
+    tracker.log_history(target.storage.read_json(f"{trained.folder}/history.json"))
     tracker.finish()
+    wait_for_mlflow(config)
     return tracker.run_id

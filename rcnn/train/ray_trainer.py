@@ -69,6 +69,7 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     trained = _fit_on_workers(config, data, target, tracker, prediction)
     history: list[Metrics] = trained["history"]
     target.storage.write_json(target.path("history.json"), history)
+    tracker.log_history(history)
     tracker.log_params({"num_parameters": trained["num_parameters"]})
     result = TrainResult(
         folder=target.name,
@@ -288,7 +289,7 @@ def _showing(
     progress = EpochProgress(num_epochs)
 
     def finish_epoch(metrics: Metrics) -> None:
-        # The line last: if MLflow is away, the epoch comes again.
+        # The line last: if the storage cannot be written, the epoch comes again.
         tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=math.ceil(metrics["epoch"]))
         progress.finish_epoch(metrics)
 

@@ -31,7 +31,7 @@ def write_pictures(config: PipelineConfig, target: StageFolder, records: Sequenc
     """Draws the trials that have a usable error, if there are any.
 
     Raises:
-        ClusterError: the storage cannot be written, or MLflow is out of reach.
+        ClusterError: the storage cannot be written.
     """
     trials = [record for record in searched(config, {each.name: each for each in records}) if record.is_usable]
     if not trials:

@@ -167,11 +167,7 @@ class _Search:
 
     def close_left_runs(self) -> None:
         """Ends the MLflow runs that a killed attempt left: as the ledger says, or as failed where the trial had not ended."""
-        for name in self.tracker.unfinished_children():
-            if name in self.records:
-                self._note_end(self.records[name])
-            else:
-                self.tracker.child(name).finish(failed=True)
+        self.tracker.close_children({name: {"outcome": record.outcome} for name, record in self.records.items()})
 
     def close(self) -> None:
         """Ends the MLflow runs of the trials whose end is not noted there yet."""
@@ -203,7 +199,7 @@ class _Search:
     def _note_epoch(self, screen: SearchScreen, name: str, choice: Choice, metrics: Metrics) -> None:
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         self._tracked(name, choice).log_metrics(values, step=int(metrics["epoch"]))
-        screen.show_epoch(name, choice, metrics)  # last: if MLflow is down, this handler is retried
+        screen.show_epoch(name, choice, metrics)  # last: if the storage cannot be written, this handler is retried
 
     def _note_end(self, record: Record) -> None:
         """Labels and ends the MLflow run of a trial, also of one that finished no epoch."""

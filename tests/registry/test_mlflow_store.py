@@ -1,11 +1,7 @@
 """Runs and models in real stores: our own SQLite file, and an MLflow server."""
 
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +19,14 @@ from rcnn.errors import ClusterError, ConfigError
 from rcnn.recipes import debug_tiny
 from rcnn.registry import mlflow_store, register
 from rcnn.registry.answers import remember_model
+from rcnn.registry.outbox import outbox_of
 from rcnn.registry.register import run_register
+from rcnn.registry.runs import open_run
 from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import tracking_uri
 from rcnn.train.checkpoint import build_classifier, save_model
+from tests.registry.server import Server
 
 pytestmark = pytest.mark.long
 
@@ -35,32 +34,11 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an MLflow server, started as the local stack starts it."""
-    root = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--no-serve-artifacts"]
-    command += ["--default-artifact-root", str(root / "artifacts")]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(root / "log", "w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    deadline = time.monotonic() + 120
-    while not _answers(f"http://127.0.0.1:{port}/health"):
-        assert process.poll() is None, (root / "log").read_text()
-        assert time.monotonic() < deadline, (root / "log").read_text()
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=1).close()
-    except OSError:
-        return False
-    return True
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    server.wait()
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture(params=["sqlite", "server"])
@@ -81,7 +59,7 @@ def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, 
     manifest = require_manifest(Storage(str(digits_storage)), digits.folder)
     save_model(build_classifier(config, manifest).state_dict(), config, manifest, folder / "model")
     storage.write_json(f"runs/train-{seed}/history.json", [{"epoch": 1, "val/error": 0.5}])
-    tracker = mlflow_store.open_run(config, "train", key=f"runs/train-{seed}")
+    tracker = open_run(config, "train", key=f"runs/train-{seed}")
     tracker.finish()
     return TrainResult(
         mlflow_run_id=tracker.run_id, folder=f"runs/train-{seed}", weights_sha256=str(seed), val_error=0.5, best_epoch=1,
@@ -302,22 +280,37 @@ def test_a_run_that_the_store_does_not_know_is_written_anew(
     config: PipelineConfig, digits_storage: Path, digits: IngestResult
 ) -> None:
     model = trained(config, digits_storage, digits, 1).model_copy(update={"mlflow_run_id": "0" * 32})
+    model = model.model_copy(update={"folder": "runs/other"})
+    Path(config.storage, "runs/train-1").rename(Path(config.storage, model.folder))
     run_register(config, model, evaluated(0.5), StageFolder(Storage(config.storage), "x"))
     run_id = mlflow_store.list_versions(config)[0]["run_id"]
     history = MlflowClient(tracking_uri(config)).get_metric_history(run_id, "val/error")
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.5)]
 
 
+def test_a_model_whose_result_names_no_run_is_registered_under_the_run_of_its_key(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    model = trained(config, digits_storage, digits, 1)
+    nameless = model.model_copy(update={"mlflow_run_id": ""})  # MLflow was away when the stage ended
+    run_register(config, nameless, evaluated(0.5), StageFolder(Storage(config.storage), "x"))
+    assert mlflow_store.list_versions(config)[0]["run_id"] == model.mlflow_run_id
+
+
 def test_a_resumed_stage_goes_on_in_its_run_and_a_fresh_one_does_not(config: PipelineConfig) -> None:
-    parent = mlflow_store.open_run(config, "pipeline", key="p")
-    first = mlflow_store.open_run(config, "train", key="k", parent_run_id=parent.run_id, tags={"a": "1"})
+    parent = open_run(config, "pipeline", key="p")
+    first = open_run(config, "train", key="k", parent=parent.id, tags={"a": "1"})
     first.log_metrics({"val/error": 0.5}, step=1)
     first.finish(failed=True)
-    again = mlflow_store.open_run(config, "train", key="k", parent_run_id=parent.run_id, tags={"a": "2"})
+    again = open_run(config, "train", key="k", parent=parent.id, tags={"a": "2"})
     again.log_metrics({"val/error": 0.4}, step=2)
+    twins = [again.child("trial-00") for _ in range(2)]
     again.finish()
     assert again.run_id == first.run_id
-    assert mlflow_store.open_run(config, "train", key="k", fresh=True).run_id != first.run_id
+    assert twins[0].run_id == twins[1].run_id
+    fresh = open_run(config, "train", key="k", fresh=True)
+    fresh.finish()
+    assert fresh.run_id != first.run_id
     client = MlflowClient(tracking_uri(config))
     assert [metric.step for metric in client.get_metric_history(first.run_id, "val/error")] == [1, 2]
     run = client.get_run(first.run_id)
@@ -327,23 +320,29 @@ def test_a_resumed_stage_goes_on_in_its_run_and_a_fresh_one_does_not(config: Pip
         parent.run_id,
     )
     assert run.data.params["train.batch_size"] == "32"
-    assert first.child("trial-00").run_id == first.child("trial-00").run_id
 
 
-def test_what_a_killed_search_left_open_is_found_and_a_trial_that_runs_again_is_running(config: PipelineConfig) -> None:
-    search, other = (mlflow_store.open_run(config, "tune", key=key) for key in ("s", "another"))
-    trials = [search.child(f"trial-{number:02d}") for number in range(3)]
-    other.child("trial-03")
+def test_what_a_killed_search_left_open_is_closed_and_a_trial_that_runs_again_is_running(
+    config: PipelineConfig,
+) -> None:
+    search, other = (open_run(config, "tune", key=key) for key in ("s", "another"))
+    trials = [search.child(f"trial-{number:02d}") for number in range(4)]
+    others = other.child("trial-03")
     trials[0].finish()
     trials[1].finish(failed=True)
-    assert search.unfinished_children() == ["trial-02"]
+    search.close_children({"trial-00": {"outcome": "no longer"}, "trial-02": {"outcome": "stopped early"}})
     search.child("trial-01")
-    assert sorted(search.unfinished_children()) == ["trial-01", "trial-02"]
+    outbox_of(config).flush()
+    client = MlflowClient(tracking_uri(config))
+    runs = [client.get_run(run.run_id) for run in (*trials, others)]
+    assert [run.info.status for run in runs] == ["FINISHED", "RUNNING", "FINISHED", "FAILED", "RUNNING"]
+    assert [run.data.tags.get("outcome") for run in runs] == [None, None, "stopped early", None, None]
 
 
-def test_a_server_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+def test_a_server_that_is_away_is_named(tmp_path: Path) -> None:
     config = debug_tiny().with_settings({"storage": str(tmp_path), "tracking.uri": "http://127.0.0.1:9"})
     for call in (mlflow_store.champion_of, mlflow_store.list_versions):
-        with pytest.raises(ClusterError, match=r"tracking\.uri = http://127\.0\.0\.1:9: MLflow failed"):
+        with pytest.raises(
+            ClusterError, match=r"tracking\.uri = http://127\.0\.0\.1:9: MLflow failed \(Connection refused\)"
+        ):
             call(config)

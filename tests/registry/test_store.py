@@ -19,7 +19,9 @@ import pytest
 from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
-from rcnn.registry.mlflow_store import create_store, open_run
+from rcnn.registry.mlflow_store import create_store
+from rcnn.registry.outbox import num_waiting, outbox_of
+from rcnn.registry.runs import open_run
 
 pytestmark = pytest.mark.long
 
@@ -58,6 +60,7 @@ def check_usable(config: PipelineConfig) -> None:
     run = open_run(config, "train", key="another")
     run.log_metrics({"val/error": 0.5}, step=1)
     run.finish()
+    assert run.run_id
     assert [file.name for file in Path(config.storage).glob("mlflow.db*")] == ["mlflow.db"]
 
 
@@ -105,18 +108,17 @@ def test_first_commands_at_once_all_succeed(config: PipelineConfig) -> None:
 def test_runs_opened_at_once_in_a_new_experiment_all_succeed(config: PipelineConfig) -> None:
     create_store(config)
     others = [config.with_settings({"tracking.experiment": f"e{number}"}) for number in range(3) for _ in range(3)]
-    runs: list[str] = []
+    runs = []
     threads = [
-        threading.Thread(
-            target=lambda other: runs.append(open_run(other, "train", key=str(id(other))).run_id), args=(o,)
-        )
+        threading.Thread(target=lambda other: runs.append(open_run(other, "train", key=str(id(other)))), args=(o,))
         for o in others
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(runs)) == len(others)
+    assert outbox_of(config).flush()
+    assert len({run.run_id for run in runs} - {""}) == len(others)
 
 
 def half_migrated(file: Path) -> None:
@@ -157,13 +159,17 @@ def test_a_store_that_cannot_be_used_is_one_line_with_the_remedy(
             assert word in line
 
 
-def write_until_full(config: PipelineConfig) -> None:
+def write_until_full(config: PipelineConfig) -> ClusterError | None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     size = Path(config.storage, "mlflow.db").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    run = open_run(config, "train", key="k")
+    run, outbox = open_run(config, "train", key="k"), outbox_of(config)
     for number in range(1000):
         run.log_params({f"{number}-{key}": "x" * 200 for key in range(100)})
+        if outbox.failure:
+            break
+    assert num_waiting(config) > 0
+    return outbox.failure
 
 
 def test_a_disk_that_fills_later_is_reported_as_that(config: PipelineConfig) -> None:
@@ -171,10 +177,7 @@ def test_a_disk_that_fills_later_is_reported_as_that(config: PipelineConfig) -> 
     fault = FORK.SimpleQueue()
 
     def work() -> None:
-        try:
-            write_until_full(config)
-        except ClusterError as error:
-            fault.put(str(error))
+        fault.put(str(write_until_full(config)))
 
     process = FORK.Process(target=work)
     process.start()

@@ -33,6 +33,11 @@ class Family(NoTracker):
     def unfinished_children(self) -> list[str]:
         return [name for name, child in self.children.items() if child.status == "RUNNING"]
 
+    def close_children(self, ended: Any) -> None:
+        for name in self.unfinished_children():
+            self.children[name].set_tags(ended.get(name, {}))
+            self.children[name].finish(failed=name not in ended)
+
     def finish(self, *, failed: bool = False) -> None:
         self.status = "FAILED" if failed else "FINISHED"
 
