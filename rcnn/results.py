@@ -247,7 +247,10 @@ class EvaluateResult(StageResult):
     """None for a class without test rows."""
     num_rows: int
     images_per_second: float
+    """Of the last attempt; 0 where an earlier one had scored all rows."""
     test_digest: str
+    predictions_sha256: str = ""
+    """Of `predictions.parquet` in the folder, from which the metrics were computed."""
 
     @property
     def test_error(self) -> float:
@@ -257,7 +260,8 @@ class EvaluateResult(StageResult):
     @property
     def inference(self) -> str:
         """The speed of scoring, and the time of the stage beside the prediction."""
-        return f"{self.images_per_second:,.0f} images/s" + (f", {self.duration}" if self.seconds else "")
+        speed = [f"{self.images_per_second:,.0f} images/s"] if self.images_per_second else []
+        return ", ".join([*speed, *([self.duration] if self.seconds else [])])
 
     def written_metrics(self) -> dict[str, str]:
         """The metrics by label, as people read them."""

@@ -183,7 +183,7 @@ STAGES: dict[str, Stage] = {
         folder="reports",
         label=lambda config: "evaluate",
         modules=_network_module,
-        whole="report.md",
+        whole="predictions.parquet",
     ),
     "register": Stage(
         help="register a measured model in MLflow (after evaluate)",
