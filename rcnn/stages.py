@@ -52,7 +52,7 @@ class Stage:
         modules: where its code is found, besides `run`: modules that are imported by name at run time.
         has_run: whether it has an MLflow run of its own.
         on_cluster: whether it goes to the cluster as a Ray job, where there is one.
-        always_on_ray: whether it always runs on Ray's workers, on one machine too.
+        on_ray: whether it runs on Ray's workers, on one machine too.
         replaces_whole: whether `--fresh` keeps the old result until the new one is complete; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
         at_end: `module:function` to call at the end of a pipeline, with the config and the result; empty: none.
@@ -75,7 +75,7 @@ class Stage:
     modules: Callable[[PipelineConfig], list[str]] = lambda config: []
     has_run: bool = True
     on_cluster: Callable[[PipelineConfig], bool] = lambda config: True
-    always_on_ray: bool = False
+    on_ray: Callable[[PipelineConfig], bool] = lambda config: False
     replaces_whole: bool = False
     is_planned: Callable[[PipelineConfig], bool] = lambda config: True
     at_end: str = ""
@@ -151,7 +151,7 @@ STAGES: dict[str, Stage] = {
         label=lambda config: "tune",
         check="rcnn.tune.search:covers",  # raising tune.num_trials extends a finished search
         modules=_network_module,
-        always_on_ray=True,
+        on_ray=lambda config: True,
         is_planned=lambda config: config.tune.enabled,
     ),
     "train": Stage(
@@ -169,7 +169,7 @@ STAGES: dict[str, Stage] = {
         modules=_network_module,
         whole="model/model.safetensors",
         check="rcnn.train.limit:allows_no_more",
-        always_on_ray=True,
+        on_ray=lambda config: True,
     ),
     "evaluate": Stage(
         help="score a trained model on every test row (after train)",
@@ -184,6 +184,7 @@ STAGES: dict[str, Stage] = {
         label=lambda config: "evaluate",
         modules=_network_module,
         whole="predictions.parquet",
+        on_ray=lambda config: config.execution.num_workers > 1,
     ),
     "register": Stage(
         help="register a measured model in MLflow (after evaluate)",
@@ -313,7 +314,7 @@ def prepare_stages(config: PipelineConfig, *, fresh: bool = False) -> None:
     done = {} if fresh else _finished_stages(config)
     names = planned(config)[len(done) :]
     here = [name for name in names if not (STAGES[name].on_cluster(config) and config.ray.address.startswith("http"))]
-    if any(STAGES[name].always_on_ray for name in here):
+    if any(STAGES[name].on_ray(config) for name in here):
         from rcnn.ray_session import ensure_ray
 
         ensure_ray(config, Storage(config.storage))

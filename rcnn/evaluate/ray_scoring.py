@@ -139,7 +139,8 @@ class _Crew:
 
     def _replace(self, part: Part | None, death: Exception) -> None:
         self._num_deaths += 1
-        reason = next((line.strip() for line in str(death).splitlines() if line.strip()), type(death).__name__)
+        lines = [line.strip().rstrip(".") for line in str(death).splitlines() if line.strip()]
+        reason = next(iter(lines), type(death).__name__)
         if self._num_deaths > self._how.max_failures:
             raise ClusterError(
                 f"workers died more often than allowed without scoring a part; the last one with: {reason}",
