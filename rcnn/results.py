@@ -258,10 +258,14 @@ class EvaluateResult(StageResult):
         return self.metrics["error"]
 
     @property
+    def speed(self) -> str:
+        """The speed of scoring; empty where it is not known."""
+        return f"{self.images_per_second:,.0f} images/s" if self.images_per_second else ""
+
+    @property
     def inference(self) -> str:
         """The speed of scoring, and the time of the stage beside the prediction."""
-        speed = [f"{self.images_per_second:,.0f} images/s"] if self.images_per_second else []
-        return ", ".join([*speed, *([self.duration] if self.seconds else [])])
+        return ", ".join(filter(None, [self.speed, self.duration if self.seconds else ""]))
 
     def written_metrics(self) -> dict[str, str]:
         """The metrics by label, as people read them."""

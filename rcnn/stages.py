@@ -44,7 +44,7 @@ class Stage:
         purpose: what it is about to do, in a line.
         folder: where its folders lie.
         label: the beginning of its folder's name.
-        whole: a file that is there when the stage is done, besides its result; empty: none.
+        whole: files that are there when the stage is done, besides its result.
         cost: `module:function` that predicts what it takes, or what is left of it (see `rcnn/plan/costs.py`); empty: nothing
             is known.
         progress: `module:function` that says how far an unfinished one has come, given config and folder; empty: unknown.
@@ -68,7 +68,7 @@ class Stage:
     folder: str
     label: Callable[[PipelineConfig], str]
     unread: Callable[[PipelineConfig], tuple[str, ...]] = lambda config: ()
-    whole: str = ""
+    whole: tuple[str, ...] = ()
     cost: str = ""
     progress: str = ""
     check: str = ""
@@ -124,7 +124,7 @@ STAGES: dict[str, Stage] = {
         purpose=lambda config: f"reading {config.data.dataset} into Parquet",
         folder="datasets",
         label=lambda config: config.data.dataset,
-        whole="_manifest.json",
+        whole=("_manifest.json",),
         check="rcnn.data.manifest:is_as_ingested",
         modules=_source_module,
         on_cluster=_decodes_images,
@@ -167,7 +167,7 @@ STAGES: dict[str, Stage] = {
         folder="runs",
         label=lambda config: "train",
         modules=_network_module,
-        whole="model/model.safetensors",
+        whole=("model/model.safetensors",),
         check="rcnn.train.limit:allows_no_more",
         on_ray=lambda config: True,
     ),
@@ -183,7 +183,7 @@ STAGES: dict[str, Stage] = {
         folder="reports",
         label=lambda config: "evaluate",
         modules=_network_module,
-        whole="predictions.parquet",
+        whole=("predictions.parquet", "report.md"),
         on_ray=lambda config: config.execution.num_workers > 1,
     ),
     "register": Stage(
@@ -290,7 +290,7 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
         result: StageResult | None = None if tree is None else imported(stage.result).model_validate(tree)
     except ValueError:
         return None  # a damaged result is no result: the stage writes a new one
-    if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
+    if result is None or not all(target.storage.exists(target.path(file)) for file in stage.whole):
         return None
     return result if not stage.check or imported(stage.check)(config, result, target) else None
 

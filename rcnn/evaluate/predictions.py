@@ -32,6 +32,7 @@ PARTS = "_parts"  # readers of Parquet folders skip names that begin with _
 BATCHES_PER_PART = 4  # at the least: 10 parts of 1,024 rows for the 10,000 test rows of CIFAR or MNIST
 MOST_PARTS = 256  # with more rows, parts are larger: each costs two files and a request to a worker
 ROWS_PER_READ = 65_536
+HOW_WRITTEN = {"write_page_checksum": True, "use_dictionary": False}  # nearly every number is there once
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def write_part(target: StageFolder, part: Part, table: pa.Table) -> None:
     """Writes the predictions of a part, then its record."""
     assert len(table) == len(part), f"part {part.number} has {len(part)} rows, and {len(table)} were scored"
     packed = io.BytesIO()
-    pq.write_table(table, packed, write_page_checksum=True)
+    pq.write_table(table, packed, **HOW_WRITTEN)
     content = packed.getbuffer()
     target.storage.write_bytes(target.path(part.file), content)
     digest = hashlib.sha256(content).hexdigest()
@@ -118,7 +119,7 @@ def merge_parts(target: StageFolder, parts: Iterable[Part]) -> str:
     first = next(tables)
     with (
         target.storage.writing_file(target.path(PREDICTIONS)) as stream,
-        pq.ParquetWriter(stream, first.schema, write_page_checksum=True) as writer,
+        pq.ParquetWriter(stream, first.schema, **HOW_WRITTEN) as writer,
     ):
         for table in chain([first], tables):
             writer.write_table(table, row_group_size=len(table))

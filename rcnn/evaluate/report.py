@@ -77,9 +77,9 @@ def run_evaluate(
         tracker.log_files(Path(folder))
         storage.upload(Path(folder), target.name)
     delete_parts(target)
+    speed = f", {result.speed}" if result.speed else ""
     say(
-        f"  test error {100 * scores.error:.2f} % on {scores.num_rows:,} rows, {pace.images_per_second:,.0f} images/s; "
-        f"report in {storage.uri(target.name)}"
+        f"  test error {100 * scores.error:.2f} % on {scores.num_rows:,} rows{speed}; report in {storage.uri(target.name)}"
     )
     return result
 
@@ -134,11 +134,9 @@ def _needs_workers(config: PipelineConfig, todo: list[Part]) -> bool:
 
 def _figures(result: EvaluateResult) -> dict[str, float]:
     """What MLflow gets."""
-    return {f"test/{name}": value for name, value in result.metrics.items()} | {
-        "perf/images_per_second": result.images_per_second,
-        "perf/seconds": result.seconds,
-        "perf/predicted_seconds": result.predicted_seconds,
-    }
+    speed = {"perf/images_per_second": result.images_per_second} if result.images_per_second else {}
+    times = {"perf/seconds": result.seconds, "perf/predicted_seconds": result.predicted_seconds}
+    return {f"test/{name}": value for name, value in result.metrics.items()} | speed | times
 
 
 def _draw(config: PipelineConfig, scores: Scores, manifest: Manifest, history: list[Metrics], folder: Path) -> None:

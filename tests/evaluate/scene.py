@@ -17,7 +17,7 @@ HISTORY = [{"epoch": 1, "val/error": 0.9, "val/loss": 2.3, "train/loss": 2.3, "l
 
 
 def many_test_rows(storage: Path, **changed: object) -> PipelineConfig:
-    """`debug_tiny` on digits of which 3,000 are for testing, in three shards; parts of 64 rows lie across their borders."""
+    """`debug_tiny` on digits of which 3,000 are for testing, in three shards; parts of 200 rows lie across their borders."""
     settings = {
         "storage": str(storage), "tune.enabled": False, "data.test_fraction": 0.6, "data.shard_megabytes": 1,
         "evaluate.batch_size": 50,

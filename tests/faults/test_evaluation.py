@@ -29,7 +29,7 @@ SECONDS_TO_END = 600
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    """60 parts of 50 rows, each of which takes a second or so."""
+    """58 parts of 52 rows, each of which takes half a second or more."""
     settings = {"model.k": 96, "model.t": 5, "evaluate.batch_size": 13, "ray.num_cpus": 2}
     return many_test_rows(tmp_path_factory.mktemp("evaluation"), **settings)
 
