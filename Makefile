@@ -32,7 +32,7 @@ test-quick: $(READY)  ## the tests that start no server or process, and are quic
 test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack
 	@$(BIN)/python -m pytest -m slow --ignore tests/faults
 
-test-faults: $(READY)  ## kills of workers, drivers and nodes, and signals: what training must survive
+test-faults: $(READY)  ## kills of workers, drivers and nodes, and signals: what training and evaluation must survive
 	@$(BIN)/python -m pytest -m slow tests/faults
 	@$(BIN)/python -m tests.faults.kills --kills 20
 
@@ -41,6 +41,7 @@ bench: $(READY)  ## speed: each side against its baseline, in one run
 	@$(BIN)/python -m tests.bench.step
 	@$(BIN)/python -m tests.bench.shares
 	@$(BIN)/python -m tests.bench.overhead
+	@$(BIN)/python -m tests.bench.evaluation
 
 check: $(READY)  ## lint, format, types, and who imports whom
 	@$(BIN)/ruff check .

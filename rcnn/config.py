@@ -287,7 +287,8 @@ class ExecutionConfig(Section):
         1,
         ge=1,
         le=4096,
-        description="Ray Train workers; the batch must divide by it. A range such as 2..8 sets min_workers too.",
+        description="Ray workers that train, and then score the test rows; the batch must divide by it. A range such as 2..8 "
+        "sets min_workers too.",
     )
     min_workers: int = Field(
         0,
@@ -320,7 +321,10 @@ class ExecutionConfig(Section):
         description="Trades time for memory: the backward pass computes each recurrent step's activations once more.",
     )
     max_failures: int = Field(
-        2, ge=0, le=1000, description="Deaths of workers without a new checkpoint after which training still goes on."
+        2,
+        ge=0,
+        le=1000,
+        description="Deaths of workers without a new checkpoint, or in evaluation a newly scored part, that are survived.",
     )
 
     @model_validator(mode="before")

@@ -92,6 +92,40 @@ class EpochProgress:
         say(text)
 
 
+class RowProgress:
+    """Progress of work on rows: a bar; without a terminal, a line every 15 s.
+
+    Args:
+        num_rows: all rows.
+        num_done: those that were done before.
+    """
+
+    def __init__(self, num_rows: int, *, num_done: int = 0):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=num_rows,
+            initial=num_done,
+            unit=" rows",
+            file=sys.stderr,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+        self._num_rows, self._num_done, self._last_line = num_rows, num_done, time.monotonic()
+
+    def advance(self, num_rows: int) -> None:
+        """Counts rows that are done now."""
+        self._num_done += num_rows
+        self._bar.update(num_rows)
+        if self._bar.disable and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            say(f"  {self._num_done:,} of {self._num_rows:,} rows")
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.close()
+
+
 def as_duration(seconds: float) -> str:
     """`9 s`, `4 min`, `2 h 10 min`, `3 days`."""
     if seconds < 100:

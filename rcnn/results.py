@@ -248,7 +248,10 @@ class EvaluateResult(StageResult):
     """None for a class without test rows."""
     num_rows: int
     images_per_second: float
+    """Of the last attempt; 0 where an earlier one had scored all rows."""
     test_digest: str
+    predictions_sha256: str = ""
+    """Of `predictions.parquet` in the folder, from which the metrics were computed."""
 
     @property
     def test_error(self) -> float:
@@ -256,9 +259,14 @@ class EvaluateResult(StageResult):
         return self.metrics["error"]
 
     @property
+    def speed(self) -> str:
+        """The speed of scoring; empty where it is not known."""
+        return f"{self.images_per_second:,.0f} images/s" if self.images_per_second else ""
+
+    @property
     def inference(self) -> str:
         """The speed of scoring, and the time of the stage beside the prediction."""
-        return f"{self.images_per_second:,.0f} images/s" + (f", {self.duration}" if self.seconds else "")
+        return ", ".join(filter(None, [self.speed, self.duration if self.seconds else ""]))
 
     def written_metrics(self) -> dict[str, str]:
         """The metrics by label, as people read them."""

@@ -45,7 +45,7 @@ class Stage:
         purpose: what it is about to do, in a line.
         folder: where its folders lie.
         label: the beginning of its folder's name.
-        whole: a file that is there when the stage is done, besides its result; empty: none.
+        whole: files that are there when the stage is done, besides its result.
         cost: `module:function` that predicts what it takes, or what is left of it (see `rcnn/plan/costs.py`); empty: nothing
             is known.
         progress: `module:function` that says how far an unfinished one has come, given config and folder; empty: unknown.
@@ -53,7 +53,7 @@ class Stage:
         modules: where its code is found, besides `run`: modules that are imported by name at run time.
         has_run: whether it has an MLflow run of its own.
         on_cluster: whether it goes to the cluster as a Ray job, where there is one.
-        always_on_ray: whether it always runs on Ray's workers, on one machine too.
+        on_ray: whether it runs on Ray's workers, on one machine too.
         replaces_whole: whether `--fresh` keeps the old result until the new one is complete; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
         at_end: `module:function` to call at the end of a pipeline, with the config and the result; empty: none.
@@ -69,14 +69,14 @@ class Stage:
     folder: str
     label: Callable[[PipelineConfig], str]
     unread: Callable[[PipelineConfig], tuple[str, ...]] = lambda config: ()
-    whole: str = ""
+    whole: tuple[str, ...] = ()
     cost: str = ""
     progress: str = ""
     check: str = ""
     modules: Callable[[PipelineConfig], list[str]] = lambda config: []
     has_run: bool = True
     on_cluster: Callable[[PipelineConfig], bool] = lambda config: True
-    always_on_ray: bool = False
+    on_ray: Callable[[PipelineConfig], bool] = lambda config: False
     replaces_whole: bool = False
     is_planned: Callable[[PipelineConfig], bool] = lambda config: True
     at_end: str = ""
@@ -125,7 +125,7 @@ STAGES: dict[str, Stage] = {
         purpose=lambda config: f"reading {config.data.dataset} into Parquet",
         folder="datasets",
         label=lambda config: config.data.dataset,
-        whole="_manifest.json",
+        whole=("_manifest.json",),
         check="rcnn.data.manifest:is_as_ingested",
         modules=_source_module,
         on_cluster=_decodes_images,
@@ -152,7 +152,7 @@ STAGES: dict[str, Stage] = {
         label=lambda config: "tune",
         check="rcnn.tune.search:covers",  # raising tune.num_trials extends a finished search
         modules=_network_module,
-        always_on_ray=True,
+        on_ray=lambda config: True,
         is_planned=lambda config: config.tune.enabled,
     ),
     "train": Stage(
@@ -168,9 +168,9 @@ STAGES: dict[str, Stage] = {
         folder="runs",
         label=lambda config: "train",
         modules=_network_module,
-        whole="model/model.safetensors",
+        whole=("model/model.safetensors",),
         check="rcnn.train.limit:allows_no_more",
-        always_on_ray=True,
+        on_ray=lambda config: True,
     ),
     "evaluate": Stage(
         help="score a trained model on every test row (after train)",
@@ -184,7 +184,8 @@ STAGES: dict[str, Stage] = {
         folder="reports",
         label=lambda config: "evaluate",
         modules=_network_module,
-        whole="report.md",
+        whole=("predictions.parquet", "report.md"),
+        on_ray=lambda config: config.execution.num_workers > 1,
     ),
     "register": Stage(
         help="register a measured model in MLflow (after evaluate)",
@@ -290,7 +291,7 @@ def finished(config: PipelineConfig, name: str, results: Results) -> StageResult
         result: StageResult | None = None if tree is None else imported(stage.result).model_validate(tree)
     except ValueError:
         return None  # a damaged result is no result: the stage writes a new one
-    if result is None or (stage.whole and not target.storage.exists(target.path(stage.whole))):
+    if result is None or not all(target.storage.exists(target.path(file)) for file in stage.whole):
         return None
     return result if not stage.check or imported(stage.check)(config, result, target) else None
 
@@ -314,7 +315,7 @@ def prepare_stages(config: PipelineConfig, *, fresh: bool = False) -> None:
     done = {} if fresh else _finished_stages(config)
     names = planned(config)[len(done) :]
     here = [name for name in names if not (STAGES[name].on_cluster(config) and config.ray.address.startswith("http"))]
-    if any(STAGES[name].always_on_ray for name in here):
+    if any(STAGES[name].on_ray(config) for name in here):
         from rcnn.ray_session import ensure_ray
 
         ensure_ray(config, Storage(config.storage))

@@ -123,13 +123,27 @@ class Storage:
         Raises:
             ClusterError: the storage cannot be written.
         """
-        target = self.path(name)
+        with self.writing_file(name, durable=durable) as stream:
+            stream.write(content)
+
+    @contextmanager
+    def writing_file(self, name: str, *, durable: bool = False) -> Iterator[Any]:
+        """A stream whose content is in the file `name`, whole, after the body; if the body fails, there is no such file.
+
+        Raises:
+            ClusterError: the storage cannot be written.
+        """
+        target, is_whole = self.path(name), True
         draft = f"{target}.{uuid.uuid4().hex[:8]}.part" if self.is_local else target
         with self.writing(name):
             self.filesystem.create_dir(os.path.dirname(target), recursive=True)
             try:
                 with self.filesystem.open_output_stream(draft) as stream:
-                    stream.write(content)
+                    try:
+                        yield stream
+                    except BaseException:
+                        is_whole = False  # an object store publishes what it has when the stream is closed
+                        raise
                 if draft != target:
                     if durable:
                         _sync(draft)
@@ -137,8 +151,9 @@ class Storage:
                     if durable:
                         _sync(os.path.dirname(target))
             except BaseException:
-                if draft != target:
-                    Path(draft).unlink(missing_ok=True)
+                if draft != target or not is_whole:
+                    with suppress(OSError):  # there is none, or the storage is out of reach
+                        self.filesystem.delete_file(draft)
                 raise
 
     def read_json(self, name: str) -> Any:

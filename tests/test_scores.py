@@ -103,14 +103,14 @@ def test_a_metric_is_one_property_and_appears_everywhere(
 def test_validation_and_testing_agree_on_the_same_rows(
     trained: Callable, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rcnn.data import loader
-    from rcnn.evaluate import report
+    from rcnn.data.streaming import stored_rows
+    from rcnn.evaluate import scoring
 
     config, epoch, model = trained()
     num_val = digits.rows["val"]
-    monkeypatch.setattr(report, "open_rows", lambda storage, folder, manifest, split, **options: loader.open_rows(
-        storage, folder, manifest, "val", **options
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        scoring, "stored_rows", lambda storage, folder, manifest, split: stored_rows(storage, folder, manifest, "val")
+    )
     as_test = digits.model_copy(update={"rows": {"test": num_val}})
     result = run_evaluate(config, as_test, model, StageFolder(Storage(config.storage), "reports/x"), NoTracker())
     assert result.num_rows == num_val

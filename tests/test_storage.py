@@ -16,6 +16,24 @@ def test_json_comes_back_and_no_draft_is_left(tmp_path: Path) -> None:
     assert storage.read_json("a/c.json") is None
 
 
+def test_a_stream_leaves_a_whole_file_or_what_was_there(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    with storage.writing_file("a/b") as stream:
+        stream.write(b"one")
+        assert not storage.exists("a/b")
+        stream.write(b" two")
+
+    def fail_halfway() -> None:
+        with storage.writing_file("a/b") as stream:
+            stream.write(b"other")
+            raise ValueError("three")
+
+    with pytest.raises(ValueError, match="three"):
+        fail_halfway()
+    assert storage.read_bytes("a/b") == b"one two"
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["b"]
+
+
 def test_folders_are_copied_both_ways_and_deleted(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "root"))
     source = tmp_path / "source"

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TypeVar
 
 import numpy as np
@@ -108,14 +108,29 @@ class StoredRows:
             deque(pool.map(read, of_shard.values()), maxlen=0)
         return images_NHWC, labels_N
 
-    def _read_groups(self, segments: Sequence[Segment]) -> Iterator[pa.Table]:
+    def row_ids(self) -> list[str]:
+        """The ids of all rows, in order.
+
+        Raises:
+            DataError: a shard is missing, or not what the manifest says.
+        """
+        return [
+            row_id
+            for _, of_shard in groupby(self.segments, key=lambda segment: segment.shard)
+            for table in self._read_groups(list(of_shard), ["row_id"])
+            for row_id in table.column("row_id").to_pylist()
+        ]
+
+    def _read_groups(
+        self, segments: Sequence[Segment], columns: Sequence[str] = ("image", "label")
+    ) -> Iterator[pa.Table]:
         """Rows of one shard."""
         shard = self.shards[segments[0].shard]
         where = self.storage.uri(f"{self.folder}/{shard.file}")
         with open_shard(self.storage, self.folder, shard, self.image_shape) as file:
             for segment in segments:
                 try:
-                    table = file.read_row_group(segment.group, columns=["image", "label"], use_threads=False)
+                    table = file.read_row_group(segment.group, columns=list(columns), use_threads=False)
                 except (OSError, pa.ArrowException) as error:
                     raise unreadable_shard(where, error) from error
                 if len(table) < segment.stop:

@@ -2,107 +2,141 @@
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from rcnn.config import PipelineConfig
-from rcnn.data.batches import RowSource
-from rcnn.data.loader import open_rows
 from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.data.pictures import as_picture
+from rcnn.data.streaming import stretch
+from rcnn.evaluate.pace import Pace
 from rcnn.evaluate.plots import plot_confusion, plot_history
-from rcnn.evaluate.timed_rows import TimedRows
-from rcnn.model.classifier import Classifier
-from rcnn.progress import say
+from rcnn.evaluate.predictions import (
+    PREDICTIONS,
+    Part,
+    delete_parts,
+    first_rows,
+    has_part,
+    merge_parts,
+    parts_of,
+    scores_of,
+)
+from rcnn.evaluate.scoring import ScoringJob, load_for_scoring, open_test_rows, score_parts
+from rcnn.progress import RowProgress, say
 from rcnn.results import EvaluateResult, IngestResult, TrainResult
 from rcnn.scores import Scores
 from rcnn.storage import StageFolder
-from rcnn.text import file_stem, printable
+from rcnn.text import counted, file_stem, printable
 from rcnn.tracking import Tracker
-from rcnn.train.checkpoint import load_model
-from rcnn.train.execution import choose_device
 from rcnn.train.loop import Metrics
-from rcnn.train.step import score
 
 NUM_SAMPLES = 10
 SECONDS_TO_REPORT = 1.5  # from the last row to the result: pictures, mostly; 0.7 to 1.6 on 2 busy cores
-BATCH_OF_SAMPLES = 1000
+SUREST_MISTAKES = f'polars.read_parquet("{PREDICTIONS}").filter(correct=False).sort("loss", descending=True).head(10)'
+MOST_THREADS = 16  # of scoring in this process: each holds the activations of a batch
 
 
 def run_evaluate(
     config: PipelineConfig, data: IngestResult, trained: TrainResult, target: StageFolder, tracker: Tracker
 ) -> EvaluateResult:
-    """Scores the model on every test row, once, and writes the report.
+    """Scores the model on every test row, once, and writes predictions and report.
+
+    An interrupted evaluation resumes with the parts of the rows that it had scored.
 
     Raises:
         DataError: the data set or the model is incomplete.
+        ClusterError: the storage cannot be written, or Ray's workers cannot be had.
     """
     storage = target.storage
     started = time.perf_counter()
     manifest = require_manifest(storage, data.folder)
-    rows = open_rows(storage, data.folder, manifest, "test", resident_megabytes=config.execution.resident_megabytes)
     tracker.log_data(manifest.summary(), storage.uri(data.folder), context="testing")
-    model = _load(trained, target)
-    timed = TimedRows(rows, _waiting_clock(model))
-    scores = _score(config, model, timed, len(manifest.classes))
+    parts = parts_of(data.rows["test"], config.evaluate.batch_size)
+    pace = _score(config, data, trained, target, parts)
+    predictions_sha256 = merge_parts(target, parts)
+    scores = scores_of(target, len(manifest.classes))
     assert scores.num_rows == data.rows["test"], f"{scores.num_rows} of {data.rows['test']} test rows were counted"
     history = storage.read_json(f"{trained.folder}/history.json")
     with tempfile.TemporaryDirectory() as folder:
         _draw(config, scores, manifest, history, Path(folder))
-        _write_samples(rows, manifest.classes, Path(folder))
+        _write_samples(data, manifest.classes, target, Path(folder))
         result = EvaluateResult(
             folder=target.name,
             metrics=scores.metrics(),
             accuracy_per_class=dict(zip(manifest.classes, scores.accuracy_per_class, strict=True)),
             num_rows=scores.num_rows,
-            images_per_second=len(rows) / timed.seconds,
+            images_per_second=pace.images_per_second,
             test_digest=data.test_digest,
+            predictions_sha256=predictions_sha256,
             seconds=round(time.perf_counter() - started, 1),
-            predicted_seconds=round(timed.started - started + timed.predicted_seconds + SECONDS_TO_REPORT, 1),
+            predicted_seconds=round(pace.started - started + pace.predicted_seconds + SECONDS_TO_REPORT, 1),
         )
         _write_report(config, result, trained, manifest, Path(folder))
         tracker.log_metrics(_figures(result))
         tracker.log_files(Path(folder))
         storage.upload(Path(folder), target.name)
-    say(f"  test error {100 * scores.error:.2f} % on {scores.num_rows:,} rows; report in {storage.uri(target.name)}")
+    delete_parts(target)
+    speed = f", {result.speed}" if result.speed else ""
+    say(
+        f"  test error {100 * scores.error:.2f} % on {scores.num_rows:,} rows{speed}; report in {storage.uri(target.name)}"
+    )
     return result
+
+
+def _score(
+    config: PipelineConfig, data: IngestResult, trained: TrainResult, target: StageFolder, parts: list[Part]
+) -> Pace:
+    """Scores the parts that no earlier attempt has scored; returns how fast."""
+    todo = [part for part in parts if not has_part(target, part)]
+    num_rows, num_left = sum(map(len, parts)), sum(map(len, todo))
+    if num_left < num_rows:
+        say(f"  resuming: {num_rows - num_left:,} of {num_rows:,} rows are scored, {counted(len(todo), 'part')} left")
+    how, on_workers = config.execution, _needs_workers(config, todo)
+    job = ScoringJob(
+        storage=target.storage.root,
+        folder=target.name,
+        data_folder=data.folder,
+        model_folder=f"{trained.folder}/model",
+        batch_size=config.evaluate.batch_size,
+        use_gpu=how.use_gpu,
+        num_threads=how.cpus_per_worker if on_workers else min(torch.get_num_threads(), MOST_THREADS),
+    )
+    pace = Pace(num_left, num_at_once=min(how.num_workers, len(todo)) if on_workers else job.num_at_once)
+    progress = RowProgress(num_rows, num_done=num_rows - num_left)
+
+    def advance(num_rows: int) -> None:
+        pace.advance(num_rows)
+        progress.advance(num_rows)
+
+    try:
+        if on_workers:
+            from rcnn.evaluate.ray_scoring import score_on_workers  # late: with Ray, it takes seconds
+
+            score_on_workers(config, job, todo, on_start=pace.start, on_part=lambda part: advance(len(part)))
+        elif todo:
+            model = load_for_scoring(job)
+            pace.start()
+            score_parts(job, model, todo, on_batch=advance)
+    finally:
+        progress.close()
+    return pace
+
+
+def _needs_workers(config: PipelineConfig, todo: list[Part]) -> bool:
+    """Whether Ray's workers score: on a cluster, whose head should do nothing heavy, or where several can share the work.
+
+    A single worker on this machine would do what this process can do, after a start of 10 s and more.
+    """
+    on_cluster = config.ray.address != ""
+    return bool(todo) and (on_cluster or min(len(todo), config.execution.num_workers) > 1)
 
 
 def _figures(result: EvaluateResult) -> dict[str, float]:
     """What MLflow gets."""
-    return {f"test/{name}": value for name, value in result.metrics.items()} | {
-        "perf/images_per_second": result.images_per_second,
-        "perf/seconds": result.seconds,
-        "perf/predicted_seconds": result.predicted_seconds,
-    }
-
-
-def _load(trained: TrainResult, target: StageFolder) -> Classifier:
-    with tempfile.TemporaryDirectory() as folder:
-        target.storage.download(f"{trained.folder}/model", Path(folder))
-        model, _ = load_model(Path(folder))
-    model.to(choose_device(torch.cuda.is_available()))
-    return model
-
-
-def _score(config: PipelineConfig, model: Classifier, rows: RowSource, num_classes: int) -> Scores:
-    """Scores of the finished model on `rows`, in host memory."""
-    device = next(model.parameters()).device
-    scores = score(model, rows, num_classes=num_classes, batch_size=config.evaluate.batch_size, device=device)
-    return Scores(scores.confusion.cpu(), scores.loss_sum.cpu())
-
-
-def _waiting_clock(model: Classifier) -> Callable[[], float]:
-    """A clock that waits for the work that was given to the model's device."""
-
-    def clock() -> float:
-        if next(model.parameters()).is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return clock
+    speed = {"perf/images_per_second": result.images_per_second} if result.images_per_second else {}
+    times = {"perf/seconds": result.seconds, "perf/predicted_seconds": result.predicted_seconds}
+    return {f"test/{name}": value for name, value in result.metrics.items()} | speed | times
 
 
 def _draw(config: PipelineConfig, scores: Scores, manifest: Manifest, history: list[Metrics], folder: Path) -> None:
@@ -142,6 +176,9 @@ def _write_report(
 | memory of training | {trained.memory} |
 | data digest | `{manifest.digest[:16]}` |
 
+Every test row's label, answer, loss and logits are in `{PREDICTIONS}`; in this folder, the surest mistakes are
+`{SUREST_MISTAKES}`.
+
 ![confusion matrix](confusion.png)
 
 ![training](training.png)
@@ -159,14 +196,10 @@ def _cell(name: str) -> str:
     return printable(name).replace("|", "\\|")
 
 
-def _write_samples(rows: RowSource, classes: tuple[str, ...], folder: Path) -> None:
+def _write_samples(data: IngestResult, classes: tuple[str, ...], target: StageFolder, folder: Path) -> None:
     """Writes a test image of each of the first classes, named after it, for `rcnn predict` to be tried on."""
     (folder / "samples").mkdir()
-    missing = dict(list(enumerate(classes))[:NUM_SAMPLES])
-    for images_NCHW, labels_N in rows.batches(BATCH_OF_SAMPLES, torch.device("cpu")):
-        for label in [label for label in missing if (labels_N == label).any()]:
-            first = int((labels_N == label).nonzero()[0])
-            picture = as_picture(images_NCHW[first].permute(1, 2, 0).numpy())
-            picture.save(folder / "samples" / f"{file_stem(label, missing.pop(label))}.png")
-        if not missing:
-            return
+    rows = open_test_rows(target.storage, data.folder)
+    for label, row in sorted(first_rows(target, range(min(NUM_SAMPLES, len(classes)))).items()):
+        images_NHWC, _ = rows.read(stretch(rows.segments, row, row + 1))
+        as_picture(images_NHWC[0]).save(folder / "samples" / f"{file_stem(label, classes[label])}.png")

@@ -95,7 +95,7 @@ def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
     load = os.getloadavg()[0]  # before the timed steps add to it
     statuses, results = statuses_of(config)
     calibrate = Calibrations(Storage(config.storage), fresh=fresh)
-    on_ray = [name for name, status in statuses.items() if STAGES[name].always_on_ray and status.state != "done"]
+    on_ray = [name for name, status in statuses.items() if STAGES[name].on_ray(config) and status.state != "done"]
     items = []
     for name, status in statuses.items():
         cost = Cost()

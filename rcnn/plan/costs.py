@@ -27,11 +27,15 @@ FORWARDS_PER_STEP = 3
 # Starting processes is most of a short run. Measured on 2 idle cores of an AMD EPYC, with the pinned versions (seconds; bytes):
 SECONDS_TO_START_RAY = 11.0  # ray.init: 10 to 12
 SECONDS_AROUND_EVALUATION = 1.5  # model, pictures and report: the stage of the demo takes 1 to 2 for few rows
+SECONDS_TO_START_SCORING = (
+    4.0  # workers with the model loaded, on a Ray that runs: 4.1 to 4.4; 8 to 24 on a busy machine
+)
 SECONDS_TO_START_INGEST = 2.0  # the stage of the demo, whose 5,000 rows are written in 0.1 s
 SECONDS_TO_REGISTER = 1.0  # the stage of the demo
 BYTES_OF_A_SEARCH = 120e3  # pictures, and a table of the trials
 BYTES_OF_A_TRIAL = 1e3  # its record, and its row of the table
 BYTES_OF_A_REPORT = 110e3  # of ten classes
+BYTES_OF_A_PREDICTION = 30  # a row of predictions, without its logits
 # Estimated: what is left of a measured stage after steps and starts that are known, rounded; or never measured by itself.
 SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
 SECONDS_TO_START_WORKERS = 14.0
@@ -173,19 +177,25 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
 def cost_of_evaluate(
     config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None
 ) -> Cost:
-    """One forward pass of each test row, in one process with all cores."""
+    """One forward pass of each test row, on Ray's workers or in this process with all cores."""
     if size is None:
         return UNKNOWN
-    num_rows = size.num_rows["test"]
-    [found] = calibrate([_job(config, size)], config.execution.cpus_per_worker, _num_train_copies(config))
-    cost = Cost(num_rows=num_rows, multiply_adds=num_rows * found.multiply_adds, disk_bytes=round(BYTES_OF_A_REPORT))
+    how, num_rows = config.execution, size.num_rows["test"]
+    [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
+    num_bytes = BYTES_OF_A_REPORT + num_rows * (BYTES_OF_A_PREDICTION + 4 * size.num_classes)
+    cost = Cost(num_rows=num_rows, multiply_adds=num_rows * found.multiply_adds, disk_bytes=round(num_bytes))
     if found.fault:
         return cost
-    on_all_cores = 1.0 if config.execution.use_gpu else config.execution.cpus_per_worker / (os.cpu_count() or 1)
-    seconds = SECONDS_AROUND_EVALUATION + num_rows * found.score_seconds * min(1.0, on_all_cores)
-    return _with_times(
-        cost, seconds, num_processes=1, cpus=os.cpu_count() or 1, gpus=float(config.execution.use_gpu), peak_bytes=None
-    )
+    on_workers = config.ray.address != "" or how.num_workers > 1
+    num_processes, cpus, seconds = 1, os.cpu_count() or 1, SECONDS_AROUND_EVALUATION
+    if on_workers:
+        num_processes = how.num_workers if config.ray.address or how.use_gpu else _num_train_copies(config)
+        cpus = how.cpus_per_worker
+        seconds += SECONDS_TO_START_SCORING
+    speed_up = num_processes if on_workers or how.use_gpu else max(1.0, cpus / how.cpus_per_worker)
+    seconds += num_rows * found.score_seconds / speed_up
+    gpus = float(how.use_gpu)
+    return _with_times(cost, seconds, num_processes=num_processes, cpus=cpus, gpus=gpus, peak_bytes=None)
 
 
 def cost_of_register(

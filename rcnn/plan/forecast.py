@@ -22,7 +22,7 @@ def forecast_seconds(config: PipelineConfig, name: str, results: Results, target
         return known_calibrations(jobs, target.storage, num_threads=num_threads, num_copies=num_copies)
 
     ray = sys.modules.get("ray")  # a pipeline starts it before its stages
-    starts_ray = STAGES[name].always_on_ray and not config.ray.address and not (ray and ray.is_initialized())
+    starts_ray = STAGES[name].on_ray(config) and not config.ray.address and not (ray and ray.is_initialized())
     try:
         cost = cost_of(config, name, results, known, target)
     except RcnnError:

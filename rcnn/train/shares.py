@@ -148,7 +148,7 @@ class _Lanes:
         num_lanes = min(torch.get_num_threads(), len(shares)) if is_parallel else 1
         self._shares = [shares[lane::num_lanes] for lane in range(num_lanes)]
         self._modules = [execution.compiled(with_same_parameters(model)) for _ in range(num_lanes)]
-        self._pool = _threads_of_one(num_lanes) if is_cpu else None
+        self._pool = threads_of_one(num_lanes) if is_cpu else None
 
     def train(self) -> None:
         """Puts all modules in training mode."""
@@ -172,7 +172,7 @@ class _Lanes:
         self._pool.submit(work).result() if self._pool else work()
 
 
-def _threads_of_one(num_threads: int) -> ThreadPoolExecutor:
+def threads_of_one(num_threads: int) -> ThreadPoolExecutor:
     """Threads in each of which torch computes on one core. The caller keeps its number."""
 
     def start() -> None:

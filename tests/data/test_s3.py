@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +16,19 @@ from rcnn.data.export import export_huggingface
 from rcnn.data.ingest import run_ingest
 from rcnn.data.loader import load_training_data
 from rcnn.data.manifest import require_manifest
+from rcnn.data.shards import sha256_of
 from rcnn.data.sources import fingerprint
-from rcnn.errors import SourceError
+from rcnn.errors import ClusterError, SourceError
+from rcnn.evaluate.predictions import (
+    PREDICTIONS,
+    build_table,
+    delete_parts,
+    has_part,
+    merge_parts,
+    parts_of,
+    scores_of,
+    write_part,
+)
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
@@ -90,3 +102,25 @@ def test_a_data_set_is_kept_on_s3(endpoint: str, digits: IngestResult) -> None:
     [shard] = manifest.splits["test"].shards
     table = pq.read_table(storage.path(f"datasets/x/{shard.file}"), filesystem=storage.filesystem)
     assert len(table) == 1000
+
+
+def test_predictions_are_merged_on_s3_and_a_failed_merge_leaves_no_file(endpoint: str) -> None:
+    storage = Storage(f"s3://scored/root?{endpoint}")
+    storage.filesystem.create_dir("scored")
+    target, parts = StageFolder(storage, "reports/x"), parts_of(600, 50)
+    rng = np.random.default_rng(0)
+    for part in parts:
+        labels_N, logits_NC = rng.integers(0, 3, len(part)), rng.random((len(part), 3), np.float32)
+        row_ids = [f"test/{row}" for row in range(part.start, part.stop)]
+        write_part(target, part, build_table(row_ids, labels_N, logits_NC, rng.random(len(part))))
+    last = storage.read_bytes(target.path(parts[-1].file))
+    storage.write_bytes(target.path(parts[-1].file), b"damaged")
+    with pytest.raises(ClusterError, match="changed after they were written"):
+        merge_parts(target, parts)
+    assert not storage.exists(target.path(PREDICTIONS))
+    assert [has_part(target, part) for part in parts] == [True, True, False]
+    storage.write_bytes(target.path(parts[-1].file), last)
+    assert merge_parts(target, parts) == sha256_of(storage, target.path(PREDICTIONS))
+    delete_parts(target)
+    assert list(storage.list_sizes(target.name)) == [PREDICTIONS]
+    assert scores_of(target, 3).num_rows == 600

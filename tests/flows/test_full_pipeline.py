@@ -175,10 +175,13 @@ def test_another_training_reuses_data_and_becomes_a_challenger_or_champion(
 def test_a_result_that_is_gone_is_made_again(config: PipelineConfig, trees: dict[str, Any]) -> None:
     from flows.full_pipeline import full_pipeline
 
-    report = Path(config.storage, trees["evaluate"]["folder"], "report.md")
-    report.unlink()
+    folder = Path(config.storage, trees["evaluate"]["folder"])
+    (folder / "report.md").unlink()
+    full_pipeline(config)
+    assert (folder / "report.md").exists()
+    (folder / "predictions.parquet").unlink()
     again = full_pipeline(config)
-    assert report.exists()
+    assert (folder / "predictions.parquet").exists()
     assert again["evaluate"]["metrics"]["error"] == trees["evaluate"]["metrics"]["error"]
     assert again["register"] == trees["register"]
 
@@ -215,7 +218,7 @@ def test_a_new_stage_is_one_row(
     row = Stage(
         help="count rows", run="counting:run_count", result="counting:CountResult", takes=("ingest", "evaluate"),
         settings=("seed",), identity=lambda config, results: [results["evaluate"].test_digest],
-        purpose=lambda config: "counting", folder="runs", label=lambda config: "count", whole="rows.txt",
+        purpose=lambda config: "counting", folder="runs", label=lambda config: "count", whole=("rows.txt",),
         on_cluster=lambda config: False, at_end="counting:end",
     )  # fmt: skip
     monkeypatch.setitem(STAGES, "count", row)

@@ -1,5 +1,6 @@
 """What stages cost, from calibrations of known size."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def test_the_counts_of_a_training_are_exact(tiny_config: PipelineConfig) -> None
     assert cost.cpu_hours == pytest.approx((cost.seconds or 0) / 3600)
     limited = costs.cost_of_train(config.with_settings({"train.max_minutes": 0.5}), size, calibrate)
     assert limited.seconds == 30
+
+
+def test_an_evaluation_is_divided_among_workers_that_have_to_start(tiny_config: PipelineConfig) -> None:
+    def seconds(**settings: object) -> float:
+        config = tiny_config.with_settings(
+            {"model.k": 10, "ray.num_cpus": 2} | {f"execution.{k}": v for k, v in settings.items()}
+        )
+        cost = costs.cost_of_evaluate(config, size_before_ingest(config.data), calibrate)
+        assert (cost.num_rows, cost.multiply_adds) == (500, 500 * 10_000)
+        assert cost.seconds is not None
+        return cost.seconds - costs.SECONDS_AROUND_EVALUATION
+
+    assert seconds() == pytest.approx(500 * 0.001 / (os.cpu_count() or 1))
+    assert seconds(num_workers=2) == pytest.approx(costs.SECONDS_TO_START_SCORING + 500 * 0.001 / 2)
+    assert seconds(num_workers=4) == seconds(num_workers=2)  # of two cores
 
 
 def test_networks_between_those_that_are_timed_are_interpolated(tiny_config: PipelineConfig) -> None:
