@@ -52,13 +52,13 @@ class Certificate:
 class Training:
     """A `rcnn train` in a process of its own, and its Ray."""
 
-    def __init__(self, storage: Path, num_workers: int | str, **changed: object):
+    def __init__(self, storage: Path, num_workers: int | str, *, log: str = "log.txt", **changed: object):
         settings = SETTINGS | {"storage": storage, "execution.num_workers": num_workers} | changed
         command = [sys.executable, "-m", "rcnn.cli", "train", "--recipe", "debug_tiny"]
         command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-        self.log = storage / "log.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        self.log = storage / log
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         self.num_workers, self._ours = num_workers, [psutil.Process(self.process.pid)]
 
     def has_ended(self) -> bool:

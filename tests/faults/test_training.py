@@ -1,5 +1,6 @@
 """A training that loses workers, drivers and nodes ends with the bits that it would have had."""
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.kills import Training, _finish, run
+from tests.faults.kills import Training, _finish, _wait_for_progress, run
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,24 @@ def test_a_signal_is_answered_with_a_checkpoint_within_ten_seconds(tmp_path: Pat
         f"resuming after step {int(record.stem[-4:])} of 126 of epoch 1 of 2, from the last checkpoint"
         in resumed.log.read_text()
     )
+
+
+def test_a_driver_that_stops_to_answer_gives_way_and_writes_no_more(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "shared").mkdir()
+    epochs = {"train.epochs": 12}
+    expected = _finish(Training(tmp_path / "alone", 1, **epochs))
+    first = Training(tmp_path / "shared", 1, log="first.txt", **epochs)
+    _wait_for_progress(first)
+    first.process.send_signal(signal.SIGSTOP)  # its worker goes on, and writes checkpoints
+    second = Training(tmp_path / "shared", 2, log="second.txt", **epochs)
+    assert _finish(second) == expected
+    first.process.send_signal(signal.SIGCONT)
+    assert first.process.wait(timeout=120) == 2
+    assert "took over this work. Nothing is lost" in first.log.read_text()
+    assert f"process {first.process.pid} on" in second.log.read_text()
+    [result] = (tmp_path / "shared").glob("runs/train-*/_result.json")
+    assert json.loads(result.read_text())["weights_sha256"] == expected
 
 
 @pytest.fixture

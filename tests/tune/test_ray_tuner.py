@@ -114,7 +114,7 @@ def test_bad_trials_are_stopped_and_an_interrupted_search_repeats_no_ended_trial
     assert {name: again[name].choice for name in records} == {name: records[name].choice for name in records}
     assert (again["trial-00"], again["trial-02"]) == (records["trial-00"], records["trial-02"])
     assert [trial.name for trial in extended.trials] == [f"trial-{number:02d}" for number in range(5)]
-    assert target.storage.list_folders(target.name) == ["pictures", "ray-elsewhere-0a1b2c3d", "trials"]
+    assert target.storage.list_folders(target.name) == ["pictures", "trials"]
 
     family = Family()
     assert tune(config.with_settings({"tune.num_trials": 5}), digits, "asha", family).trials == extended.trials
