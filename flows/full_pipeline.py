@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import deployment, flow_run
 
+from flows.artifacts import Artifacts
 from flows.jobs import FLOW_RUN_TAG, stop_jobs_of
 from flows.stages import task_of
 from rcnn.config import PipelineConfig
@@ -32,37 +33,42 @@ from rcnn.stages import (
 from rcnn.tracking import finish_failed
 
 
-@flow(name="rcnn", on_cancellation=[stop_jobs_of], on_crashed=[stop_jobs_of])
-def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False) -> dict[str, Any]:
+@flow(
+    name="rcnn", on_cancellation=[stop_jobs_of]
+)  # a crashed flow leaves its jobs running, for the flow that retries it
+def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_running: bool = False) -> dict[str, Any]:
     """Trains the model that the config describes, and registers it.
 
     Args:
         config: every setting. In a deployment the worker's RCNN_... variables say where things run and are kept.
         fresh: does all stages again, although their results are there.
+        stop_running: with fresh, stops Ray jobs that are running for the same results, which otherwise are a reason to refuse.
     """
     show_on_screen()
     if deployment.id:
         config = config.placed_by(os.environ)
     config = config.rooted()
     trees: dict[str, Any] = {}
-    with _log_in_prefect(), _pipeline_run(config, fresh) as parent:
+    with _log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
         for name in planned(config):
-            trees[name] = _run_task(config, name, trees, fresh, parent)
+            given = {"config": config, "name": name, "trees": trees, "fresh": fresh, "parent": parent}
+            trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
     end_pipeline(config, results_from_json(trees))
     return trees
 
 
-def _run_task(config: PipelineConfig, name: str, trees: dict[str, Any], fresh: bool, parent: Parent) -> Any:
+def _run_task(given: dict[str, Any], artifacts: Artifacts) -> Any:
     """Runs a stage's task; Prefect's cache is trusted only where what it points to is still there."""
-    results = results_from_json(trees)
-    done = None if fresh else finished(config, name, results)
-    state = task_of(name).with_options(refresh_cache=done is None)(
-        config=config, name=name, trees=trees, fresh=fresh, parent=parent, return_state=True
-    )
+    config, name, results = given["config"], given["name"], results_from_json(given["trees"])
+    done = None if given["fresh"] else finished(config, name, results)
+    state = task_of(name).with_options(refresh_cache=done is None)(**given, return_state=True)
     if done is not None and state.name == "Cached":
         say(nothing_to_do(name, stage_folder(config, name, results)))
         return done.model_dump(mode="json")  # it may be newer than what Prefect kept
-    return state.result()
+    tree = state.result()
+    [result] = results_from_json({name: tree}).values()
+    artifacts.publish(name, result, flow_run_id=flow_run.id, task_run_id=state.state_details.task_run_id)
+    return tree
 
 
 @contextmanager

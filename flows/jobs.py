@@ -1,20 +1,18 @@
 """Runs a stage as a Ray job: submits it, follows its log, attaches to it again, stops it.
 
 The job's id is derived from the stage's folder, so a retried flow finds the job that is still running and attaches to it, and
-two flows that need the same result share one job.
+two flows that need the same result share one job. A job ends with the flows that follow it only where these are cancelled:
+one that loses its flow keeps running, since the next flow attaches to it.
 """
 
-import asyncio
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from typing import Any
 
-from aiohttp import ClientError
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobSubmissionClient
-
+from flows.followers import Followers
+from flows.job_server import UNFINISHED, JobServer
 from rcnn import errors
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, RcnnError
@@ -25,141 +23,210 @@ from rcnn.storage import JOB, JOB_OUTCOME, Storage
 
 FLOW_RUN_TAG = "rcnn.prefect_flow_run"
 SUBMISSION_TAG = "rcnn.ray_submission"
-UNFINISHED = ("PENDING", "RUNNING")
+JOBS = "runs/jobs"
 SECONDS_BETWEEN_LOOKS = 2
+MINUTES_TO_STOP = 1
+"""How long a head that is away is waited for by a flow that is being cancelled."""
 
 
 def run_as_job(
-    config: PipelineConfig, name: str, results: Results, *, fresh: bool = False, parent: Parent | None = None
+    config: PipelineConfig,
+    name: str,
+    results: Results,
+    *,
+    fresh: bool = False,
+    stop_running: bool = False,
+    parent: Parent | None = None,
 ) -> StageResult:
     """Runs one stage on the cluster at `ray.address`, as `rcnn.stages.run_stage` does in this process.
 
+    Args:
+        config: the whole config.
+        name: a key of `STAGES`.
+        results: the results of the stages before it.
+        fresh: does the work again; an attempt that is repeated continues what the first one submitted.
+        stop_running: with `fresh`, stops a running job that works on the same result.
+        parent: the MLflow run to hang under.
+
     Raises:
-        ClusterError: the cluster cannot be reached, or the job was stopped or lost.
+        ClusterError: the cluster cannot be used, the job was stopped or lost, or `fresh` is refused because a job is running.
         RcnnError: the error of the stage itself.
     """
-    parent = parent or Parent()
-    target = stage_folder(config, name, results)
     done = None if fresh else finished(config, name, results)
     if done is not None:
-        say(nothing_to_do(name, target))
+        say(nothing_to_do(name, stage_folder(config, name, results)))
         return done
-    job_id = f"rcnn-{os.path.basename(target.name)}"
-    replaces = fresh and STAGES[name].replaces_whole
-    if fresh and not replaces:
-        target.storage.delete(target.name)  # before the job is submitted: a retry must not find the old result
-    with _reachable(config.ray.address):
-        client = JobSubmissionClient(config.ray.address)
-        if _status(client, job_id) in UNFINISHED:
-            say(f"{name}: attaching to Ray job {job_id}, which is running")
-        else:
-            _submit(client, job_id, config, name, results, parent, fresh=replaces)
-            say(f"{name}: submitted as Ray job {job_id}")
-        target.storage.write_text(_mark_of(job_id, dict(parent.tags).get(FLOW_RUN_TAG, "")), "")
-        status = asyncio.run(_follow(client, job_id))
-    return _outcome(status, job_id, config, name)
+    job = _Job(config, name, results, fresh=fresh, parent=parent or Parent())
+    try:
+        if fresh and not job.followers.include_us():
+            job.make_way(stop_running=stop_running)
+        with job.followers.following():  # before the submission, so that cancelling the flow stops this job in any case
+            return job.run()
+    except KeyboardInterrupt:  # a person's; what ends a worker's flow, or its machine, is a SIGTERM, and leaves the job
+        stop_jobs(config, job.flow_run_id)
+        raise
 
 
 def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
-    """Stops the running jobs of a cancelled or crashed flow run (a hook of the flow)."""
+    """Stops the running jobs of a cancelled flow run, unless another flow follows them (a hook of the flow)."""
     parameters = flow_run.parameters.get("config")
     config = PipelineConfig.model_validate(parameters or {}).placed_by(os.environ)
-    if not config.ray.address.startswith("http"):
-        return
-    storage = Storage(config.storage)
-    with _reachable(config.ray.address):
-        client = JobSubmissionClient(config.ray.address)
-        for job in client.list_jobs():
-            is_running = str(job.status.value) in UNFINISHED
-            if job.submission_id and is_running and storage.exists(_mark_of(job.submission_id, str(flow_run.id))):
-                client.stop_job(job.submission_id)
+    if config.ray.address.startswith("http"):
+        stop_jobs(config, str(flow_run.id))
 
 
-def _mark_of(job_id: str, flow_run_id: str) -> str:
-    """The file that marks that this flow run submitted the job or attached to it."""
-    return f"{_result_folder(job_id)}/followed-by-{flow_run_id or 'no-flow-run'}"
+def stop_jobs(config: PipelineConfig, flow_run_id: str) -> None:
+    """Stops the running jobs that this flow run is the last to follow.
+
+    Raises:
+        ClusterError: the cluster cannot be used; the jobs keep running.
+    """
+    storage, server = Storage(config.storage), JobServer(config.ray.address, minutes=MINUTES_TO_STOP)
+    for job_id in storage.list_folders(JOBS):
+        followers = Followers(storage, f"{JOBS}/{job_id}", flow_run_id)
+        if not followers.include_us() or not server.is_running(job_id):
+            continue
+        if followers.leave():
+            say(f"  stopping Ray job {job_id}")
+            server.stop(job_id)
+        else:
+            say(f"  Ray job {job_id} keeps running, since another flow follows it")
 
 
-@contextmanager
-def _reachable(address: str) -> Iterator[None]:
-    """Reports errors of Ray's client, which raises those of its HTTP library and server, as a retryable `ClusterError`."""
-    try:
-        yield
-    except (OSError, RuntimeError, AuthenticationError) as error:
+class _Job:
+    """A stage as a job: its id, and its folder, which holds what it is to do, how it ended, and who follows it."""
+
+    def __init__(self, config: PipelineConfig, name: str, results: Results, *, fresh: bool, parent: Parent):
+        self._config, self._name, self._results, self._fresh, self._parent = config, name, results, fresh, parent
+        self._target = stage_folder(config, name, results)
+        self.id = f"rcnn-{os.path.basename(self._target.name)}"
+        self.flow_run_id = dict(parent.tags).get(FLOW_RUN_TAG, "")
+        self.followers = Followers(Storage(config.storage), f"{JOBS}/{self.id}", self.flow_run_id)
+        self._folder = Storage(config.storage).below(f"{JOBS}/{self.id}")
+        self._server = JobServer(config.ray.address, minutes=config.ray.reconnect_minutes)
+
+    def make_way(self, *, stop_running: bool) -> None:
+        """Removes what `--fresh` does again.
+
+        Raises:
+            ClusterError: a job is writing it.
+        """
+        if self._server.is_running(self.id):
+            if not stop_running:
+                raise ClusterError(
+                    f"Ray job {self.id} is running and works on the result that --fresh would delete",
+                    where=f"ray.address = {self._config.ray.address}",
+                    remedy=f"Wait for it, stop it with `ray job stop {self.id}`, or have it stopped by --stop-running (in "
+                    "Prefect: the parameter stop_running)",
+                )
+            say(f"{self._name}: stopping Ray job {self.id}")
+            self._server.stop_and_wait(self.id)
+        if not STAGES[self._name].replaces_whole:
+            self._target.storage.delete(self._target.name)
+        self._forget_outcome()  # before the job is submitted: a retry must not find the old result, nor the old outcome
+
+    def run(self) -> StageResult:
+        """Attaches to the job, or submits it; returns its result when it has ended."""
+        if self._server.is_running(self.id):
+            say(f"{self._name}: attaching to Ray job {self.id}, which is running")
+        elif self._fresh and "result" in (outcome := self._outcome()):
+            return self._result_in(outcome)  # of an earlier attempt of this flow run: `make_way` removed any other
+        else:
+            self._submit()
+            say(f"{self._name}: submitted as Ray job {self.id}")
+        status = self._follow()
+        return self._result(status)
+
+    def _submit(self) -> None:
+        self._forget_outcome()
+        self.followers.forget_dead()
+        on_cluster = self._config.with_settings({"ray.address": "auto", "storage": Storage(self._config.storage).root})
+        # In a file: an argument would end at 128 KiB, and be seen in `ps` and in the dashboard.
+        inputs = {
+            "config": on_cluster.model_dump(mode="json"),
+            "results": {key: result.model_dump(mode="json") for key, result in self._results.items()},
+            "code": stage_code(self._config, self._name),
+            "parent": {"run_id": self._parent.run_id, "tags": dict(self._parent.tags) | {SUBMISSION_TAG: self.id}},
+        }
+        self._folder.write_json(JOB, inputs)
+        self._server.submit(self.id, self._command())
+
+    def _command(self) -> str:
+        command = ["rcnn", self._name, "--job", self._folder.root]
+        command += ["--fresh"] if self._fresh and STAGES[self._name].replaces_whole else []
+        return shlex.join(command)
+
+    def _follow(self) -> str:
+        """Prints the job's log until the job ends, and submits it again if the cluster forgets it; returns its status."""
+        log = _Log()
+        while True:
+            self._server.read_log(self.id, log.begin())
+            status = self._server.status(self.id)
+            if status is None and "result" not in self._outcome():  # an error may come from the loss of the cluster
+                say(f"{self._name}: the Ray cluster no longer knows job {self.id}; submitting it again")
+                self._submit()
+                log = _Log()
+            elif status not in UNFINISHED:
+                if status is not None:
+                    log.begin()(self._server.whole_log(self.id))
+                log.end()
+                return status or "unknown"
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _outcome(self) -> dict[str, Any]:
+        return self._folder.read_json(JOB_OUTCOME) or {}
+
+    def _forget_outcome(self) -> None:
+        if self._folder.exists(JOB_OUTCOME):
+            self._folder.delete_file(JOB_OUTCOME)
+
+    def _result(self, status: str) -> StageResult:
+        outcome = self._outcome()
+        if "result" in outcome:
+            return self._result_in(outcome)
+        if "error" in outcome:
+            raise _error_from(outcome["error"])
+        what = "succeeded, but its result cannot be seen from here" if status == "SUCCEEDED" else f"ended as {status}"
         raise ClusterError(
-            f"the Ray cluster cannot be used ({' '.join(str(error).split())[:300]})",
-            where=f"ray.address = {address}",
-            remedy="Start it with `make up`, or correct the address; set RAY_AUTH_MODE=token if it requires a token",
-            retryable=True,
-        ) from error
+            f"Ray job {self.id} {what}",
+            where=f"ray.address = {self._config.ray.address}, storage = {self._config.storage}",
+            remedy=f"rcnn must be installed on the cluster and see the same storage; see `ray job logs {self.id}`",
+            retryable=status == "FAILED",
+        )
+
+    def _result_in(self, outcome: dict[str, Any]) -> StageResult:
+        return results_from_json({self._name: outcome["result"]})[self._name]  # type: ignore[no-any-return]
 
 
-def _status(client: Any, job_id: str) -> str | None:
-    jobs = {job.submission_id: job.status for job in client.list_jobs()}
-    return str(jobs[job_id].value) if job_id in jobs else None
+class _Log:
+    """A job's log, printed line by line; what comes again after a reconnection is skipped."""
+
+    def __init__(self) -> None:
+        self._num_taken, self._line = 0, ""
+
+    def begin(self) -> Callable[[str], None]:
+        """Takes the log from its beginning; returns what to call with each piece."""
+        position = 0
+
+        def take(text: str) -> None:
+            nonlocal position
+            new = text[max(0, self._num_taken - position) :]
+            position += len(text)
+            self._num_taken = max(self._num_taken, position)
+            *lines, self._line = (self._line + new).split("\n")
+            for line in lines:
+                _print_line(line)
+
+        return take
+
+    def end(self) -> None:
+        """Prints a last line that does not end."""
+        _print_line(self._line)
 
 
-def _submit(
-    client: Any, job_id: str, config: PipelineConfig, name: str, results: Results, parent: Parent, *, fresh: bool
-) -> None:
-    if _status(client, job_id) is not None:
-        client.delete_job(job_id)  # of an earlier attempt that has ended: Ray accepts each id once
-    storage = Storage(config.storage)
-    storage.delete(_result_folder(job_id))
-    on_cluster = config.with_settings({"ray.address": "auto", "storage": storage.root})
-    # In a file: an argument would end at 128 KiB, and be seen in `ps` and in the dashboard.
-    inputs = {
-        "config": on_cluster.model_dump(mode="json"),
-        "results": {key: result.model_dump(mode="json") for key, result in results.items()},
-        "code": stage_code(config, name),
-        "parent": {"run_id": parent.run_id, "tags": dict(parent.tags) | {SUBMISSION_TAG: job_id}},
-    }
-    storage.write_json(f"{_result_folder(job_id)}/{JOB}", inputs)
-    command = ["rcnn", name, "--job", storage.below(_result_folder(job_id)).root]
-    command += ["--fresh"] if fresh else []
-    client.submit_job(
-        entrypoint=shlex.join(command),
-        submission_id=job_id,
-    )
-
-
-def _result_folder(job_id: str) -> str:
-    return f"runs/jobs/{job_id}"
-
-
-async def _follow(client: Any, job_id: str) -> str:
-    """Prints the job's log until the job ends, reconnecting if the connection breaks; returns its status."""
-    lines_seen = 0
-    while True:
-        lines = 0
-        try:
-            async for text in client.tail_job_logs(job_id):
-                for line in filter(str.strip, text.splitlines()):
-                    lines += 1
-                    if lines > lines_seen:
-                        say(f"  | {line}")
-        except (RuntimeError, OSError, ClientError) as error:
-            say(f"  lost the connection to the log of {job_id} ({type(error).__name__}); reconnecting")
-        lines_seen = max(lines, lines_seen)
-        status = _status(client, job_id)
-        if status not in UNFINISHED:
-            return str(status)
-        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def _outcome(status: str, job_id: str, config: PipelineConfig, name: str) -> StageResult:
-    outcome = Storage(config.storage).read_json(f"{_result_folder(job_id)}/{JOB_OUTCOME}") or {}
-    if status == "SUCCEEDED" and "result" in outcome:
-        return results_from_json({name: outcome["result"]})[name]  # type: ignore[no-any-return]
-    if "error" in outcome:
-        raise _error_from(outcome["error"])
-    what = "succeeded, but its result cannot be seen from here" if status == "SUCCEEDED" else f"ended as {status}"
-    raise ClusterError(
-        f"Ray job {job_id} {what}",
-        where=f"ray.address = {config.ray.address}, storage = {config.storage}",
-        remedy=f"rcnn must be installed on the cluster and see the same storage; see `ray job logs {job_id}`",
-        retryable=status == "FAILED",
-    )
+def _print_line(line: str) -> None:
+    if line.strip():
+        say(f"  | {line}")
 
 
 def _error_from(tree: dict[str, Any]) -> RcnnError:

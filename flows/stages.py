@@ -1,4 +1,4 @@
-"""One thin task per stage: its cache key, its retries, and an artifact for the Prefect UI."""
+"""One thin task per stage: its cache key and its retries."""
 
 import hashlib
 import os
@@ -6,26 +6,31 @@ from functools import cache
 from typing import Any
 
 from prefect import Task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import task_run
 
 from flows.jobs import run_as_job
 from rcnn.config import PipelineConfig
 from rcnn.errors import RcnnError
-from rcnn.results import StageResult
 from rcnn.stages import STAGES, Parent, results_from_json, run_stage, stage_folder
-from rcnn.text import printable
 
 RETRY_DELAYS_SECONDS = [5, 30]
 
 
-def _run_one(config: PipelineConfig, name: str, trees: dict[str, Any], fresh: bool, parent: Parent) -> dict[str, Any]:
-    on_cluster = STAGES[name].on_cluster(config) and config.ray.address.startswith("http")
-    run = run_as_job if on_cluster else run_stage
-    # A retry resumes what the first attempt left, unless the old result is kept until the new one is whole.
-    is_resumed = (task_run.run_count or 1) > 1 and not STAGES[name].replaces_whole
-    result = run(config, name, results_from_json(trees), fresh=fresh and not is_resumed, parent=parent)
-    _publish_artifact(name, result)
+def _run_one(
+    config: PipelineConfig,
+    name: str,
+    trees: dict[str, Any],
+    fresh: bool,
+    parent: Parent,
+    stop_running: bool = False,
+) -> dict[str, Any]:
+    results = results_from_json(trees)
+    if STAGES[name].on_cluster(config) and config.ray.address.startswith("http"):
+        result = run_as_job(config, name, results, fresh=fresh, stop_running=stop_running, parent=parent)
+    else:
+        # A retry resumes what the first attempt left, unless the old result is kept until the new one is whole.
+        is_resumed = (task_run.run_count or 1) > 1 and not STAGES[name].replaces_whole
+        result = run_stage(config, name, results, fresh=fresh and not is_resumed, parent=parent)
     return result.model_dump(mode="json")
 
 
@@ -56,13 +61,3 @@ def task_of(name: str) -> Task[Any, Any]:
         retry_delay_seconds=RETRY_DELAYS_SECONDS,
         retry_condition_fn=_may_succeed_later,
     )
-
-
-def _publish_artifact(name: str, result: StageResult) -> None:
-    shown = {label: printable(value) for label, value in result.highlights(lambda file: file).items()}
-    if rows := result.table():
-        description = ", ".join(f"{label}: {value}" for label, value in shown.items())
-        create_table_artifact(rows, key=f"rcnn-{name}", description=description)
-        return
-    rows_of_text = "\n".join(f"| {label} | {value} |" for label, value in result.figures().items())
-    create_markdown_artifact(f"# {name}\n\n| | |\n| --- | --- |\n{rows_of_text}\n", key=f"rcnn-{name}")

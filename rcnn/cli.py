@@ -86,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rcnn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add(commands, "pipeline", _pipeline, "run all stages as one Prefect flow", config=True, fresh=True)
+    pipeline = _add(commands, "pipeline", _pipeline, "run all stages as one Prefect flow", config=True, fresh=True)
+    pipeline.add_argument(
+        "--stop-running", action="store_true", help="with --fresh: stop Ray jobs that are running for the same results"
+    )
     for name, row in STAGES.items():
         stage = _add(commands, name, _stage, row.help, config=True, fresh=True)
         stage.set_defaults(stage=name)
@@ -197,9 +200,13 @@ def _pipeline(options: argparse.Namespace) -> None:
     from rcnn.stages import finished_pipeline, nothing_to_do, stage_folder
     from rcnn.summary import print_summary
 
+    if options.stop_running and not options.fresh:
+        raise ConfigError(
+            "needs --fresh", where="--stop-running", remedy="Without it, the pipeline attaches to a running job"
+        )
     results = None if options.fresh else finished_pipeline(config)
     if results is None:
-        print_summary(config, _run_flow(config, fresh=options.fresh))
+        print_summary(config, _run_flow(config, fresh=options.fresh, stop_running=options.stop_running))
         return
     for name in results:
         say(nothing_to_do(name, stage_folder(config, name, results)))
@@ -208,7 +215,7 @@ def _pipeline(options: argparse.Namespace) -> None:
     print_summary(config, {name: result.model_dump(mode="json") for name, result in results.items()})
 
 
-def _run_flow(config: Any, *, fresh: bool) -> Any:
+def _run_flow(config: Any, *, fresh: bool, stop_running: bool) -> Any:
     """Runs the Prefect flow; what the stages need is started while Prefect's server starts."""
     from rcnn.progress import say
 
@@ -226,7 +233,7 @@ def _run_flow(config: Any, *, fresh: bool) -> Any:
         from flows.full_pipeline import full_pipeline
 
         server.wait()
-        return full_pipeline(config, fresh=fresh)
+        return full_pipeline(config, fresh=fresh, stop_running=stop_running)
 
 
 @contextmanager

@@ -458,6 +458,12 @@ class RayConfig(Section):
         description="Empty: start Ray here; auto: join this machine's cluster; http://head:8265: submit Ray jobs.",
     )
     num_cpus: int = Field(0, ge=0, le=MAX_CPUS, description="Cores of a Ray that is started here; 0: all of them.")
+    reconnect_minutes: float = Field(
+        30.0,
+        ge=0,
+        le=MAX_MINUTES,
+        description="How long a flow waits for a Ray head (http://...) that does not answer before it fails; 0: not at all.",
+    )
 
     @model_validator(mode="after")
     def _address_is_free_of_secrets(self) -> Self:

@@ -115,3 +115,8 @@ def test_a_reader_that_leaves_early_sees_no_traceback(option: str, exit_code: in
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == exit_code
+
+
+def test_stop_running_is_refused_without_fresh(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pipeline", "--stop-running"]) == 2
+    assert "--stop-running: needs --fresh" in capsys.readouterr().err

@@ -64,7 +64,8 @@ SMALLEST_WRONG = {
     "tune.seeds": 0, "tune.num_finalists": 0, "tune.max_minutes": -1, "tune.trial_minutes": -1,
     "tune.workers_per_trial": 0, "tune.epochs": 0, "tune.grace_epochs": 0, "tune.reduction_factor": 1, "tune.num_rows": -1,
     "tune.max_concurrent_trials": -1, "tune.cpus_per_trial": 0, "tune.gpus_per_trial": -1, "evaluate.batch_size": 0,
-    "ray.address": "ray://head:10001", "ray.num_cpus": -1, "tracking.wait_minutes": -1, "seed": -1, "storage": "",
+    "ray.address": "ray://head:10001", "ray.num_cpus": -1, "ray.reconnect_minutes": -1, "tracking.wait_minutes": -1, "seed": -1,
+    "storage": "",
 }  # fmt: skip
 FREE_TEXT = {
     "data.root",

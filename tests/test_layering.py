@@ -63,7 +63,7 @@ HOMES = {
         "rcnn/evaluate/ray_scoring.py",
         "rcnn/tune/ray_tuner.py",
         "rcnn/tune/ray_trial.py",
-        "flows/jobs.py",
+        "flows/job_server.py",
     ],
     "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],
     "scipy": ["rcnn/data/sources/svhn.py"],

@@ -136,6 +136,7 @@ def _environment(ports: dict[str, int]) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "15",  # for jobs that are submitted by hand: time to write a checkpoint
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 0 keeps Ray on loopback, on Linux too
     }
 

@@ -272,6 +272,15 @@ def test_the_error_of_a_stage_comes_out_of_the_flow(tmp_path: Path) -> None:
     assert [run.info.status for run in _runs(config, "rcnn/mnist")] == ["FAILED", "FAILED"]
 
 
+def test_a_cancelled_flow_stops_its_jobs_and_a_crashed_one_leaves_them() -> None:
+    """The retry of a crashed flow attaches to them."""
+    from flows.full_pipeline import full_pipeline
+    from flows.jobs import stop_jobs_of
+
+    assert full_pipeline.on_cancellation_hooks == [stop_jobs_of]
+    assert full_pipeline.on_crashed_hooks == []
+
+
 def test_prefects_own_cache_answers_a_rerun(config: PipelineConfig, trees: dict[str, Any]) -> None:
     from prefect import flow
 

@@ -1,11 +1,9 @@
 """Stages as jobs of a real Ray cluster of one node."""
 
+import itertools
+import json
 import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,90 +14,107 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, SourceError
 from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
-from rcnn.stages import Parent
+from rcnn.stages import Parent, stage_folder
+from tests.flows.heads import Head, Proxy
 
 pytestmark = pytest.mark.ray
 
+SEEDS = itertools.count(1)
+
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A Ray with a job server, which a Ray of our own does without; the server's address."""
-    server, agent, client = (str(port) for port in free_ports(3))
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "2", "--port", "0",
-        "--node-ip-address", "127.0.0.1",
-        "--dashboard-port", server, "--dashboard-agent-listen-port", agent, "--ray-client-server-port", client,
-    ]  # fmt: skip
-    ours = {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    }  # fmt: skip
-    address = f"http://127.0.0.1:{server}"
-    with subprocess.Popen(
-        command, env=os.environ | ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not answers(address):
-                assert process.poll() is None, "Ray has ended"
-                assert time.monotonic() < deadline, "Ray does not start"
-                time.sleep(0.3)
-            yield address
-        finally:
-            process.terminate()
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def head() -> Iterator[Head]:
+    """A Ray with a job server, which a Ray of our own does without."""
+    head = Head()
+    head.start()
+    yield head
+    head.stop()
 
 
 @pytest.fixture
-def config(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
+def config(head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
+    """Each test has other settings, so that its job has another id."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    return debug_tiny().with_settings({"storage": str(tmp_path), "ray.address": cluster})
+    settings = {"storage": str(tmp_path), "ray.address": head.address, "data.split_seed": next(SEEDS)}
+    return debug_tiny().with_settings(settings)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said to the user."""
+    lines: list[str] = []
+    for module in ("jobs", "job_server", "followers"):
+        monkeypatch.setattr(f"flows.{module}.say", lines.append)
+    return lines
 
 
 def submit_instead(entrypoint: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lets jobs run something short in place of a stage; the ids under which they are submitted."""
-    from flows import jobs
+    from flows import job_server, jobs
 
     submitted: list[str] = []
-    real_client = jobs.JobSubmissionClient
+    submit = job_server.JobServer.submit
 
-    def connect(address: str) -> object:
-        client = real_client(address)
-        submit = client.submit_job
+    def submit_other(server: job_server.JobServer, job_id: str, _: str) -> None:
+        submitted.append(job_id)
+        submit(server, job_id, entrypoint)
 
-        def submit_other(**arguments: object) -> None:
-            submitted.append(str(arguments["submission_id"]))
-            submit(**(arguments | {"entrypoint": entrypoint}))
-
-        client.submit_job = submit_other
-        return client
-
-    monkeypatch.setattr(jobs, "JobSubmissionClient", connect)
+    monkeypatch.setattr(jobs.JobServer, "submit", submit_other)
     return submitted
 
 
+def submit_and_leave(config: PipelineConfig, flow_run: str, monkeypatch: pytest.MonkeyPatch, **options: bool) -> None:
+    """Submits a job or attaches to it, and lets go of it, like a flow that is killed."""
+    from flows import jobs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs._Job, "_follow", lambda job: "RUNNING")
+        with pytest.raises(ClusterError, match="ended as RUNNING"):
+            jobs.run_as_job(config, "ingest", {}, parent=parent_of(flow_run), **options)
+
+
+def parent_of(flow_run: str) -> Parent:
+    return Parent("", (("rcnn.prefect_flow_run", flow_run),))
+
+
+def cancel(config: PipelineConfig, flow_run: str) -> None:
+    """What Prefect calls for a cancelled flow run."""
+    from flows.jobs import stop_jobs_of
+
+    stop_jobs_of(None, SimpleNamespace(id=flow_run, parameters={"config": config.model_dump(mode="json")}), None)
+
+
+def status_of(config: PipelineConfig, job_id: str) -> str | None:
+    from flows.job_server import JobServer
+
+    return JobServer(config.ray.address, minutes=0).status(job_id)
+
+
+def wait_until_stopped(config: PipelineConfig, job_id: str) -> None:
+    deadline = time.monotonic() + 60
+    while status_of(config, job_id) != "STOPPED" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert status_of(config, job_id) == "STOPPED"
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} is missing"
+        time.sleep(0.1)
+
+
+def kill_follower(config: PipelineConfig, job_id: str, flow_run: str) -> None:
+    """Makes a mark as old as that of a flow that was killed two minutes ago."""
+    mark = Path(config.storage, "runs/jobs", job_id, f"followed-by-{flow_run}")
+    os.utime(mark, (time.time() - 120, time.time() - 120))
+
+
 def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
-    config: PipelineConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    config: PipelineConfig, said: list[str]
 ) -> None:
     from flows.jobs import run_as_job
 
-    said: list[str] = []
-    monkeypatch.setattr("flows.jobs.say", said.append)
     first = run_as_job(config, "ingest", {})
     assert isinstance(first, IngestResult)
     assert first.rows == {"train": 4050, "val": 450, "test": 500}
@@ -117,20 +132,13 @@ def test_a_config_of_any_length_reaches_the_job_and_no_argument_holds_it(
     from flows import jobs
 
     entrypoints: list[str] = []
-    real_client = jobs.JobSubmissionClient
+    submit = jobs.JobServer.submit
 
-    def connect(address: str) -> object:
-        client = real_client(address)
-        submit = client.submit_job
+    def submit_and_keep(server: jobs.JobServer, job_id: str, entrypoint: str) -> None:
+        entrypoints.append(entrypoint)
+        submit(server, job_id, entrypoint)
 
-        def submit_and_keep(**arguments: str) -> None:
-            entrypoints.append(arguments["entrypoint"])
-            submit(**arguments)
-
-        client.submit_job = submit_and_keep
-        return client
-
-    monkeypatch.setattr(jobs, "JobSubmissionClient", connect)
+    monkeypatch.setattr(jobs.JobServer, "submit", submit_and_keep)
     rates = [0.001 + number * 1e-6 for number in range(20_000)]
     large = config.with_settings({"tune.space": {"train.learning_rate": rates}, "data.split_seed": 3})
     assert len(large.model_dump_json()) > 2**17
@@ -160,43 +168,156 @@ def test_a_job_that_failed_is_submitted_again_under_its_id(
 
 
 def test_a_running_job_is_attached_to_and_stopped_with_its_flow(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    submitted = submit_instead("sleep 300", monkeypatch)
+    for _ in range(2):
+        submit_and_leave(config, "flow-7", monkeypatch)
+    assert len(submitted) == 1
+    assert "attaching to Ray job" in said[1]
+    cancel(config, "another")
+    assert status_of(config, submitted[0]) in ("PENDING", "RUNNING")
+    cancel(config, "flow-7")
+    wait_until_stopped(config, submitted[0])
+
+
+def test_a_job_of_two_flows_is_stopped_when_the_last_living_one_is_cancelled(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from flows.followers import Followers
+    from rcnn.storage import Storage
+
+    monkeypatch.setattr("flows.followers.SECONDS_BETWEEN_RENEWALS", 0.5)
+    submitted = submit_instead("sleep 300", monkeypatch)
+    for flow_run in ("killed", "first", "second"):
+        submit_and_leave(config, flow_run, monkeypatch)
+    [job_id] = submitted
+    kill_follower(config, job_id, "killed")
+    with Followers(Storage(config.storage), f"runs/jobs/{job_id}", "second").following():
+        cancel(config, "first")
+        assert said[-1] == f"  Ray job {job_id} keeps running, since another flow follows it"
+        assert status_of(config, job_id) in ("PENDING", "RUNNING")
+    cancel(config, "second")
+    wait_until_stopped(config, job_id)
+
+
+def test_a_flow_is_marked_as_a_follower_before_it_submits(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import jobs
 
-    real_client = jobs.JobSubmissionClient
+    def die(server: jobs.JobServer, job_id: str, entrypoint: str) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(jobs.JobServer, "submit", die)
+    with pytest.raises(SystemExit):
+        jobs.run_as_job(config, "ingest", {}, parent=parent_of("flow-8"))
+    assert len(list(Path(config.storage).glob("runs/jobs/*/followed-by-flow-8"))) == 1
+
+
+def test_ctrl_c_stops_the_job(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import jobs
+
+    def interrupt(job: object) -> str:
+        raise KeyboardInterrupt
+
     submitted = submit_instead("sleep 300", monkeypatch)
+    monkeypatch.setattr(jobs._Job, "_follow", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_as_job(config, "ingest", {}, parent=parent_of("flow-9"))
+    wait_until_stopped(config, submitted[0])
 
-    async def leave(client: object, job_id: str) -> str:
-        """Lets go of the job, like a flow that is killed."""
-        return "RUNNING"
 
-    said: list[str] = []
-    monkeypatch.setattr(jobs, "say", said.append)
-    monkeypatch.setattr(jobs, "_follow", leave)
-    parent = Parent("", (("rcnn.prefect_flow_run", "flow-7"),))
-    for _ in range(2):
-        with pytest.raises(ClusterError, match="ended as RUNNING"):
-            jobs.run_as_job(config, "ingest", {}, parent=parent)
+def test_fresh_is_refused_while_a_job_runs_unless_it_may_be_stopped(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import jobs
+
+    submitted = submit_instead("sleep 300", monkeypatch)
+    submit_and_leave(config, "first", monkeypatch)
+    left = Path(config.storage, stage_folder(config, "ingest", {}).name, "draft")
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with pytest.raises(
+        ClusterError, match=rf"{submitted[0]} is running .*`ray job stop {submitted[0]}`.*--stop-running"
+    ):
+        jobs.run_as_job(config, "ingest", {}, fresh=True, parent=parent_of("second"))
+    assert left.exists()
+    assert status_of(config, submitted[0]) in ("PENDING", "RUNNING")
+    submit_and_leave(config, "second", monkeypatch, fresh=True, stop_running=True)
+    assert len(submitted) == 2
+    submit_and_leave(
+        config, "second", monkeypatch, fresh=True
+    )  # a retry of that flow attaches to the job that it submitted
+    assert len(submitted) == 2
+    kill_follower(config, submitted[0], "first")
+    cancel(config, "second")
+    wait_until_stopped(config, submitted[0])
+
+
+def test_a_retry_of_a_fresh_flow_takes_the_result_that_its_job_has_left(
+    config: PipelineConfig, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import jobs
+
+    submitted = submit_instead("exit 0", monkeypatch)
+    submit_and_leave(config, "flow-5", monkeypatch, fresh=True)
+    outcome = {"result": digits.model_dump(mode="json")}
+    Path(config.storage, "runs/jobs", submitted[0], "outcome.json").write_text(json.dumps(outcome))
+    while status_of(config, submitted[0]) != "SUCCEEDED":
+        time.sleep(0.1)
+    assert jobs.run_as_job(config, "ingest", {}, fresh=True, parent=parent_of("flow-5")) == digits
     assert len(submitted) == 1
-    assert "attaching to Ray job" in said[1]
-    jobs.stop_jobs_of(None, _flow_run(config, "another"), None)
-    client = real_client(config.ray.address)
-    assert str(client.get_job_status(submitted[0]).value) in ("PENDING", "RUNNING")
-    jobs.stop_jobs_of(None, _flow_run(config, "flow-7"), None)
-    deadline = time.monotonic() + 60
-    while str(client.get_job_status(submitted[0]).value) != "STOPPED" and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert str(client.get_job_status(submitted[0]).value) == "STOPPED"
 
 
-def _flow_run(config: PipelineConfig, run_id: str) -> SimpleNamespace:
-    return SimpleNamespace(id=run_id, parameters={"config": config.model_dump(mode="json")})
+def test_a_stopped_job_has_time_to_write_a_checkpoint(
+    config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray by itself kills it after 3 s."""
+    saves = f"trap 'sleep 5; touch {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/started; sleep 300 & wait"
+    submitted = submit_instead(saves, monkeypatch)
+    submit_and_leave(config, "flow-6", monkeypatch)
+    wait_for(tmp_path / "started")
+    cancel(config, "flow-6")
+    wait_until_stopped(config, submitted[0])
+    assert (tmp_path / "saved").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_named() -> None:
+def test_a_log_whose_connection_dies_silently_is_printed_whole_and_once(
+    head: Head, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from flows import jobs
+
+    monkeypatch.setattr("flows.job_server.SECONDS_OF_SILENCE", 2)
+    monkeypatch.setattr("flows.job_server.SECONDS_TO_ANSWER", 2)
+    submit_instead("for i in $(seq 40); do echo line $i; sleep 0.2; done; printf end; sleep 3; exit 1", monkeypatch)
+    with Proxy(head) as proxy:
+
+        def say(text: str) -> None:
+            said.append(text)
+            if text == "  | line 10":
+                proxy.cut()
+            if text == "  | line 20":
+                proxy.fall_silent()
+            if text.startswith("  no answer from the Ray cluster"):
+                proxy.heal()
+
+        for module in ("jobs", "job_server"):
+            monkeypatch.setattr(f"flows.{module}.say", say)
+        with pytest.raises(ClusterError, match="ended as FAILED"):
+            jobs.run_as_job(config.with_settings({"ray.address": proxy.address}), "ingest", {})
+    printed = [line for line in said if line.startswith(("  | line", "  | end"))]
+    assert printed == [f"  | line {number}" for number in range(1, 41)] + ["  | end"]
+    assert any("trying for 30 min more" in line for line in said)
+    assert any("the Ray cluster answers again" in line for line in said)
+
+
+def test_a_cluster_that_does_not_answer_is_named(said: list[str]) -> None:
     from flows.jobs import run_as_job
 
-    config = PipelineConfig().with_settings({"ray.address": "http://127.0.0.1:9"})
-    with pytest.raises(ClusterError, match=r"ray\.address = http://127\.0\.0\.1:9.*cannot be used.*make up"):
+    config = PipelineConfig().with_settings({"ray.address": "http://127.0.0.1:9", "ray.reconnect_minutes": 0.05})
+    with pytest.raises(ClusterError, match=r"ray\.address = http://127\.0\.0\.1:9.*cannot be used.*make up") as caught:
         run_as_job(config, "ingest", {})
+    assert not caught.value.retryable  # it has been waited for
+    refused = "[Errno 111] Connection refused"
+    assert said == [f"  no answer from the Ray cluster at http://127.0.0.1:9 ({refused}); trying for 3 s more"]

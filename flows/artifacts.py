@@ -1,0 +1,84 @@
+"""What the Prefect UI shows of each stage: a table or a page, sent again later if the server is away.
+
+The results are in the storage, so no stage fails because its picture of them cannot be sent.
+"""
+
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import MarkdownArtifact, TableArtifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from rcnn.progress import say
+from rcnn.results import StageResult
+from rcnn.text import printable
+
+SECONDS_TO_ANSWER = 10
+
+
+class Artifacts:
+    """Publishes artifacts; one that the server does not take is kept, and sent with the next one or when the body ends."""
+
+    def __init__(self) -> None:
+        self._kept: list[ArtifactCreate] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._kept and (fault := self._send()):
+            names = ", ".join(str(artifact.key) for artifact in self._kept)
+            say(f"  Prefect does not answer ({fault}); the UI lacks {names}, and the storage has the results")
+
+    def publish(self, name: str, result: StageResult, **run_ids: UUID) -> None:
+        """Publishes the artifact of a stage.
+
+        Args:
+            name: the stage.
+            result: what is shown.
+            run_ids: `flow_run_id` and `task_run_id`, under which it is shown.
+        """
+        num_kept = len(self._kept)
+        self._kept.append(_artifact_of(name, result, run_ids))
+        if (fault := self._send()) and not num_kept:
+            say(f"  Prefect does not answer ({fault}); what it shows of {name} is sent later")
+
+    def _send(self) -> str:
+        """Sends what is kept; returns why not all of it could be sent, or nothing."""
+        # A client of its own, since that of the flow waits for minutes, as it should for the states of runs.
+        own = {"timeout": SECONDS_TO_ANSWER}
+        try:
+            with (
+                temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+                get_client(sync_client=True, httpx_settings=own) as client,
+            ):
+                while self._kept:
+                    client.create_artifact(self._kept[0])
+                    del self._kept[0]
+        except (httpx.HTTPError, RuntimeError) as error:
+            return " ".join(str(error).split())[:200] or type(error).__name__
+        return ""
+
+
+def _artifact_of(name: str, result: StageResult, run_ids: dict[str, UUID]) -> ArtifactCreate:
+    artifact: Any
+    if rows := result.table():
+        shown = {label: printable(value) for label, value in result.highlights(lambda file: file).items()}
+        description = ", ".join(f"{label}: {value}" for label, value in shown.items())
+        artifact = TableArtifact(table=rows, description=description)
+    else:
+        rows_of_text = "\n".join(f"| {label} | {value} |" for label, value in result.figures().items())
+        artifact = MarkdownArtifact(markdown=f"# {name}\n\n| | |\n| --- | --- |\n{rows_of_text}\n")
+    return ArtifactCreate(
+        key=f"rcnn-{name}",
+        type=artifact.type,
+        description=artifact.description,
+        data=artifact.format(_sync=True),
+        **run_ids,
+    )
