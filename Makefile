@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SEED ?= 0
+MINUTES ?= 10
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-faults bench check format lock up down clean
+.PHONY: help demo test test-quick test-slow test-faults chaos bench check format lock up down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +37,9 @@ test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the
 test-faults: $(READY)  ## kills of workers, drivers and nodes, and signals: what training and evaluation must survive
 	@$(BIN)/python -m pytest -m slow tests/faults
 	@$(BIN)/python -m tests.faults.kills --kills 20
+
+chaos: $(READY)  ## the small pipeline under random faults: make chaos SEED=1 MINUTES=30
+	@$(BIN)/python -m tests.faults.chaos --seed $(SEED) --minutes $(MINUTES)
 
 bench: $(READY)  ## speed: each side against its baseline, in one run
 	@$(BIN)/python -m tests.bench.data

@@ -50,11 +50,13 @@ class Certificate:
 
 
 class Training:
-    """A `rcnn train` in a process of its own, and its Ray."""
+    """An `rcnn train`, or another stage with all before it, in a process of its own, and its Ray."""
 
-    def __init__(self, storage: Path, num_workers: int | str, *, log: str = "log.txt", **changed: object):
+    def __init__(
+        self, storage: Path, num_workers: int | str, *, stage: str = "train", log: str = "log.txt", **changed: object
+    ):
         settings = SETTINGS | {"storage": storage, "execution.num_workers": num_workers} | changed
-        command = [sys.executable, "-m", "rcnn.cli", "train", "--recipe", "debug_tiny"]
+        command = [sys.executable, "-m", "rcnn.cli", stage, "--recipe", "debug_tiny"]
         command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
         self.log = storage / log
         with self.log.open("w") as output:
