@@ -31,7 +31,7 @@ test: $(READY)  ## the tests, but those that take minutes
 test-quick: $(READY)  ## the tests that start no server or process, and are quick
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/test_layering.py -m "not (ray or long or slow or gpu)"
 
-test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack
+test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack, more workers
 	@$(BIN)/python -m pytest -m slow --ignore tests/faults
 
 test-faults: $(READY)  ## kills of workers, drivers and nodes, and signals: what training and evaluation must survive

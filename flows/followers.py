@@ -57,10 +57,10 @@ class Followers:
         A young mark may be that of a flow that has just been killed: this waits until it is renewed or too old.
         """
         self._remove(self._name)
-        before = ages = self._ages()
+        ages = self._ages()
         while any(age < SECONDS_ALIVE for age in ages.values()):
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            ages = self._ages()
+            before, ages = ages, self._ages()
             if any(age < before.get(name, SECONDS_ALIVE) for name, age in ages.items()):  # renewed, or new
                 return False
         return True

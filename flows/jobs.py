@@ -16,6 +16,7 @@ from flows.job_server import UNFINISHED, JobServer
 from rcnn import errors
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, RcnnError
+from rcnn.lease import held
 from rcnn.progress import say
 from rcnn.results import StageResult
 from rcnn.stages import STAGES, Parent, Results, finished, nothing_to_do, results_from_json, stage_code, stage_folder
@@ -121,9 +122,10 @@ class _Job:
                 )
             say(f"{self._name}: stopping Ray job {self.id}")
             self._server.stop_and_wait(self.id)
-        if not STAGES[self._name].replaces_whole:
-            self._target.storage.delete(self._target.name)
-        self._forget_outcome()  # before the job is submitted: a retry must not find the old result, nor the old outcome
+        with held(self._target, waits=False):  # somebody may be at work on it without a job
+            if not STAGES[self._name].replaces_whole:
+                self._target.storage.delete(self._target.name)
+            self._forget_outcome()  # before the job is submitted: a retry must not find the old result or outcome
 
     def run(self) -> StageResult:
         """Attaches to the job, or submits it; returns its result when it has ended."""

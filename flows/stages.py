@@ -11,7 +11,8 @@ from prefect.runtime import task_run
 from flows.jobs import run_as_job
 from rcnn.config import PipelineConfig
 from rcnn.errors import RcnnError
-from rcnn.stages import STAGES, Parent, results_from_json, run_stage, stage_folder
+from rcnn.stages import STAGES, Parent, Results, results_from_json, run_stage, stage_folder
+from rcnn.storage import RESULT
 
 RETRY_DELAYS_SECONDS = [5, 30]
 
@@ -28,10 +29,15 @@ def _run_one(
     if STAGES[name].on_cluster(config) and config.ray.address.startswith("http"):
         result = run_as_job(config, name, results, fresh=fresh, stop_running=stop_running, parent=parent)
     else:
-        # A retry resumes what the first attempt left, unless the old result is kept until the new one is whole.
-        is_resumed = (task_run.run_count or 1) > 1 and not STAGES[name].replaces_whole
+        # A retry resumes what the first attempt left, if that got as far as deleting the old result.
+        is_resumed = (task_run.run_count or 1) > 1 and not _has_result(config, name, results)
         result = run_stage(config, name, results, fresh=fresh and not is_resumed, parent=parent)
     return result.model_dump(mode="json")
+
+
+def _has_result(config: PipelineConfig, name: str, results: Results) -> bool:
+    target = stage_folder(config, name, results)
+    return target.storage.exists(target.path(RESULT))
 
 
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:

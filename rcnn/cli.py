@@ -23,7 +23,7 @@ from typing import Any
 
 from rcnn import __version__
 from rcnn.completion import SHELLS
-from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
+from rcnn.errors import ClusterError, ConfigError, DataError, LeaseLost, RcnnError
 from rcnn.signals import EXIT_CODES
 from rcnn.stages import STAGES
 from rcnn.text import printable
@@ -292,6 +292,8 @@ def _stage(options: argparse.Namespace) -> None:
     try:
         stages.require_same_code(config, options.stage, code)
         result = stages.run_stage(config, options.stage, results, fresh=options.fresh, parent=parent)
+    except LeaseLost:
+        raise  # the outcome is that of the job that took over
     except RcnnError as error:
         tree = {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
         folder.write_json(JOB_OUTCOME, {"error": tree | {"retryable": error.retryable}})
@@ -455,8 +457,12 @@ def _gc(options: argparse.Namespace) -> None:
         for each in found
     ]
     _print_table(rows, title=printable(f"left over in {config.storage}"))
-    for each in found if options.delete else ():
-        each.delete()
+    for each in list(found) if options.delete else ():
+        try:
+            each.delete()
+        except ClusterError as error:
+            print(printable(f"{each.place} is left: {error}"), file=sys.stderr)
+            found.remove(each)
     megabytes = sum(each.num_bytes for each in found) / 1e6
     print(f"{megabytes:,.1f} MB " + ("are deleted" if options.delete else "can go: `rcnn gc --delete` deletes them"))
 

@@ -126,7 +126,7 @@ class _S3:
             yield
         except (BotoCoreError, ClientError) as error:
             raise ClusterError(
-                f"the object store does not answer as it should ({' '.join(str(error).split())})",
+                f"the object store returned an error ({' '.join(str(error).split())})",
                 where=self.storage.uri(name),
                 remedy="Check that it is up, and the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, ...)",
                 retryable=True,

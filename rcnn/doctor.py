@@ -16,6 +16,7 @@ from typing import Any
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, RcnnError
 from rcnn.lease import all_holders, break_lease
+from rcnn.registry.outbox import num_waiting
 from rcnn.storage import Storage
 from rcnn.text import counted
 from rcnn.tracking import has_store, tracking_uri
@@ -137,8 +138,13 @@ def _left_over(config: PipelineConfig) -> Facts:
 
         for run in runs_without_a_process(config):
             found = True
-            text = f"the MLflow run {run.name} of {run.key} ({run.run_id[:8]}) is running, and nobody works on it"
+            text = (
+                f"the MLflow run {run.name} of {run.key} ({run.run_id[:8]}) is running, and no process holds its lease"
+            )
             yield text, _MEND, partial(end_run, config, run.run_id)
+    if num_notes := num_waiting(config):
+        found = True
+        yield f"{counted(num_notes, 'note')} for MLflow wait in {storage.uri('outbox')}", "The next run sends them"
     if not found:
         yield ("nothing",)
 

@@ -57,6 +57,10 @@ class TrainingError(RcnnError):
     """Training or tuning cannot continue."""
 
 
+class Diverged(TrainingError):
+    """The loss is no longer a number."""
+
+
 class ClusterError(RcnnError):
     """Ray, MLflow or the shared storage cannot be reached."""
 

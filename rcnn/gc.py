@@ -1,7 +1,7 @@
 """`rcnn gc`: finds what no result and no running work refers to, and deletes it if asked to.
 
-In: a config, which names the storage and MLflow. Out: leftovers, each with its size, age and reason. Nothing that somebody
-holds a lease on is one, nor anything that changed in the last days.
+In: a config, which names the storage and MLflow. Out: leftovers, each with its size, age and reason. Folders with a
+live lease, and recently changed ones, are never listed.
 """
 
 import time
@@ -11,13 +11,14 @@ from functools import partial
 
 from rcnn.config import PipelineConfig
 from rcnn.data.ingest import DRAFT_PREFIX
-from rcnn.lease import is_held
+from rcnn.lease import held, is_held
 from rcnn.registry.mlflow_store import delete_run, runs_of
 from rcnn.stages import STAGES
-from rcnn.storage import RESULT, Storage
+from rcnn.storage import OLD_RESULT, RESULT, SCRATCH, StageFolder, Storage
 from rcnn.tracking import has_store
 
 DAYS = 7.0
+DAYS_OF_A_JOB = 1 / 24  # a flow that follows a job renews its mark, and a job that waits for room has one
 JOBS = "runs/jobs"
 
 
@@ -51,11 +52,11 @@ def find_leftovers(config: PipelineConfig, *, days: float = DAYS) -> Iterator[Le
         ClusterError: the storage or MLflow cannot be read.
     """
     storage = Storage(config.storage)
-    for what, folder in _candidates(storage):
+    for what, folder, work in _candidates(storage):
         num_bytes, changed = storage.usage(folder)
         age = (time.time() - changed) / 86400
-        if age >= days:
-            yield Leftover(what, folder, num_bytes, age, partial(storage.delete, folder))
+        if age >= max(days, DAYS_OF_A_JOB if work == folder and folder.startswith(JOBS) else 0):
+            yield Leftover(what, folder, num_bytes, age, partial(_delete, storage, folder, work))
     if has_store(config):
         for run in runs_of(config, storage):
             age = (time.time() - run.ended) / 86400
@@ -64,18 +65,29 @@ def find_leftovers(config: PipelineConfig, *, days: float = DAYS) -> Iterator[Le
                 yield Leftover(what, f"{run.name} ({run.run_id[:8]})", 0, age, partial(delete_run, config, run.run_id))
 
 
-def _candidates(storage: Storage) -> Iterator[tuple[str, str]]:
-    """Reasons and folders, whatever their age."""
+def _delete(storage: Storage, folder: str, work: str) -> None:
+    """Deletes a folder, if no one has taken up the work meanwhile.
+
+    Raises:
+        ClusterError: somebody has.
+    """
+    with held(StageFolder(storage, work), waits=False):
+        storage.delete(folder)
+
+
+def _candidates(storage: Storage) -> Iterator[tuple[str, str, str]]:
+    """Reasons, folders, and the work that they belong to, whatever their age."""
     for name in storage.list_folders("datasets"):
-        if name.startswith(DRAFT_PREFIX) and not is_held(storage, f"datasets/{name.removeprefix(DRAFT_PREFIX)}"):
-            yield "data set that was never finished", f"datasets/{name}"
+        data_set = f"datasets/{name.removeprefix(DRAFT_PREFIX)}"
+        if name.startswith(DRAFT_PREFIX) and not is_held(storage, data_set):
+            yield "data set that was never finished", f"datasets/{name}", data_set
     for parent in sorted({stage.folder for stage in STAGES.values()} - {"datasets"}):
         for name in storage.list_folders(parent):
             folder = f"{parent}/{name}"
             if folder != JOBS and not is_held(storage, folder):
-                yield from _within(storage, folder)
+                yield from ((what, place, folder) for what, place in _within(storage, folder))
     for name in storage.list_folders(JOBS):
-        yield "note of a Ray job", f"{JOBS}/{name}"
+        yield "note of a Ray job", f"{JOBS}/{name}", f"{JOBS}/{name}"
 
 
 def _within(storage: Storage, folder: str) -> Iterator[tuple[str, str]]:
@@ -84,11 +96,15 @@ def _within(storage: Storage, folder: str) -> Iterator[tuple[str, str]]:
         result = storage.read_json(f"{folder}/{RESULT}")
     except ValueError:
         result = None
+    if storage.exists(f"{folder}/{OLD_RESULT}"):
+        return
     if not isinstance(result, dict):
         yield "work that was never finished", folder
         return
     for name in storage.list_folders(folder):
         if name == "checkpoints" and not result.get("limit_minutes"):
             yield "checkpoints of a finished training", f"{folder}/{name}"
-        elif name == "ray" or name.startswith("ray-"):
+        elif name == "_parts":
+            yield "parts of finished predictions", f"{folder}/{name}"
+        elif name.startswith(SCRATCH):
             yield "what Ray left of a killed attempt", f"{folder}/{name}"

@@ -1,4 +1,4 @@
-"""Leases: whoever works on a key holds its lease, and nobody else does, over processes, machines and retries.
+"""Leases: at most one process at a time works on a key, across machines and retries.
 
 In: a stage's folder. Out: the folder with a lease, which a heartbeat renews while the body runs. Those who write ask the
 folder first (`StageFolder.require_held`), so a process that was silent for too long, and lost its lease to another one,
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psutil
 
@@ -34,7 +35,6 @@ SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_TO_EXPIRE = 60.0
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_LINES = 600.0
-SECONDS_OF_DOUBT = 5.0  # when a process was started is computed from the clock, which may be set
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Holder:
     Attributes:
         token: of this holding; empty: the lease is free.
         beat: how often it was renewed.
-        host, pid, started: the process, and when it was started (pids are used again).
+        host, space, pid: the process, and the namespace that its pid belongs to (containers may share a host's name).
+        born: when it was started, since pids are used again.
         seen: when it was last renewed, by the holder's clock, for people to read.
         work: the folder.
     """
@@ -52,8 +53,9 @@ class Holder:
     token: str = ""
     beat: int = 0
     host: str = ""
+    space: str = ""
     pid: int = 0
-    started: float = 0.0
+    born: str = ""
     seen: str = ""
     work: str = ""
 
@@ -63,20 +65,24 @@ class Holder:
     @property
     def seems_alive(self) -> bool:
         """Whether it is thought to be at work: where another machine's clock must be trusted, within an hour."""
-        if self.is_gone or self.host == socket.gethostname():
+        if self.is_gone or self.is_here:
             return not self.is_gone
         return datetime.now(UTC) - datetime.fromisoformat(self.seen) < timedelta(hours=1)
 
     @property
     def is_gone(self) -> bool:
         """Whether it is known to be dead: its process was on this machine and has ended."""
-        if not self.token or self.host != socket.gethostname():
+        if not self.token or not self.is_here:
             return not self.token
         with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.pid)
-            is_another = abs(process.create_time() - self.started) > SECONDS_OF_DOUBT
-            return is_another or bool(process.status() == psutil.STATUS_ZOMBIE)
+            is_dead = psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            return is_dead or _born(self.pid) != self.born
         return True
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its pid can be looked up by this process."""
+        return (self.host, self.space) == (socket.gethostname(), _space())
 
     def renewed(self) -> "Holder":
         """The same, one beat later."""
@@ -109,12 +115,12 @@ class Lease:
             raise LeaseLost(
                 f"{holder if holder.token else 'another process'} took over this work",
                 where=self.storage.uri(self.name),
-                remedy=f"Nothing is lost, and it goes on there: this process did not answer for {SECONDS_TO_EXPIRE:g} s",
+                remedy=f"No work is lost, that process continues it: this one did not respond for {SECONDS_TO_EXPIRE:g} s",
             )
 
 
 @contextmanager
-def held(target: StageFolder, *, waits: bool = True) -> Iterator[StageFolder]:
+def held(target: StageFolder, *, waits: bool = True, says_so: bool = True) -> Iterator[StageFolder]:
     """Takes the lease of a stage's folder and keeps it while the body runs; yields the folder with it.
 
     Where storage is neither a local folder nor S3, there are no leases, and a line says so.
@@ -122,15 +128,17 @@ def held(target: StageFolder, *, waits: bool = True) -> Iterator[StageFolder]:
     Args:
         target: the folder.
         waits: whether to wait for another holder that is alive.
+        says_so: whether to say for whom.
 
     Raises:
         ClusterError: somebody else holds it, and `waits` is off; or the storage cannot be used.
     """
     if not conditional.can_swap(target.storage):
-        say(f"  this kind of storage has no leases: let no other process work on {target.name} now")
+        if says_so:
+            say(f"  this kind of storage has no leases: let no other process work on {target.name} now")
         yield target
         return
-    holder, version = _take(target, waits)
+    holder, version = _take(target, waits, says_so)
     lease = Lease(target.storage, target.name, holder.token)
     beats = _Heartbeat(lease, holder, version)
     try:
@@ -186,19 +194,21 @@ def _write(storage: Storage, name: str, holder: Holder, version: str) -> str | N
     return conditional.swap(storage, _file(name), json.dumps(asdict(holder)) + "\n", version)
 
 
-def _take(target: StageFolder, waits: bool) -> tuple[Holder, str]:
+def _take(target: StageFolder, waits: bool, says_so: bool) -> tuple[Holder, str]:
     """Takes the lease once it is free or its holder dead. Returns this process as the holder, and the record's version."""
     mine, watch = _this_process(target.name), _Watch()
     while True:
         other, version = read_holder(target.storage, target.name)
+        if other.token == mine.token:  # our own write arrived, although its answer was lost
+            return mine, version
         watch.look(other)
         if other.is_gone or watch.is_silent:
             if taken := _write(target.storage, target.name, mine, version):
                 return mine, taken
             continue
-        if waits:
+        if waits and says_so:
             watch.say_now_and_then(other)
-        elif watch.is_alive:
+        elif not waits and watch.is_alive:
             raise ClusterError(
                 f"{other} is at work on it",
                 where=target.storage.uri(target.name),
@@ -208,8 +218,23 @@ def _take(target: StageFolder, waits: bool) -> tuple[Holder, str]:
 
 
 def _this_process(work: str) -> Holder:
-    started = psutil.Process().create_time()
-    return Holder(uuid.uuid4().hex, 0, socket.gethostname(), os.getpid(), started, work=work).renewed()
+    pid = os.getpid()
+    return Holder(uuid.uuid4().hex, 0, socket.gethostname(), _space(), pid, _born(pid), work=work).renewed()
+
+
+def _space() -> str:
+    """The namespace of this process's pid; empty where there are none."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _born(pid: int) -> str:
+    """When a process was started, by a clock that is never set: boot and ticks since then; elsewhere than on Linux, seconds."""
+    with suppress(OSError):
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    return f"{psutil.Process(pid).create_time():.0f}"
 
 
 class _Watch:
@@ -233,7 +258,7 @@ class _Watch:
     def look(self, other: Holder) -> None:
         """Notes what the record says now."""
         if (other.token, other.beat) != self._last:
-            self.is_alive = self._last is not None or other.host == socket.gethostname()
+            self.is_alive = self._last is not None or other.is_here
             self._last, self._since = (other.token, other.beat), time.monotonic()
 
     def say_now_and_then(self, other: Holder) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from rcnn.errors import ClusterError, RcnnError
-from rcnn.keys import Code, code_of, differing, modules_of_the_package
+from rcnn.keys import code_of_the_package, differing
 from rcnn.storage import Storage
 from rcnn.tracking import needs_server
 
@@ -132,7 +132,7 @@ def _look(root: str, mark: str) -> dict[str, Any]:
     except RcnnError as error:
         fault = error.what
     free = shutil.disk_usage(root).free if storage.is_local and os.path.isdir(root) else None
-    return {"fault": fault, "free_bytes": free, "time": time.time(), "code": code_of(modules_of_the_package())}
+    return {"fault": fault, "free_bytes": free, "time": time.time(), "code": code_of_the_package()}
 
 
 def _judge(node: dict[str, Any], answer: Any, seen: dict[str, int], storage: Storage, before: float) -> Node:
@@ -156,17 +156,13 @@ def _fault(answer: Any, is_seen: bool, storage: Storage, before: float) -> tuple
     if not is_seen:
         share = "Set storage to a folder that all nodes mount, or to a URI such as s3://bucket/prefix"
         return "has a folder of its own in the place of the storage: what it writes is not seen here", share
-    modules = differing(_own_code(), answer["code"])
+    modules = differing(code_of_the_package(), answer["code"])
     if modules:
         return f"has other code in {', '.join(modules[:3])}", install
     skew = max(before - answer["time"], answer["time"] - time.time())
     if skew > SECONDS_OF_SKEW:
         return f"has a clock that is {skew:,.0f} s off", "Run NTP on all machines"
     return "", ""
-
-
-def _own_code() -> Code:
-    return code_of(modules_of_the_package())
 
 
 def require_one_machine(uri: str) -> None:

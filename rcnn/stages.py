@@ -56,6 +56,7 @@ class Stage:
         on_ray: whether it runs on Ray's workers, on one machine too.
         replaces_whole: whether `--fresh` keeps the old result until the new one is complete; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
+        tidy: `module:function` to call with the folder when the result is stored: deletes what only unfinished work needs.
         at_end: `module:function` to call at the end of a pipeline, with the config and the result; empty: none.
     """
 
@@ -79,6 +80,7 @@ class Stage:
     on_ray: Callable[[PipelineConfig], bool] = lambda config: False
     replaces_whole: bool = False
     is_planned: Callable[[PipelineConfig], bool] = lambda config: True
+    tidy: str = ""
     at_end: str = ""
 
 
@@ -185,6 +187,7 @@ STAGES: dict[str, Stage] = {
         label=lambda config: "evaluate",
         modules=_network_module,
         whole=("predictions.parquet", "report.md"),
+        tidy="rcnn.evaluate.predictions:delete_parts",
         on_ray=lambda config: config.execution.num_workers > 1,
     ),
     "register": Stage(
@@ -380,6 +383,8 @@ def _run_alone(
     target.require_held()
     target.storage.write_json(target.path(MADE_OF), made_of(config, name, results))
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
+    if STAGES[name].tidy:
+        imported(STAGES[name].tidy)(target)
     say(f"{name}: done in {result.duration}")
     return result
 
@@ -453,6 +458,7 @@ def _run_tracked(
     except BaseException:
         finish_failed(tracker)
         raise
+    target.require_held()
     tracker.finish()
     return result.model_copy(update={"mlflow_run_id": tracker.run_id})  # type: ignore[no-any-return]
 

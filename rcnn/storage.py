@@ -325,6 +325,8 @@ MADE_OF = "_made_of.json"
 """The parts that the key of that result hashes, so that `rcnn plan` can say what changed since."""
 JOB, JOB_OUTCOME = "job.json", "outcome.json"
 """What a Ray job is to do, and how it ended, in a folder of its own."""
+SCRATCH = "ray-"
+"""How the names of folders begin that are of no use after an attempt."""
 OLD_RESULT = "result.json"  # until version 0.1
 
 
@@ -348,6 +350,18 @@ class StageFolder:
     """Whether to replace existing contents (`--fresh`)."""
     lease: "Held | None" = None
     """Proof that nobody else works on it; None where nobody asked for it, as in tests and benchmarks."""
+
+    @contextmanager
+    def scratch(self) -> Iterator[str]:
+        """A folder in this one for what Ray writes, deleted at the end; those of killed attempts are deleted at once."""
+        for folder in self.storage.list_folders(self.name):
+            if folder.startswith(SCRATCH):
+                self.storage.delete(self.path(folder))
+        own = self.path(f"{SCRATCH}{uuid.uuid4().hex[:8]}")
+        try:
+            yield own
+        finally:
+            self.storage.delete(own)
 
     def require_held(self) -> None:
         """Checks that no other process has taken over; to be called before each write that another one could spoil.

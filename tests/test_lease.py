@@ -1,4 +1,4 @@
-"""Who works on a key: one at a time, over processes that wait, die, or stop to answer."""
+"""Who works on a key: one process at a time, whether others wait, die or stop responding."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def _set(target: StageFolder, holder: Holder) -> None:
 
 
 def _elsewhere() -> Holder:
-    return Holder("their-token", host="elsewhere", pid=1, started=1.0).renewed()
+    return Holder("their-token", host="elsewhere", pid=1, born="1").renewed()
 
 
 def _start(code: str, root: str) -> subprocess.Popen[str]:
@@ -156,7 +156,7 @@ def test_a_killed_holder_is_followed_at_once(folder: StageFolder, monkeypatch: p
 
 
 @pytest.mark.long
-def test_a_holder_that_stops_to_answer_loses_its_lease_and_writes_no_more(folder: StageFolder) -> None:
+def test_a_holder_that_stops_responding_loses_its_lease_and_writes_no_more(folder: StageFolder) -> None:
     code = HOLD + "\n    time.sleep(1)\n    print(type(target).__name__)"
     code = code.replace("held(target):", "held(target) as target:").replace(
         "print(type(target).__name__)", "target.require_held()"
@@ -218,7 +218,7 @@ def test_the_holder_is_told_when_another_one_took_over(target: StageFolder) -> N
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_holder(folder: StageFolder) -> None:
-    here = replace(_elsewhere(), host=socket.gethostname(), pid=os.getpid(), started=time.time() - 3600)
+    here = replace(_elsewhere(), host=socket.gethostname(), space=lease._space(), pid=os.getpid())
     assert here.is_gone
     _set(folder, here)
     with held(folder, waits=False):
@@ -249,3 +249,27 @@ def test_other_stores_have_no_leases_and_say_so(caplog: pytest.LogCaptureFixture
     with caplog.at_level("INFO", "rcnn"), held(StageFolder(Storage("hdfs://host/x"), NAME)) as mine:
         assert mine.lease is None
     assert "has no leases" in caplog.text
+
+
+def test_a_process_of_another_namespace_is_not_looked_up_by_its_pid(folder: StageFolder) -> None:
+    _set(folder, replace(_elsewhere(), host=socket.gethostname(), space="pid:[1]", pid=os.getpid()))
+    started = time.monotonic()
+    with held(folder):
+        assert time.monotonic() - started > 1.0  # as long as a lease lasts that is not renewed
+
+
+@pytest.mark.long
+def test_a_write_whose_answer_was_lost_does_not_wait_for_itself(
+    target: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, lost = lease._write, []
+
+    def lose_the_answer(*arguments: object) -> str | None:
+        written = write(*arguments)  # type: ignore[arg-type]
+        lost.append(written)
+        return written if len(lost) > 1 else None
+
+    monkeypatch.setattr(lease, "_write", lose_the_answer)
+    with held(target, waits=False) as mine:
+        mine.require_held()
+    assert lost[0]

@@ -5,7 +5,7 @@ import pytest
 
 from rcnn.cli import main
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
-from rcnn.storage import Storage
+from rcnn.storage import StageFolder, Storage
 
 
 def test_json_comes_back_and_no_draft_is_left(tmp_path: Path) -> None:
@@ -85,3 +85,12 @@ def test_errors_keep_their_parts_between_processes() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert isinstance(copy, RcnnError)
     assert (str(copy), copy.retryable) == ("here: what. do that", True)
+
+
+def test_what_a_killed_attempt_left_is_deleted(tmp_path: Path) -> None:
+    target = StageFolder(Storage(str(tmp_path)), "runs/x")
+    target.storage.write_text(target.path("ray-0a1b2c3d/state"), "")
+    with target.scratch() as own:
+        target.storage.write_text(f"{own}/state", "")
+        assert [target.path(name) for name in target.storage.list_folders(target.name)] == [own]
+    assert target.storage.list_folders(target.name) == []

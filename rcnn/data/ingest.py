@@ -14,7 +14,7 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -83,11 +83,12 @@ def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
         say(f"  found {found} rows in {len(origin.classes)} classes")
         plan = split_rows(origin, config.data)
         jobs = list(_plan_shards(origin, plan, config.data, draft))
-        records = _write_shards(config, origin, jobs)
-        manifest = _describe(config.data, origin, records)
-        draft.publish(manifest, target, records)
+        tally = _write_shards(config, origin, jobs)
+        manifest = _describe(config.data, origin, tally)
+        draft.publish(manifest, target, tally.records)
     except (SourceError, DataError) as error:
         if not error.retryable:
+            target.require_held()
             draft.delete()  # not resumable: the source itself is bad
         raise
     except ClusterError:
@@ -219,13 +220,44 @@ def _spread(rows: np.ndarray, block_rows: int, seed: int) -> np.ndarray:
     return np.concatenate([rows[start : start + block_rows] for start in starts[order]])
 
 
-def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJob]) -> list[ShardRecord]:
+class _Tally:
+    """The records of shards. The pixel sums of the training rows are added up as records arrive, and dropped from them: for
+    images of 224 pixels, those of a single shard take 12 MB as Python integers."""
+
+    def __init__(self, jobs: Sequence[ShardJob], num_pixels: int):
+        self._order = [job.file for job in jobs]
+        self._found: dict[str, ShardRecord] = {}
+        self.sums = np.zeros((2, num_pixels), np.int64)
+        """Of the training rows and of their squares, for each pixel: integers, so their order does not matter."""
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, file: str) -> bool:
+        return file in self._found
+
+    def add(self, record: ShardRecord) -> None:
+        """Takes the record of one more shard."""
+        if record.shard.file.startswith("train/"):
+            self.sums += (record.pixel_sums, record.square_sums)
+        self._found[record.shard.file] = record.model_copy(update={"pixel_sums": (), "square_sums": ()})
+
+    @property
+    def records(self) -> list[ShardRecord]:
+        """All records, without their sums, in the order of the jobs."""
+        return [self._found[file] for file in self._order]
+
+
+def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJob]) -> _Tally:
     """Writes the missing shards: in this process, or on Ray if there is much to decode.
 
     Raises:
         RcnnError: the first error of a shard.
     """
-    there = {job.file: record for job in jobs if (record := written_shard(job)) is not None}
+    there = _Tally(jobs, int(np.prod(origin.image_shape)))
+    for job in jobs:
+        if (record := written_shard(job)) is not None:
+            there.add(record)
     missing = [job for job in jobs if job.file not in there]
     if there:
         say(f"  {len(there)} of {len(jobs)} shards exist already")
@@ -244,15 +276,15 @@ def _write_shards(config: PipelineConfig, origin: Origin, jobs: Sequence[ShardJo
         for outcome in outcomes:
             if isinstance(outcome, RcnnError):
                 raise outcome
-            there[outcome.shard.file] = outcome
+            there.add(outcome)
             bar.update()
             say(f"  {len(there)} of {len(jobs)} shards: {outcome.shard.rows:,} rows in {outcome.shard.file}")
-    return [there[job.file] for job in jobs]
+    return there
 
 
-def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) -> Manifest:
+def _describe(data: DataConfig, origin: Origin, tally: _Tally) -> Manifest:
     """The manifest, computed from the records of the shards."""
-    splits = {}
+    splits, records = {}, tally.records
     for name in SPLITS:
         of_split = [record for record in records if record.shard.file.startswith(f"{name}/")]
         splits[name] = _add_up(of_split)
@@ -272,7 +304,7 @@ def _describe(data: DataConfig, origin: Origin, records: Sequence[ShardRecord]) 
         image_shape=origin.image_shape,
         splits=splits,
         skipped=skipped,
-        **_statistics([record for record in records if record.shard.file.startswith("train/")], splits, origin),
+        **_statistics(tally.sums / splits["train"].rows, origin.image_shape[2]),
     ).with_digest()
 
 
@@ -295,11 +327,9 @@ def _add_up(records: Sequence[ShardRecord]) -> Split:
     )
 
 
-def _statistics(records: Sequence[ShardRecord], splits: Mapping[str, Split], origin: Origin) -> dict[str, object]:
-    """Pixel means and standard deviations over the training rows."""
-    num_rows, num_channels = splits["train"].rows, origin.image_shape[2]
-    mean = np.sum([record.pixel_sums for record in records], axis=0) / num_rows
-    mean_of_squares = np.sum([record.square_sums for record in records], axis=0) / num_rows
+def _statistics(means: np.ndarray, num_channels: int) -> dict[str, object]:
+    """Pixel means and standard deviations, from the means of the pixels and of their squares over the training rows."""
+    mean, mean_of_squares = means
     by_channel = mean_of_squares.reshape(-1, num_channels).mean(0) - mean.reshape(-1, num_channels).mean(0) ** 2
     return {
         "pixel_mean": tuple(np.round(mean, 4).tolist()),

@@ -81,6 +81,7 @@ def build_table(row_ids: Sequence[str], labels_N: np.ndarray, logits_NC: np.ndar
 
 def write_part(target: StageFolder, part: Part, table: pa.Table) -> None:
     """Writes the predictions of a part, then its record."""
+    target.require_held()
     assert len(table) == len(part), f"part {part.number} has {len(part)} rows, and {len(table)} were scored"
     packed = io.BytesIO()
     pq.write_table(table, packed, **HOW_WRITTEN)
@@ -115,6 +116,7 @@ def merge_parts(target: StageFolder, parts: Iterable[Part]) -> str:
     Raises:
         ClusterError: a part was changed after it was written.
     """
+    target.require_held()
     tables = (_read_part(target, part) for part in parts)
     first = next(tables)
     with (

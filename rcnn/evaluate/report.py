@@ -15,7 +15,6 @@ from rcnn.evaluate.plots import plot_confusion, plot_history
 from rcnn.evaluate.predictions import (
     PREDICTIONS,
     Part,
-    delete_parts,
     first_rows,
     has_part,
     merge_parts,
@@ -75,8 +74,8 @@ def run_evaluate(
         _write_report(config, result, trained, manifest, Path(folder))
         tracker.log_metrics(_figures(result))
         tracker.log_files(Path(folder))
+        target.require_held()
         storage.upload(Path(folder), target.name)
-    delete_parts(target)
     speed = f", {result.speed}" if result.speed else ""
     say(
         f"  test error {100 * scores.error:.2f} % on {scores.num_rows:,} rows{speed}; report in {storage.uri(target.name)}"
@@ -101,6 +100,7 @@ def _score(
         batch_size=config.evaluate.batch_size,
         use_gpu=how.use_gpu,
         num_threads=how.cpus_per_worker if on_workers else min(torch.get_num_threads(), MOST_THREADS),
+        token=target.lease.token if target.lease else "",
     )
     pace = Pace(num_left, num_at_once=min(how.num_workers, len(todo)) if on_workers else job.num_at_once)
     progress = RowProgress(num_rows, num_done=num_rows - num_left)

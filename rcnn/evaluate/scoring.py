@@ -24,6 +24,7 @@ from rcnn.data.batches import Batch
 from rcnn.data.manifest import require_manifest
 from rcnn.data.streaming import StoredRows, stored_rows, stretch
 from rcnn.evaluate.predictions import Part, build_table, write_part
+from rcnn.lease import Lease
 from rcnn.model.classifier import Classifier
 from rcnn.storage import StageFolder, Storage
 from rcnn.train.checkpoint import load_model
@@ -43,6 +44,7 @@ class ScoringJob:
         batch_size: images per forward pass.
         use_gpu: whether the model is on the GPU.
         num_threads: batches at a time on a CPU, a thread each.
+        token: of the lease on that folder; empty where nobody took one.
     """
 
     storage: str
@@ -52,6 +54,13 @@ class ScoringJob:
     batch_size: int
     use_gpu: bool
     num_threads: int
+    token: str = ""
+
+    @property
+    def target(self) -> StageFolder:
+        """The stage's folder, with its lease."""
+        storage = Storage(self.storage)
+        return StageFolder(storage, self.folder, lease=Lease(storage, self.folder, self.token) if self.token else None)
 
     @property
     def num_at_once(self) -> int:
@@ -111,8 +120,8 @@ def score_parts(
         DataError: a shard is missing, or not what the manifest says.
         ClusterError: the storage cannot be written.
     """
-    storage = Storage(job.storage)
-    rows, target = open_test_rows(storage, job.data_folder), StageFolder(storage, job.folder)
+    target = job.target
+    rows = open_test_rows(target.storage, job.data_folder)
     device = next(model.parameters()).device
     of_part = {part: replace(rows, segments=stretch(rows.segments, part.start, part.stop)) for part in parts}
     batches = ((part, batch) for part in parts for batch in of_part[part].batches(job.batch_size, device))

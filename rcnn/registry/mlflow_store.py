@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sqlite3
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos import databricks_pb2
 from sqlalchemy.exc import SQLAlchemyError
 
+from rcnn.conditional import can_swap
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, DataError
 from rcnn.lease import all_holders
@@ -52,6 +54,7 @@ PROMOTION_TAG, UNDER_WAY = "rcnn.newest_when_promoted", "under way"  # of a vers
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
+SECONDS_OF_A_DAY = 86400
 MAX_IDS = 100  # of resumptions: a tag has a limit too
 REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
@@ -93,7 +96,8 @@ class RunWriter:
         """
         with _reachable(self._config):
             if note["kind"] == "open":
-                return self._open(note)
+                with self._accepted(note):
+                    return self._open(note)
             run_id = self._find(note["run"], note["experiment"])
             with self._accepted(note):
                 if not run_id:
@@ -269,20 +273,31 @@ def delete_run(config: PipelineConfig, run_id: str) -> None:
 
 
 def runs_without_a_process(config: PipelineConfig) -> list[StageRun]:
-    """The runs of stages that are marked as running while nobody holds the stage's lease, and those above them."""
+    """The runs of stages in this storage that are marked as running while no process holds the stage's lease.
+
+    The run of a pipeline has no lease of its own, and its job may be waiting for room: it counts after a day in which no stage
+    of the storage is at work.
+    """
     storage = Storage(config.storage)
+    if not can_swap(storage):  # nor are there leases
+        return []
     at_work = {holder.work for holder in all_holders(storage) if holder.seems_alive}
     with _reachable(config):
         client = _connect(config)
-        experiments = [each.experiment_id for each in client.search_experiments() if each.name.startswith("rcnn/")]
-        running = client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []
-    keyed = [
-        StageRun(run.info.run_id, run.info.run_name, run.data.tags[KEY_TAG])
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        where = f"tags.`{STORAGE_TAG}` = '{storage.root}' and attributes.status = 'RUNNING'"
+        running = client.search_runs(experiments, where) if experiments else []
+
+    def is_left(run: Any, key: str) -> bool:
+        if "/" in key:
+            return key not in at_work
+        return not at_work and time.time() - run.info.start_time / 1000 > SECONDS_OF_A_DAY
+
+    return [
+        StageRun(run.info.run_id, run.info.run_name, key)
         for run in running
-        if KEY_TAG in run.data.tags
+        if (key := run.data.tags.get(KEY_TAG)) and is_left(run, key)
     ]
-    # The run of a pipeline has no lease of its own: it is left to itself while any stage is at work.
-    return [run for run in keyed if (run.key not in at_work if "/" in run.key else not at_work)]
 
 
 def end_run(config: PipelineConfig, run_id: str) -> None:
@@ -398,8 +413,10 @@ def promotion(config: PipelineConfig, version: int) -> Iterator[None]:
             _connect(config).set_model_version_tag(name, str(version), PROMOTION_TAG, value)
 
     mark(UNDER_WAY)
-    yield
-    mark(str(max(version_numbers(config, name))))
+    try:
+        yield
+    finally:
+        mark(str(max(version_numbers(config, name))))
 
 
 def promoted_since(config: PipelineConfig, version: int) -> list[Standing]:
@@ -567,6 +584,8 @@ def list_versions(config: PipelineConfig, name: str = "") -> list[dict[str, str]
 def _experiment(client: MlflowClient, config: PipelineConfig, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
+        if found.lifecycle_stage == "deleted":  # MLflow takes no run there, and no other experiment of this name
+            client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
     location = None if config.tracking.uri else str(_artifacts(config) / name)
     with _made_by_somebody():

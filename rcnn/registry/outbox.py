@@ -16,14 +16,14 @@ The notes go to the server that `tracking.uri` names when they are sent: a corre
 """
 
 import contextvars
-import hashlib
 import os
 import re
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from filelock import FileLock
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, DataError
+from rcnn.lease import held
 from rcnn.progress import say
-from rcnn.storage import Storage
+from rcnn.storage import StageFolder, Storage
 from rcnn.text import counted
 
 FOLDER = "outbox"
@@ -217,7 +218,7 @@ class Outbox:
         with self._changed:
             asked, sent_before = self._num_asked, self._num_sent
         try:
-            with _lock_of(self._storage):
+            with _alone(self._storage):
                 while names := _names(self._storage):
                     for name in names:
                         self._send(name)
@@ -285,12 +286,14 @@ def _names(storage: Storage) -> list[str]:
     return [file.removesuffix(".json") for file in storage.list_files(FOLDER) if NOTE.fullmatch(file)]
 
 
-def _lock_of(storage: Storage) -> FileLock:
-    """Lets one process send at a time; for an object store, which has no locks, of this machine."""
-    if storage.is_local:
-        path = storage.local_path(f".locks/{FOLDER}.lock")
-    else:
-        root = hashlib.sha256(storage.root.encode()).hexdigest()[:12]
-        path = Path(tempfile.gettempdir(), f"rcnn-locks-{os.getuid()}", f"{root}-{FOLDER}.lock")
+@contextmanager
+def _alone(storage: Storage) -> Iterator[None]:
+    """Lets one process send at a time."""
+    if not storage.is_local:
+        with held(StageFolder(storage, FOLDER), says_so=False):
+            yield
+        return
+    path = storage.local_path(f".locks/{FOLDER}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path)
+    with FileLock(path):  # cheaper than a lease
+        yield

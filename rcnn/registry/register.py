@@ -66,15 +66,22 @@ def _promote_if_better(config: PipelineConfig, new: Standing) -> Verdict:
     if verdict.alias == CHAMPION:
         with mlflow_store.promotion(config, new.version):
             mlflow_store.set_alias(config, CHAMPION, new.version)
-            for rival in sorted(mlflow_store.promoted_since(config, new.version), key=lambda each: each.test_error):
-                against = judge(rival, new)
-                if against.alias == CHAMPION:
-                    mlflow_store.set_alias(config, CHAMPION, rival.version)
-                    verdict = Verdict(CHALLENGER, f"version {rival.version}, registered meanwhile, is {against.reason}")
-                    break
+            best = new
+            while (better := _better_one(config, new, best)) is not None:  # until nobody came while the alias was set
+                best = better
+                mlflow_store.set_alias(config, CHAMPION, best.version)
+        if best != new:
+            verdict = Verdict(CHALLENGER, f"version {best.version}, registered meanwhile, is {judge(best, new).reason}")
     if verdict.alias == CHALLENGER:
         mlflow_store.set_alias(config, CHALLENGER, new.version)
     return verdict
+
+
+def _better_one(config: PipelineConfig, new: Standing, best: Standing) -> Standing | None:
+    """A version that became champion since `new` was registered, and is better than `best`."""
+    rivals = mlflow_store.promoted_since(config, new.version)
+    better = [rival for rival in rivals if judge(rival, best).alias == CHAMPION and rival.version != best.version]
+    return min(better, key=lambda rival: rival.test_error, default=None)
 
 
 def remember_registered(config: PipelineConfig, registered: RegisterResult) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rcnn.config import PipelineConfig
 from rcnn.registry.outbox import Outbox, outbox_of, require_store
+from rcnn.storage import Storage
 from rcnn.tracking import experiment_name, points_of
 
 
@@ -112,7 +113,7 @@ def open_run(
     require_store(config)
     labels = {
         KEY_TAG: key,
-        STORAGE_TAG: config.storage,
+        STORAGE_TAG: Storage(config.storage).root,
         "rcnn.config_hash": config.hash(),
         "rcnn.recipe": config.recipe,
     }

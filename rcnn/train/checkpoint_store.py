@@ -1,7 +1,7 @@
 """Where a training keeps its checkpoints: written in the background, whole or not at all, and checked when they are read.
 
-In: snapshots of a `TrainState`. Out: the newest one that is intact. A checkpoint is a file of tensors, `epoch-step.pt`, and a
-record beside it, `epoch-step.json`, which is written last and has the file's SHA-256.
+In: snapshots of a `TrainState`. Out: the newest one that is intact. A checkpoint is a file of tensors, `<name>.pt`, and a
+record beside it, `<name>.json`, which is written last and has the file's SHA-256.
 """
 
 import hashlib
@@ -27,17 +27,20 @@ class Record:
         step: finished steps of the epoch after those.
         seconds: of training up to there.
         sha256: of the file.
+        roll_backs: how often training had gone back (see `roll_back.py`).
     """
 
     epoch: int
     step: int
     seconds: float
     sha256: str
+    roll_backs: int = 0
 
     @property
     def name(self) -> str:
-        """Of its files, without their suffixes; sorted by name, checkpoints are in the order of training."""
-        return f"{self.epoch:06d}-{self.step:08d}"
+        """Of its files, without their suffixes; sorted by name, checkpoints are in the order of training. An epoch that was
+        begun again comes after what it replaces, so roll-backs stand before the step."""
+        return f"{self.epoch:06d}-{self.roll_backs}-{self.step:08d}"
 
 
 class CheckpointStore:
@@ -86,16 +89,21 @@ class CheckpointStore:
         self._writer.shutdown()
 
     def newest(self) -> Record | None:
-        """The newest intact checkpoint. Damaged ones are named and deleted, as is what a killed writer left."""
+        """The newest intact checkpoint. Damaged ones are named and deleted, as is what a killed writer left.
+
+        Raises:
+            ClusterError: the storage cannot be read.
+        """
         records = read_records(self._target)
         self._delete_strays(records)
         for record in reversed(records):
             try:
                 self.read(record)
-            except (TrainingError, ClusterError) as error:
+            except TrainingError as error:
                 say(f"  {error.where}: {error.what}; using the one before it")
-                if isinstance(error, TrainingError):  # as the newest by name, it would outlive those that follow
-                    self._delete(record)
+                self._delete(record)  # as the newest by name, it would outlive those that follow
+            except ClusterError as error:  # no reason to begin from the start: the next attempt may be luckier
+                raise ClusterError(error.what, where=error.where, remedy=error.remedy, retryable=True) from error
             else:
                 return record
         return None
@@ -155,8 +163,8 @@ class CheckpointStore:
         stream = io.BytesIO()
         torch.save(snapshot, stream)
         content = stream.getbuffer()
-        place = (snapshot["epoch"], snapshot["step"], snapshot["seconds"])
-        record = Record(*place, sha256=hashlib.sha256(content).hexdigest())
+        place = {name: snapshot[name] for name in ("epoch", "step", "seconds", "roll_backs")}
+        record = Record(**place, sha256=hashlib.sha256(content).hexdigest())
         storage = self._target.storage
         self._target.require_held()
         storage.write_bytes(self._path(record, "pt"), content, durable=True)

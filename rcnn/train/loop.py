@@ -15,13 +15,14 @@ from rcnn.config import PipelineConfig
 from rcnn.data.augment import Augmentation
 from rcnn.data.batches import RowSource
 from rcnn.data.loader import Rows, TrainingData, load_training_data
+from rcnn.errors import Diverged
 from rcnn.progress import say
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import TrainState, new_state
 from rcnn.train.checkpoint_store import CheckpointStore
 from rcnn.train.execution import Execution, choose_device, choose_execution, prepare
 from rcnn.train.pace import Forecast, Pace
-from rcnn.train.roll_back import Diverged, RollBack
+from rcnn.train.roll_back import RollBack
 from rcnn.train.shares import SharedSteps
 from rcnn.train.step import PlainSteps, Steps, process_group
 

@@ -44,7 +44,6 @@ from rcnn.train.pace import Forecast, peak_bytes
 from rcnn.train.ray_workers import WorkersTrainer
 
 SECONDS_TO_END = 2.0  # from the last epoch to the result: the best model is written, Ray Train ends
-RAY = "ray"  # the folder for what Ray Train writes
 
 
 def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, tracker: Tracker) -> TrainResult:
@@ -159,19 +158,19 @@ def _fit_on_workers(
             watch = watching_for_room(how, num_workers, heard.is_set, lambda: ask("grow"))
             with stopping(lambda: ask("stop")):
                 try:
-                    with watch:
-                        return dict(_trainer(config, num_workers, settings, target).fit().return_value)
+                    with watch, target.scratch() as scratch:
+                        return dict(_trainer(config, num_workers, settings, target, scratch).fit().return_value)
                 except (
                     TrainingFailedError,
                     ray.exceptions.RayActorError,
                 ) as error:  # the latter: of Ray Train's controller
                     failures.take(error)
-                finally:
-                    target.storage.delete(target.path(RAY))
             ask("")
 
 
-def _trainer(config: PipelineConfig, num_workers: int, settings: dict[str, Any], target: StageFolder) -> WorkersTrainer:
+def _trainer(
+    config: PipelineConfig, num_workers: int, settings: dict[str, Any], target: StageFolder, scratch: str
+) -> WorkersTrainer:
     """A trainer for one attempt. Ray keeps no checkpoint, so what it writes is of no use to another attempt."""
     how, storage = config.execution, target.storage
     return WorkersTrainer(
@@ -185,7 +184,7 @@ def _trainer(config: PipelineConfig, num_workers: int, settings: dict[str, Any],
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex[:8],
-            storage_path=storage.path(target.path(RAY)),
+            storage_path=storage.path(scratch),
             storage_filesystem=None if storage.is_local else storage.filesystem,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),

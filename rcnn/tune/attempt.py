@@ -1,32 +1,14 @@
-"""One attempt at a search: it has a scratch folder of its own, and it knows the minutes used so far.
+"""The minutes that a search has used, over all attempts.
 
-In: the folder of the search. Out: a scratch folder that ends with the attempt, and a clock that all attempts at the search
-share.
+In: the folder of the search. Out: a clock that all attempts at it share.
 """
 
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rcnn.storage import StageFolder
 
-SCRATCH = "ray-"
 MINUTES = "minutes.json"
 SECONDS_BETWEEN_NOTES = 10.0
-
-
-@contextmanager
-def scratch(target: StageFolder) -> Iterator[str]:
-    """A folder for what Ray Tune writes, deleted at the end; those of killed attempts are deleted at once."""
-    for folder in target.storage.list_folders(target.name):
-        if folder.startswith(SCRATCH):
-            target.storage.delete(target.path(folder))
-    own = target.path(f"{SCRATCH}{uuid.uuid4().hex[:8]}")
-    try:
-        yield own
-    finally:
-        target.storage.delete(own)
 
 
 class Budget:

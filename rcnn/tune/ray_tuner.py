@@ -28,7 +28,7 @@ from rcnn.results import Choice, IngestResult, Outcome, TuneResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import Tracker, finish_failed
 from rcnn.train.loop import Metrics
-from rcnn.tune.attempt import Budget, scratch
+from rcnn.tune.attempt import Budget
 from rcnn.tune.ledger import Record, read_records, write_record, write_table
 from rcnn.tune.plots import write_pictures
 from rcnn.tune.ray_trial import WORST_ERROR, TrialInputs, run_trial
@@ -128,7 +128,7 @@ class _Search:
             SearchScreen(self.config, self.records.values(), num_planned=len(planned), num_at_once=room.num_trials,
                          num_rows=self.num_rows) as screen,
             following(self.board, {"trial": lambda note: self._note_epoch(screen, *note), "end": self._note_end}) as self.fatal,
-            scratch(self.target) as folder,
+            self.target.scratch() as folder,
             _credentials_kept_here(),
         ):  # fmt: skip
             if self.target.lease:

@@ -109,7 +109,7 @@ def test_a_cancelled_flow_ends_its_training_in_15_seconds_with_a_checkpoint(
         follow(config, digits, react, monkeypatch)
     assert time.monotonic() - started[0] < 15 + 5  # and the look at the job's status
     [record] = Path(config.storage).glob("runs/train-*/checkpoints/*.json")
-    assert record.stem.startswith("000000-0000")
+    assert record.stem.startswith("000000-0-0000")
 
 
 class Pipeline:

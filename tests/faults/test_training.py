@@ -40,7 +40,7 @@ def test_a_signal_is_answered_with_a_checkpoint_within_ten_seconds(tmp_path: Pat
     assert "stopping: writing a checkpoint" in text
     assert "rcnn: stopped; the same command, without --fresh, resumes" in text
     [record] = tmp_path.glob("runs/train-*/checkpoints/*.json")
-    assert record.stem.startswith("000000-0000")
+    assert record.stem.startswith("000000-0-0000")
     resumed = Training(tmp_path, 1, **{"train.epochs": 2, "model.t": 5, "model.k": 64})
     assert _finish(resumed)
     assert (
@@ -49,7 +49,7 @@ def test_a_signal_is_answered_with_a_checkpoint_within_ten_seconds(tmp_path: Pat
     )
 
 
-def test_a_driver_that_stops_to_answer_gives_way_and_writes_no_more(tmp_path: Path) -> None:
+def test_a_driver_that_stops_responding_gives_way_and_writes_no_more(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     (tmp_path / "shared").mkdir()
     epochs = {"train.epochs": 12}
@@ -61,7 +61,7 @@ def test_a_driver_that_stops_to_answer_gives_way_and_writes_no_more(tmp_path: Pa
     assert _finish(second) == expected
     first.process.send_signal(signal.SIGCONT)
     assert first.process.wait(timeout=120) == 2
-    assert "took over this work. Nothing is lost" in first.log.read_text()
+    assert "took over this work. No work is lost" in first.log.read_text()
     assert f"process {first.process.pid} on" in second.log.read_text()
     [result] = (tmp_path / "shared").glob("runs/train-*/_result.json")
     assert json.loads(result.read_text())["weights_sha256"] == expected

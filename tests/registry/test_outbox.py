@@ -30,7 +30,7 @@ from tests.registry.server import free_port
 
 pytestmark = pytest.mark.long
 
-FORK = multiprocessing.get_context("fork")  # the children need not import MLflow again
+SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit what other tests have started in this process
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def check_everything(config: PipelineConfig) -> None:
     assert not any(Path(config.storage, outbox.FOLDER).iterdir()), "files of notes are left"
 
 
-def in_fork(work: Callable[[], None]) -> int:
+def in_process(work: Callable[..., None], *arguments: object) -> int:
     """The exit code of a process that does the work; this one keeps no thread that sends."""
-    process = FORK.Process(target=work)
+    process = SPAWN.Process(target=work, args=arguments)
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -138,20 +138,20 @@ def send_and_die(config: PipelineConfig, num_notes: int) -> None:
 def test_a_sender_that_is_killed_before_it_deletes_a_note_leaves_no_duplicate(
     config: PipelineConfig, away: PipelineConfig, tmp_path: Path
 ) -> None:
-    assert in_fork(lambda: report_everything(away, tmp_path / "files")) == 0
+    assert in_process(report_everything, away, tmp_path / "files") == 0
     create_store(config)
     for num_notes in (1, 9, 6):  # after a run was made, in the middle of a curve, and at the end
         before = num_waiting(config)
-        assert in_fork(lambda: send_and_die(config, num_notes)) == -signal.SIGKILL  # noqa: B023
+        assert in_process(send_and_die, config, num_notes) == -signal.SIGKILL
         assert num_waiting(config) == before - num_notes + 1
-    assert in_fork(lambda: send_waiting(config)) == 0
+    assert in_process(send_waiting, config) == 0
     check_everything(config)
 
 
 def test_a_note_that_is_written_twice_changes_nothing(
     config: PipelineConfig, away: PipelineConfig, tmp_path: Path
 ) -> None:
-    assert in_fork(lambda: report_everything(away, tmp_path / "files")) == 0
+    assert in_process(report_everything, away, tmp_path / "files") == 0
     folder = Path(config.storage, outbox.FOLDER)
     for note in sorted(folder.glob("*.json")):
         for _ in range(2):  # each time by one that knows nothing yet
@@ -164,9 +164,9 @@ def test_a_note_that_is_written_twice_changes_nothing(
 def test_processes_that_send_the_same_notes_at_once_send_each_once(
     config: PipelineConfig, away: PipelineConfig, tmp_path: Path
 ) -> None:
-    assert in_fork(lambda: report_everything(away, tmp_path / "files")) == 0
+    assert in_process(report_everything, away, tmp_path / "files") == 0
     create_store(config)
-    senders = [FORK.Process(target=send_waiting, args=(config,)) for _ in range(3)]
+    senders = [SPAWN.Process(target=send_waiting, args=(config,)) for _ in range(3)]
     for sender in senders:
         sender.start()
     for sender in senders:

@@ -69,8 +69,8 @@ def test_a_run_that_is_stopped_at_any_step_ends_with_the_same_bits(
         with pytest.raises(Stopped):
             run(config, data, target, is_stopping=after(num_steps))
     assert [record.name for record in read_records(target)] == [
-        "000001-00000000",
-        "000001-00000002",
+        "000001-0-00000000",
+        "000001-0-00000002",
     ]  # stopped after the last step too
     assert what_was_learned(run(config, data, target)) == what_was_learned(whole)
 
@@ -112,11 +112,11 @@ def test_a_damaged_checkpoint_does_not_outlive_those_that_follow_it(
     run(config, data, target)
     for record in read_records(target):
         target.storage.write_bytes(target.path(f"{FOLDER}/{record.name}.pt"), b"damaged")
-    target.storage.write_bytes(target.path(f"{FOLDER}/000009-00000000.pt.1234.part"), b"of a killed process")
-    target.storage.write_bytes(target.path(f"{FOLDER}/000009-00000000.pt"), b"without a record")
+    target.storage.write_bytes(target.path(f"{FOLDER}/000009-0-00000000.pt.1234.part"), b"of a killed process")
+    target.storage.write_bytes(target.path(f"{FOLDER}/000009-0-00000000.pt"), b"without a record")
     with pytest.raises(Stopped):
         run(config, data, target, is_stopping=after(2))
-    assert [record.name for record in read_records(target)] == ["000000-00000002"]
+    assert [record.name for record in read_records(target)] == ["000000-0-00000002"]
     assert len(target.storage.list_sizes(target.path(FOLDER))) == 2
 
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_is_being_written_survives_an_error(
     monkeypatch.setattr(Storage, "write_bytes", slow)
     with pytest.raises(RuntimeError, match="a bug"):
         fit(config, data, fail, checkpoints=CheckpointStore(target))
-    assert [record.name for record in read_records(target)] == ["000001-00000000"]
+    assert [record.name for record in read_records(target)] == ["000001-0-00000000"]
 
 
 def test_a_record_that_is_none_is_ignored_and_named(
@@ -143,10 +143,10 @@ def test_a_record_that_is_none_is_ignored_and_named(
 ) -> None:
     run(config.with_settings({"train.epochs": 1}), data, target)
     for text in ("{", "[]", '{"epoch": 1}'):
-        target.storage.write_text(target.path(f"{FOLDER}/000009-00000000.json"), text)
+        target.storage.write_text(target.path(f"{FOLDER}/000009-0-00000000.json"), text)
         with caplog.at_level(logging.INFO, logger="rcnn"):
             assert [record.epoch for record in read_records(target)] == [1]
-        assert "000009-00000000.json: is not the record of a checkpoint; ignored" in caplog.text
+        assert "000009-0-00000000.json: is not the record of a checkpoint; ignored" in caplog.text
 
 
 def test_a_full_disk_does_not_end_training_but_a_lost_last_checkpoint_does(
@@ -189,3 +189,32 @@ def test_a_loss_that_is_no_number_leaves_no_checkpoint_of_its_weights(
         run(wild, data, target)
     store = CheckpointStore(target)
     assert all(math.isfinite(float(store.read(record)["loss_sum"])) for record in read_records(target))
+
+
+def test_a_storage_that_cannot_be_read_is_no_reason_to_begin_from_the_start(
+    config: PipelineConfig, data: TrainingData, target: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config.with_settings({"train.epochs": 1}), data, target)
+
+    def fail(self: Storage, name: str) -> bytes:
+        raise OSError("slow down")
+
+    monkeypatch.setattr(Storage, "read_bytes", fail)
+    with pytest.raises(ClusterError, match=r"000001-0-00000000\.pt: cannot be read \(slow down\)") as caught:
+        run(config, data, target)
+    assert caught.value.retryable
+    assert len(read_records(target)) == 1
+
+
+def test_what_follows_a_roll_back_is_newer_than_what_it_replaces(
+    config: PipelineConfig, data: TrainingData, target: StageFolder
+) -> None:
+    snapshot = run(config.with_settings({"train.epochs": 1}), data, target).snapshot()
+    store = CheckpointStore(target, keep=1)
+    for place in ((1, 0, 0), (1, 9, 0), (1, 3, 1), (1, 6, 1)):  # epoch, step, roll-backs
+        store.write(snapshot | dict(zip(("epoch", "step", "roll_backs"), place, strict=True)))
+    store.close()
+    newest = store.newest()
+    assert newest is not None
+    assert (newest.epoch, newest.step, newest.roll_backs) == (1, 6, 1)
+    assert [record.step for record in read_records(target)] == [0, 6]  # the start of the epoch, and the last one

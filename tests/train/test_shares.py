@@ -86,7 +86,9 @@ def of_network(config: PipelineConfig, network: str) -> PipelineConfig:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("workers", "threads"), [(2, 1), (3, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("workers", "threads"), [(2, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((3, 2), (4, 1)))]
+)
 def test_any_number_of_workers_and_threads_ends_with_the_same_bits(
     tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, workers: int, threads: int
 ) -> None:

@@ -1,24 +1,16 @@
-"""What an attempt at a search has to itself, and what it shares with the attempts before it."""
+"""The minutes that attempts at a search share."""
 
 from pathlib import Path
 
 import pytest
 
 from rcnn.storage import StageFolder, Storage
-from rcnn.tune.attempt import MINUTES, Budget, scratch
+from rcnn.tune.attempt import MINUTES, Budget
 
 
 @pytest.fixture
 def target(tmp_path: Path) -> StageFolder:
     return StageFolder(Storage(str(tmp_path)), "runs/tune-x")
-
-
-def test_what_a_killed_attempt_left_is_deleted(target: StageFolder) -> None:
-    target.storage.write_text(target.path("ray-0a1b2c3d/state"), "")
-    with scratch(target) as own:
-        target.storage.write_text(f"{own}/state", "")
-        assert [target.path(name) for name in target.storage.list_folders(target.name)] == [own]
-    assert target.storage.list_folders(target.name) == []
 
 
 class Clock:
