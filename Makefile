@@ -25,9 +25,8 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)  ## the whole pipeline on real digits, offline
 	@$(BIN)/rcnn pipeline --recipe demo
 
-# One process more than there are cores: tests wait for servers and clusters half of the time.
 test: $(READY)  ## the tests, but those that take minutes
-	@$(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))')
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 test-quick: $(READY)  ## the tests that start no server or process, and are quick
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/test_layering.py -m "not (ray or long or slow or gpu)"
