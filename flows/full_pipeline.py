@@ -33,9 +33,8 @@ from rcnn.stages import (
 from rcnn.tracking import finish_failed
 
 
-@flow(
-    name="rcnn", on_cancellation=[stop_jobs_of]
-)  # a crashed flow leaves its jobs running, for the flow that retries it
+# A crashed flow leaves its jobs running: the flow that retries it attaches to them.
+@flow(name="rcnn", on_cancellation=[stop_jobs_of])
 def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_running: bool = False) -> dict[str, Any]:
     """Trains the model that the config describes, and registers it.
 

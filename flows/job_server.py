@@ -16,7 +16,7 @@ from ray.job_submission import JobSubmissionClient
 
 from rcnn.errors import ClusterError
 from rcnn.progress import as_duration, say
-from rcnn.signals import SECONDS_TO_STOP
+from rcnn.signals import SECONDS_TO_END
 
 UNFINISHED = ("PENDING", "RUNNING")
 SECONDS_TO_ANSWER = 30
@@ -26,8 +26,6 @@ SECONDS_BETWEEN_TRIES = 2
 SECONDS_BETWEEN_REPORTS = 60
 SECONDS_TO_CLEAR = 5
 """After a job's end: while its supervisor and monitor in Ray are not gone, another job with its id fails at once."""
-SECONDS_TO_END = int(SECONDS_TO_STOP) + 5
-"""From the SIGTERM to the SIGKILL of a job that is stopped: time for a checkpoint, and for the process to end."""
 
 Answer = TypeVar("Answer")
 

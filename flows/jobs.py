@@ -122,7 +122,7 @@ class _Job:
                 )
             say(f"{self._name}: stopping Ray job {self.id}")
             self._server.stop_and_wait(self.id)
-        with held(self._target, waits=False):  # somebody may be at work on it without a job
+        with held(self._target, waits=False):  # a process may be working on it outside of a job
             if not STAGES[self._name].replaces_whole:
                 self._target.storage.delete(self._target.name)
             self._forget_outcome()  # before the job is submitted: a retry must not find the old result or outcome

@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--mend", action="store_true", help="end what killed runs left: leases, MLflow runs")
     collect = _add(commands, "gc", _gc, "list what no result refers to, and delete it if asked to", config=True)
     collect.add_argument("--delete", action="store_true", help="delete what is listed")
-    collect.add_argument("--days", type=float, default=7.0, help="leave what changed in so many days (default: 7)")
+    collect.add_argument("--days", type=float, default=7.0, help="keep what changed within this many days (default: 7)")
     _add(commands, "recipes", _recipes, "list the named configs, with what each costs and reaches")
     _add(commands, "sources", _sources, "list the data sets, with what each needs")
     completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")

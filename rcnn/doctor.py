@@ -16,7 +16,7 @@ from typing import Any
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, RcnnError
 from rcnn.lease import all_holders, break_lease
-from rcnn.registry.outbox import num_waiting
+from rcnn.registry.outbox import num_waiting, outbox_of
 from rcnn.storage import Storage
 from rcnn.text import counted
 from rcnn.tracking import has_store, tracking_uri
@@ -123,30 +123,31 @@ def _prefect(config: PipelineConfig) -> Facts:
 
 
 def _left_over(config: PipelineConfig) -> Facts:
-    storage, found = Storage(config.storage), False
+    yield from [*_left_leases(config), *_left_runs(config), *_left_notes(config)] or [("nothing",)]
+
+
+def _left_leases(config: PipelineConfig) -> Facts:
+    storage = Storage(config.storage)
     for holder in all_holders(storage):
         if not holder.seems_alive:
-            found = True
-            yield (
-                f"the lease of {holder.work} is held by {holder}, which is gone",
-                _MEND,
-                partial(break_lease, storage, holder),
-            )
-    if has_store(config):
-        _require_mlflow(config)
-        from rcnn.registry.mlflow_store import end_run, runs_without_a_process
+            text = f"the lease of {holder.work} is held by {holder}, which has ended"
+            yield text, _MEND, partial(break_lease, storage, holder)
 
-        for run in runs_without_a_process(config):
-            found = True
-            text = (
-                f"the MLflow run {run.name} of {run.key} ({run.run_id[:8]}) is running, and no process holds its lease"
-            )
-            yield text, _MEND, partial(end_run, config, run.run_id)
+
+def _left_runs(config: PipelineConfig) -> Facts:
+    if not has_store(config):
+        return
+    _require_mlflow(config)
+    from rcnn.registry.mlflow_store import end_run, runs_without_a_process
+
+    for run in runs_without_a_process(config):
+        text = f"the MLflow run {run.name} of {run.key} ({run.run_id[:8]}) is running, and no process holds its lease"
+        yield text, _MEND, partial(end_run, config, run.run_id)
+
+
+def _left_notes(config: PipelineConfig) -> Facts:
     if num_notes := num_waiting(config):
-        found = True
-        yield f"{counted(num_notes, 'note')} for MLflow wait in {storage.uri('outbox')}", "The next run sends them"
-    if not found:
-        yield ("nothing",)
+        yield f"{counted(num_notes, 'note')} for MLflow wait in {outbox_of(config).place}", "The next run sends them"
 
 
 _MEND = "`rcnn doctor --mend` ends it"

@@ -66,10 +66,10 @@ def find_leftovers(config: PipelineConfig, *, days: float = DAYS) -> Iterator[Le
 
 
 def _delete(storage: Storage, folder: str, work: str) -> None:
-    """Deletes a folder, if no one has taken up the work meanwhile.
+    """Deletes a folder, unless a process has resumed the work since it was listed.
 
     Raises:
-        ClusterError: somebody has.
+        ClusterError: a process holds the lease.
     """
     with held(StageFolder(storage, work), waits=False):
         storage.delete(folder)

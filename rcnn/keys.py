@@ -25,7 +25,7 @@ UNCOUNTED = frozenset(
         "conditional", "config", "data.sources", "errors", "keys", "lease", "model.networks", "progress", "ranges",
         "ray_board", "ray_nodes", "ray_session", "recipes", "results", "section", "settings", "signals", "stages",
         "storage", "text", "tracking", "train.checkpoint_store", "train.elastic", "train.ray_workers",
-        "tune.attempt", "tune.plots", "tune.resources", "tune.screen",
+        "tune.budget", "tune.plots", "tune.resources", "tune.screen",
     )
 )  # fmt: skip
 

@@ -6,8 +6,8 @@ writes nothing more.
 
     .leases/<folder>.json     who holds it: a token (new for each holder), a counter of beats, and the process
 
-A holder is taken for dead when its process is gone from this machine, or when its counter stands still for a minute by the
-clock of the one who waits: clocks of different machines are not compared.
+A holder counts as dead when its process on this machine has ended, or when its counter has not changed for a minute by the
+clock of the process that waits: clocks of different machines are not compared.
 """
 
 import json
@@ -64,7 +64,7 @@ class Holder:
 
     @property
     def seems_alive(self) -> bool:
-        """Whether it is thought to be at work: where another machine's clock must be trusted, within an hour."""
+        """Whether it is probably working. For another machine, this trusts its clock to within an hour."""
         if self.is_gone or self.is_here:
             return not self.is_gone
         return datetime.now(UTC) - datetime.fromisoformat(self.seen) < timedelta(hours=1)
@@ -90,7 +90,7 @@ class Holder:
 
 
 class Lease:
-    """A lease that somebody took, as seen by its holder and by the workers that write for it.
+    """An acquired lease, as seen by its holder and by the workers that write for it.
 
     Args:
         storage: where it lies.
@@ -131,7 +131,7 @@ def held(target: StageFolder, *, waits: bool = True, says_so: bool = True) -> It
         says_so: whether to say for whom.
 
     Raises:
-        ClusterError: somebody else holds it, and `waits` is off; or the storage cannot be used.
+        ClusterError: another process holds it, and `waits` is off; or the storage cannot be used.
     """
     if not conditional.can_swap(target.storage):
         if says_so:
@@ -148,7 +148,7 @@ def held(target: StageFolder, *, waits: bool = True, says_so: bool = True) -> It
 
 
 def is_held(storage: Storage, name: str) -> bool:
-    """Whether somebody seems to be at work on a folder (see `Holder.seems_alive`).
+    """Whether a process is probably working on a folder (see `Holder.seems_alive`).
 
     Raises:
         ClusterError: the storage cannot be read.
@@ -164,14 +164,14 @@ def all_holders(storage: Storage) -> list[Holder]:
 
 
 def break_lease(storage: Storage, holder: Holder) -> None:
-    """Frees the lease of a holder that is dead, if nobody has taken it since."""
+    """Frees the lease of a dead holder, unless another process has acquired it since."""
     found, version = read_holder(storage, holder.work)
     if found == holder:
         _write(storage, holder.work, Holder(), version)
 
 
 def read_holder(storage: Storage, name: str) -> tuple[Holder, str]:
-    """Who holds the lease of a folder, and the version of the record; a damaged record is that of nobody.
+    """The holder of a folder's lease, and the version of the record; a damaged record counts as a free lease.
 
     Raises:
         ClusterError: the storage cannot be read.
@@ -210,7 +210,7 @@ def _take(target: StageFolder, waits: bool, says_so: bool) -> tuple[Holder, str]
             watch.say_now_and_then(other)
         elif not waits and watch.is_alive:
             raise ClusterError(
-                f"{other} is at work on it",
+                f"{other} is working on it",
                 where=target.storage.uri(target.name),
                 remedy="Wait until it has ended, or stop it first",
             )
@@ -264,7 +264,7 @@ class _Watch:
     def say_now_and_then(self, other: Holder) -> None:
         """Says who is waited for."""
         if time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
-            say(f"  {other} is at work on the same result: waiting for it")
+            say(f"  {other} is working on the same result: waiting for it")
             self._said = time.monotonic()
 
 
@@ -279,7 +279,7 @@ class _Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_BEATS):
-            # A storage that is away is no reason to stop: nobody can take the lease meanwhile, or somebody has.
+            # Keep working if the storage cannot be reached: the next successful beat shows whether the lease was lost.
             try:
                 if not self._put(self._holder.renewed()):
                     self._lease.require()
@@ -304,5 +304,7 @@ class _Heartbeat:
         """Ends the thread, and frees the lease if it is still ours."""
         self._stop.set()
         self._thread.join()
-        with suppress(ClusterError):  # the next one sees that this process is gone, or that the lease is not renewed
+        with suppress(
+            ClusterError
+        ):  # the next holder sees that this process has ended, or that the lease is not renewed
             self._put(Holder())

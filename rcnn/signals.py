@@ -12,6 +12,8 @@ from rcnn.progress import say
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SECONDS_TO_STOP = 10.0
+SECONDS_TO_END = int(SECONDS_TO_STOP) + 5
+"""From the SIGTERM to the SIGKILL of a Ray job that is stopped: time for a checkpoint, and for the process to end."""
 
 
 @contextmanager

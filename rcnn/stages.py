@@ -353,7 +353,7 @@ def run_stage(
         parent: the MLflow run to hang under.
 
     Raises:
-        ClusterError: with `fresh`, another process is at work on the same result. Without, this one waits for it.
+        ClusterError: with `fresh`, another process is working on the same result. Without, this one waits for it.
         RcnnError: whatever the stage raises. A partial result is never taken for a finished one.
     """
     target = replace(stage_folder(config, name, results), replaces=fresh)

@@ -349,7 +349,7 @@ class StageFolder:
     replaces: bool = False
     """Whether to replace existing contents (`--fresh`)."""
     lease: "Held | None" = None
-    """Proof that nobody else works on it; None where nobody asked for it, as in tests and benchmarks."""
+    """Shows that no other process works on it; None if no lease was acquired, as in tests and benchmarks."""
 
     @contextmanager
     def scratch(self) -> Iterator[str]:

@@ -73,6 +73,18 @@ def test_what_nothing_refers_to_is_listed_and_then_deleted(
     assert left == {name for name, what in FILES.items() if not what}
 
 
+def test_work_that_is_resumed_after_the_listing_is_left(
+    storage: Storage, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = list(find_leftovers(config))
+    monkeypatch.setattr("rcnn.gc.find_leftovers", lambda config, days: listed)
+    with held(StageFolder(storage, "runs/train-dead")):
+        assert main(["gc", "--set", f"storage={storage.root}", "--delete"]) == 0
+    assert "runs/train-dead is left: " in capsys.readouterr().err
+    assert storage.exists("runs/train-dead/checkpoints")
+    assert not storage.exists("runs/train-done/checkpoints")
+
+
 def test_runs_in_mlflow_whose_files_are_gone_are_deleted(storage: Storage, config: PipelineConfig) -> None:
     for key in ("runs/train-done", "runs/train-gone"):
         open_run(config, "train", key=key).finish()

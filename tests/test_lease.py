@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from pyarrow import fs
 
 from rcnn import conditional, lease
 from rcnn.errors import ClusterError, LeaseLost
@@ -53,18 +52,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_s3() -> Iterator[str]:
-    """A bucket of a real S3 protocol."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        host, port = server.get_host_and_port()
-        address = f"{host}:{port}"
-        boto3.client("s3", region_name="us-east-1", endpoint_url=f"http://{address}").create_bucket(Bucket="bucket")
-        yield f"s3://bucket/prefix?scheme=http&endpoint_override={address}&region=us-east-1"
-        server.stop()
+def on_s3(s3_endpoint: str) -> str:
+    """A storage in a bucket, which boto3 does not create by itself."""
+    root = f"s3://bucket/prefix?{s3_endpoint}"
+    fs.FileSystem.from_uri(root)[0].create_dir("bucket")
+    return root
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.long)])
@@ -127,7 +119,7 @@ def test_the_next_one_waits_and_says_for_whom(target: StageFolder, caplog: pytes
         second.join(timeout=30)
     assert entered.is_set()
     assert [each.message for each in caplog.records if each.name == "rcnn"] == [
-        f"  process {os.getpid()} on {socket.gethostname()} is at work on the same result: waiting for it"
+        f"  process {os.getpid()} on {socket.gethostname()} is working on the same result: waiting for it"
     ]
 
 
@@ -146,7 +138,7 @@ def test_a_killed_holder_is_followed_at_once(folder: StageFolder, monkeypatch: p
         assert first.stdout
         assert first.stdout.readline() == "holds\n"
         with pytest.raises(
-            ClusterError, match=rf"process {first.pid} on .* is at work on it\. Wait until it has ended"
+            ClusterError, match=rf"process {first.pid} on .* is working on it\. Wait until it has ended"
         ):
             held(folder, waits=False).__enter__()
         first.kill()
@@ -196,7 +188,7 @@ def test_a_living_holder_on_another_machine_is_not_disturbed(target: StageFolder
     other = threading.Thread(target=renew)
     other.start()
     try:
-        with pytest.raises(ClusterError, match="process 1 on elsewhere is at work on it"):
+        with pytest.raises(ClusterError, match="process 1 on elsewhere is working on it"):
             held(target, waits=False).__enter__()
     finally:
         stop.set()

@@ -21,6 +21,7 @@ import psutil
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, RcnnError
+from rcnn.signals import SECONDS_TO_END
 from rcnn.tracking import has_store
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,7 @@ def _environment(ports: dict[str, int]) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": "15",  # for jobs that are submitted by hand: time to write a checkpoint
+        "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_END),  # of jobs that are submitted by hand
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 0 keeps Ray on loopback, on Linux too
     }
 

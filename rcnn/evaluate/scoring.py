@@ -44,7 +44,7 @@ class ScoringJob:
         batch_size: images per forward pass.
         use_gpu: whether the model is on the GPU.
         num_threads: batches at a time on a CPU, a thread each.
-        token: of the lease on that folder; empty where nobody took one.
+        token: of the lease on that folder; empty if there is no lease.
     """
 
     storage: str

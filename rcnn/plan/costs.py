@@ -19,7 +19,7 @@ from rcnn.plan.size import DataSize
 from rcnn.results import Choice
 from rcnn.storage import StageFolder
 from rcnn.text import counted
-from rcnn.tune.attempt import minutes_noted
+from rcnn.tune.budget import minutes_noted
 from rcnn.tune.space import trial_config
 
 FORWARDS_PER_STEP = 3

@@ -276,7 +276,7 @@ def runs_without_a_process(config: PipelineConfig) -> list[StageRun]:
     """The runs of stages in this storage that are marked as running while no process holds the stage's lease.
 
     The run of a pipeline has no lease of its own, and its job may be waiting for room: it counts after a day in which no stage
-    of the storage is at work.
+    of the storage is running.
     """
     storage = Storage(config.storage)
     if not can_swap(storage):  # nor are there leases
@@ -301,7 +301,7 @@ def runs_without_a_process(config: PipelineConfig) -> list[StageRun]:
 
 
 def end_run(config: PipelineConfig, run_id: str) -> None:
-    """Marks a run that nobody works on, and those under it, as killed."""
+    """Marks a run without a process, and the runs under it, as killed."""
     with _reachable(config):
         client = _connect(config)
         experiment = client.get_run(run_id).info.experiment_id

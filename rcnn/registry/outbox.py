@@ -49,7 +49,9 @@ _outboxes: dict[tuple[Any, ...], "Outbox"] = {}
 def outbox_of(config: PipelineConfig) -> "Outbox":
     """This process's outbox for the config's storage and MLflow."""
     place = (os.getpid(), config.storage, config.tracking.uri)  # a fork has no thread of its own
-    return _outboxes.setdefault(place, Outbox(config)) if place not in _outboxes else _outboxes[place]
+    if place not in _outboxes:
+        _outboxes[place] = Outbox(config)
+    return _outboxes[place]
 
 
 def num_waiting(config: PipelineConfig) -> int:
@@ -218,7 +220,7 @@ class Outbox:
         with self._changed:
             asked, sent_before = self._num_asked, self._num_sent
         try:
-            with _alone(self._storage):
+            with _only_sender(self._storage):
                 while names := _names(self._storage):
                     for name in names:
                         self._send(name)
@@ -236,7 +238,7 @@ class Outbox:
         file, folder = f"{FOLDER}/{name}.json", f"{FOLDER}/{name}"
         try:
             note = self._read(file)
-            if note is None:  # another machine has sent it: an object store has no locks
+            if note is None:  # another process has sent it, where the storage has no leases
                 return
             self._write(note, folder)
         except DataError as error:
@@ -287,7 +289,7 @@ def _names(storage: Storage) -> list[str]:
 
 
 @contextmanager
-def _alone(storage: Storage) -> Iterator[None]:
+def _only_sender(storage: Storage) -> Iterator[None]:
     """Lets one process send at a time."""
     if not storage.is_local:
         with held(StageFolder(storage, FOLDER), says_so=False):

@@ -67,7 +67,8 @@ def _promote_if_better(config: PipelineConfig, new: Standing) -> Verdict:
         with mlflow_store.promotion(config, new.version):
             mlflow_store.set_alias(config, CHAMPION, new.version)
             best = new
-            while (better := _better_one(config, new, best)) is not None:  # until nobody came while the alias was set
+            # Until no other version appeared while the alias was set.
+            while (better := _better_one(config, new, best)) is not None:
                 best = better
                 mlflow_store.set_alias(config, CHAMPION, best.version)
         if best != new:

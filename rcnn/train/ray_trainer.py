@@ -223,7 +223,7 @@ class _Failures:
             raise fault from error
         text, newest = _last_line(fault), self._newest()
         if isinstance(error, PreemptionError):
-            say("  nodes were taken away; training is going on from the last checkpoint")
+            say("  nodes were preempted; training resumes from the last checkpoint")
             return
         if newest != self._at:
             self._count, self._last = 0, ""
@@ -234,7 +234,7 @@ class _Failures:
         if self._count > self._most or comes_again:
             raise self._as_error(text, comes_again=comes_again) from error
         self._last, self._at = text, newest
-        say(f"  the training failed ({text}) and is going on from the last checkpoint")
+        say(f"  the training failed ({text}) and resumes from the last checkpoint")
 
     def _as_error(self, text: str, *, comes_again: bool) -> TrainingError:
         if comes_again:

@@ -28,7 +28,7 @@ from rcnn.results import Choice, IngestResult, Outcome, TuneResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import Tracker, finish_failed
 from rcnn.train.loop import Metrics
-from rcnn.tune.attempt import Budget
+from rcnn.tune.budget import Budget
 from rcnn.tune.ledger import Record, read_records, write_record, write_table
 from rcnn.tune.plots import write_pictures
 from rcnn.tune.ray_trial import WORST_ERROR, TrialInputs, run_trial

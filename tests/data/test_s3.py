@@ -1,13 +1,11 @@
 """A real S3 protocol, served on this machine: a source there, and a storage there."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from rcnn.config import PipelineConfig
@@ -37,32 +35,18 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """The query that leads pyarrow to the server."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        host, port = server.get_host_and_port()
-        yield f"scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
-        server.stop()
-
-
-@pytest.fixture(scope="module")
 def exported(
-    endpoint: str, digits_storage: Path, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory
+    s3_endpoint: str, digits_storage: Path, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
     """The digits as Parquet files in a bucket."""
     folder = tmp_path_factory.mktemp("exported") / "digits"
     export_huggingface(Storage(str(digits_storage)), digits.folder, folder)
-    filesystem, base = fs.FileSystem.from_uri(f"s3://source/digits?{endpoint}")
+    filesystem, base = fs.FileSystem.from_uri(f"s3://source/digits?{s3_endpoint}")
     filesystem.create_dir("source")
     for file in (folder / "data").iterdir():
         with filesystem.open_output_stream(f"{base}/{file.name}") as stream:
             stream.write(file.read_bytes())
-    return f"s3://source/digits?{endpoint}"
+    return f"s3://source/digits?{s3_endpoint}"
 
 
 def test_parquet_files_are_read_from_s3(exported: str, digits: IngestResult, tmp_path: Path) -> None:
@@ -77,20 +61,20 @@ def test_parquet_files_are_read_from_s3(exported: str, digits: IngestResult, tmp
         fingerprint(missing)
 
 
-def test_images_that_parquet_files_on_s3_only_name_are_refused(endpoint: str, tmp_path: Path) -> None:
+def test_images_that_parquet_files_on_s3_only_name_are_refused(s3_endpoint: str, tmp_path: Path) -> None:
     """They would be files of the machine that reads, or objects that nothing has checked to be below data.root."""
-    filesystem, base = fs.FileSystem.from_uri(f"s3://paths/digits?{endpoint}")
+    filesystem, base = fs.FileSystem.from_uri(f"s3://paths/digits?{s3_endpoint}")
     filesystem.create_dir("paths")
     rows = pa.table({"image": [{"bytes": None, "path": f"{row}.png"} for row in range(2)], "label": ["a", "b"]})
     pq.write_table(rows, f"{base}/TRAIN.PARQUET", filesystem=filesystem)
-    config = PipelineConfig().with_settings({"data.source": "parquet", "data.root": f"s3://paths/digits?{endpoint}"})
+    config = PipelineConfig().with_settings({"data.source": "parquet", "data.root": f"s3://paths/digits?{s3_endpoint}"})
     assert fingerprint(config.data)
     with pytest.raises(SourceError, match=r"its path '0\.png' cannot be followed, because data\.root is remote"):
         run_ingest(config, StageFolder(Storage(str(tmp_path)), "datasets/x"), NoTracker())
 
 
-def test_a_data_set_is_kept_on_s3(endpoint: str, digits: IngestResult) -> None:
-    storage = Storage(f"s3://kept/root?{endpoint}")
+def test_a_data_set_is_kept_on_s3(s3_endpoint: str, digits: IngestResult) -> None:
+    storage = Storage(f"s3://kept/root?{s3_endpoint}")
     storage.filesystem.create_dir("kept")
     result = run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x"), NoTracker())
     manifest = require_manifest(storage, "datasets/x")
@@ -104,8 +88,8 @@ def test_a_data_set_is_kept_on_s3(endpoint: str, digits: IngestResult) -> None:
     assert len(table) == 1000
 
 
-def test_predictions_are_merged_on_s3_and_a_failed_merge_leaves_no_file(endpoint: str) -> None:
-    storage = Storage(f"s3://scored/root?{endpoint}")
+def test_predictions_are_merged_on_s3_and_a_failed_merge_leaves_no_file(s3_endpoint: str) -> None:
+    storage = Storage(f"s3://scored/root?{s3_endpoint}")
     storage.filesystem.create_dir("scored")
     target, parts = StageFolder(storage, "reports/x"), parts_of(600, 50)
     rng = np.random.default_rng(0)

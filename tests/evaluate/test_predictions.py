@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -20,7 +21,7 @@ from torch.nn import functional
 from rcnn.config import PipelineConfig
 from rcnn.data.loader import Rows, load_rows
 from rcnn.data.manifest import Manifest, require_manifest
-from rcnn.errors import ClusterError, DataError
+from rcnn.errors import ClusterError, DataError, LeaseLost
 from rcnn.evaluate import report
 from rcnn.evaluate.predictions import MOST_PARTS, PARTS, PREDICTIONS, has_part, merge_parts, parts_of, scores_of
 from rcnn.evaluate.report import run_evaluate
@@ -238,3 +239,12 @@ def test_samples_show_the_first_row_of_each_class(scene: Scene) -> None:
             expected = scene.rows.images[labels_N.index(int(name)), 0].numpy()
             np.testing.assert_array_equal(np.asarray(image), expected)
     assert json.loads((scene.file.parent / "metrics.json").read_text())["num_rows"] == 3000
+
+
+def test_an_evaluation_that_lost_its_lease_writes_no_part(scene: Scene, interrupted: StageFolder) -> None:
+    job = replace(scene.job(interrupted), token="of-another-process")
+    [part, *_] = parts_of(3000, job.batch_size)
+    before = (scene.storage.local_path(interrupted.name) / part.file).read_bytes()
+    with pytest.raises(LeaseLost):
+        score_parts(job, load_for_scoring(job), [part])
+    assert (scene.storage.local_path(interrupted.name) / part.file).read_bytes() == before

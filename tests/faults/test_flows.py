@@ -33,10 +33,8 @@ SETTINGS = {
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    head = Head()
-    head.start()
-    yield head
-    head.stop()
+    with Head() as head:
+        yield head
 
 
 @pytest.fixture

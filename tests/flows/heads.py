@@ -10,6 +10,7 @@ import time
 import urllib.request
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -47,6 +48,13 @@ class Head:
         assert self._process is not None
         self._process.terminate()
         self._process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def kill(self) -> None:
         """Ends every process of the node at once, as a power cut does."""

@@ -84,3 +84,12 @@ def test_old_marks_of_others_are_removed(tmp_path: Path) -> None:
     assert ours.exists()
     assert young.exists()
     assert not old.exists()
+
+
+def test_a_mark_that_is_renewed_is_seen_by_a_clock_of_whole_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LOOKS", 0)
+    looks = iter([0.0, 1.0, 2.0, 0.0])  # as an object store tells the age: renewed in the second of the first look
+    monkeypatch.setattr(Followers, "_ages", lambda self: {"followed-by-living": next(looks)})
+    assert not followers(tmp_path, "a").leave()

@@ -25,10 +25,8 @@ SEEDS = itertools.count(1)
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A Ray with a job server, which a Ray of our own does without."""
-    head = Head()
-    head.start()
-    yield head
-    head.stop()
+    with Head() as head:
+        yield head
 
 
 @pytest.fixture

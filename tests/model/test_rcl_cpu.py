@@ -92,7 +92,9 @@ def test_every_number_of_maps_that_eight_divides(num_maps: int) -> None:
             assert float((found - wanted).norm() / wanted.norm()) < rtol, name
 
 
-@pytest.mark.parametrize(("num_maps", "size"), list(itertools.product([32, 96], [(16, 16), (8, 8), (7, 7), (5, 9)])))
+@pytest.mark.parametrize(
+    ("num_maps", "size"), list(itertools.product([32, 96, 160], [(16, 16), (8, 8), (7, 7), (5, 9)]))
+)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_rounding_errors_are_at_most_eight_times_those_of_direct_convolution(
     num_maps: int, size: tuple[int, int], scale: float

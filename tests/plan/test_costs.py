@@ -20,7 +20,7 @@ from rcnn.results import Choice, IngestResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.train.checkpoint_store import CheckpointStore
 from rcnn.train.loop import fit
-from rcnn.tune.attempt import MINUTES
+from rcnn.tune.budget import MINUTES
 from rcnn.tune.ledger import Record, write_record
 from tests.plan.states import write_checkpoint_record
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from moto.server import ThreadedMotoServer
 
 from rcnn.cli import main
 from rcnn.config import PipelineConfig
@@ -289,21 +288,8 @@ def test_register_waits_as_long_as_it_may_and_then_says_what_to_do(
     assert "  waiting for MLflow, for up to " in capsys.readouterr().err
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A storage on a real S3 protocol."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    host, port = server.get_host_and_port()
-    yield f"s3://outbox/x?scheme=http&endpoint_override={host}:{port}&region=us-east-1&allow_bucket_creation=true"
-    server.stop()
-
-
-def test_notes_wait_in_a_bucket_too(away: PipelineConfig, bucket: str, tmp_path: Path) -> None:
-    there = away.with_settings({"storage": bucket})
+def test_notes_wait_in_a_bucket_too(away: PipelineConfig, s3_endpoint: str, tmp_path: Path) -> None:
+    there = away.with_settings({"storage": f"s3://outbox/x?{s3_endpoint}"})
     report_everything(there, tmp_path / "files")
     assert num_waiting(there) == 15
     uri = f"sqlite:///{tmp_path}/other.db"

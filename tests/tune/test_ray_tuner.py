@@ -11,7 +11,7 @@ from rcnn.errors import DataError
 from rcnn.results import IngestResult, TuneResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
-from rcnn.tune.attempt import Budget
+from rcnn.tune.budget import Budget
 from rcnn.tune.ledger import FOLDER, Record, read_records, write_record
 from rcnn.tune.search import trials_left
 from rcnn.tune.space import Space
@@ -165,7 +165,7 @@ def test_the_search_ends_in_time_and_marks_what_it_cut_off(
     tiny_config: PipelineConfig, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("rcnn.tune.attempt.time", clock)
+    monkeypatch.setattr("rcnn.tune.budget.time", clock)
     long = {"tune.epochs": 500, "tune.max_minutes": 1, "tune.early_stopping": "none", "tune.max_concurrent_trials": 1}
     config = tiny_config.with_settings(long)
     result = tune(config, digits, "cut", clock)

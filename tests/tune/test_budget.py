@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rcnn.storage import StageFolder, Storage
-from rcnn.tune.attempt import MINUTES, Budget
+from rcnn.tune.budget import MINUTES, Budget
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ class Clock:
 
 def test_the_minutes_of_all_attempts_count(target: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("rcnn.tune.attempt.time", clock)
+    monkeypatch.setattr("rcnn.tune.budget.time", clock)
     first = Budget(target, max_minutes=3)
     clock.now = 120
     assert not first.is_spent()  # which notes the two minutes; then it is killed
