@@ -450,7 +450,7 @@ def _gc(options: argparse.Namespace) -> None:
     Storage(config.storage).require_readable()
     found = list(find_leftovers(config, days=options.days))
     if not found:
-        print(printable(f"nothing in {config.storage} can go that has not changed for {options.days:g} days"))
+        print(printable(f"nothing in {config.storage} that is older than {options.days:g} days can be deleted"))
         return
     rows = [
         {"what": each.what, "where": each.place, "MB": f"{each.num_bytes / 1e6:,.1f}", "days": f"{each.days:.0f}"}
@@ -464,7 +464,7 @@ def _gc(options: argparse.Namespace) -> None:
             print(printable(f"{each.place} is left: {error}"), file=sys.stderr)
             found.remove(each)
     megabytes = sum(each.num_bytes for each in found) / 1e6
-    print(f"{megabytes:,.1f} MB " + ("are deleted" if options.delete else "can go: `rcnn gc --delete` deletes them"))
+    print(f"{megabytes:,.1f} MB " + ("are deleted" if options.delete else "can be deleted: `rcnn gc --delete` does so"))
 
 
 def _data_list(options: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ def test_what_nothing_refers_to_is_listed_and_then_deleted(
         assert all(9.9 < each.days < 10.1 and each.num_bytes == 1000 for each in find_leftovers(config))
         assert list(find_leftovers(config, days=11)) == []
         assert main(options) == 0
-        assert "0.0 MB can go: `rcnn gc --delete` deletes them" in capsys.readouterr().out
+        assert "0.0 MB can be deleted: `rcnn gc --delete` does so" in capsys.readouterr().out
         assert storage.exists("runs/train-dead")
         assert main([*options, "--delete"]) == 0
         assert list(find_leftovers(config)) == []
