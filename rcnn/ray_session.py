@@ -10,6 +10,8 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Ray Train's own watcher of preemptions takes 10 s of each start; `train/elastic.py` does its work.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Tune's own handler would end the search early and call that a result.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
@@ -49,8 +51,6 @@ def ensure_ray(config: PipelineConfig, storage: Storage, *, looks_at_nodes: bool
             else:
                 say("  starting Ray on this machine ...")
                 _stay_on_loopback()
-                # A local machine is not preempted, and watching for it takes 10 s of each training's start.
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
                 ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **quiet)
         except Exception as error:  # Ray raises bare ones too, where a process does not start in time

@@ -1,11 +1,11 @@
-"""How many workers an attempt starts where `execution.num_workers` is a range: as many as there is room for, and more later.
+"""Workers that follow the cluster: as many as fit, where `execution.num_workers` is a range, and off a node before it goes.
 
-In: the settings and Ray's nodes. Out: a number, and a call when there is room for more.
+In: the settings and Ray's nodes. Out: a number for an attempt, and a call when workers should start anew.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from rcnn import ray_session  # noqa: F401  (sets what Ray reads when it is imported)  # isort: skip
@@ -48,8 +48,9 @@ def _settled_room(how: ExecutionConfig) -> int:
 
 
 def room_for_workers(how: ExecutionConfig) -> int:
-    """How many workers would fit on the living nodes, beside what runs there."""
-    nodes = ray._private.state.available_resources_per_node().values()
+    """How many workers would fit on the nodes that stay, beside what runs there."""
+    leaving = nodes_that_leave()
+    nodes = [free for node, free in ray._private.state.available_resources_per_node().items() if node not in leaving]
     return sum(
         min(
             int(node.get("CPU", 0) // how.cpus_per_worker),
@@ -57,6 +58,11 @@ def room_for_workers(how: ExecutionConfig) -> int:
         )
         for node in nodes
     )
+
+
+def nodes_that_leave() -> set[str]:
+    """The ids of nodes that are about to be taken away: by a spot market, say, or by the autoscaler."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 class Waiting:
@@ -95,33 +101,38 @@ def _nodes_in_words() -> str:
 
 
 @contextmanager
-def watching_for_room(
-    how: ExecutionConfig, running: int, have_started: Callable[[], bool], ask: Callable[[], None]
+def watching_nodes(
+    how: ExecutionConfig, running: int, nodes: Collection[str], ask: Callable[[], None]
 ) -> Iterator[None]:
-    """Calls `ask` once in the body, in a thread, when more workers than the `running` ones could run.
+    """Calls `ask` once in the body, in a thread, when workers should save their work and start anew.
+
+    That is when a node of theirs is about to be taken away, and where their number is a range, when there is room for more.
 
     Args:
         how: the settings.
         running: the number of workers.
-        have_started: whether they have; before that, the room is what they are about to take.
+        nodes: the ids of the nodes where they run; empty until they have started, since the room is theirs until then.
         ask: called in the thread.
     """
+    may_grow = bool(how.min_workers) and running < how.num_workers
     ended = threading.Event()
 
     def watch() -> None:
         looks = 0
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            looks = looks + 1 if have_started() and room_for_workers(how) > 0 else 0
+            if nodes_that_leave().intersection(nodes):
+                say("  a node with workers is about to be taken away: they save their work and start anew elsewhere")
+                ask()
+                return
+            looks = looks + 1 if may_grow and nodes and room_for_workers(how) > 0 else 0
             if looks == LOOKS_TO_BE_SURE:
                 ask()
                 return
 
     thread = threading.Thread(target=watch, daemon=True)
-    if how.min_workers and running < how.num_workers:
-        thread.start()
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        if thread.is_alive():
-            thread.join()
+        thread.join()

@@ -7,7 +7,6 @@ import hashlib
 import math
 import statistics
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rcnn.config import ExecutionConfig, PipelineConfig
 from rcnn.data.manifest import require_manifest
@@ -37,7 +36,7 @@ from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import Tracker
 from rcnn.train.checkpoint import WEIGHTS, TrainState
 from rcnn.train.checkpoint_store import CheckpointStore, Record, read_records
-from rcnn.train.elastic import Waiting, watching_for_room, workers_to_start
+from rcnn.train.elastic import Waiting, watching_nodes, workers_to_start
 from rcnn.train.execution import choose_device
 from rcnn.train.loop import Metrics, Stopped, fit, training_data
 from rcnn.train.pace import Forecast, peak_bytes
@@ -147,15 +146,15 @@ def _fit_on_workers(
 
     if target.lease:
         target.lease.on_lost = lambda error: ask("stop")
-    heard = threading.Event()
-    with _showing(board, config.train.epochs, tracker, prediction, heard):
+    nodes: set[str] = set()
+    with _showing(board, config.train.epochs, tracker, prediction, nodes):
         while True:
             target.require_held()
             num_workers = workers_to_start(how)
             if how.min_workers:
                 say(f"  workers: {num_workers} of at most {how.num_workers}")
-            heard.clear()
-            watch = watching_for_room(how, num_workers, heard.is_set, lambda: ask("grow"))
+            nodes.clear()
+            watch = watching_nodes(how, num_workers, nodes, lambda: ask("start anew"))
             with stopping(lambda: ask("stop")):
                 try:
                     with watch, target.scratch() as scratch:
@@ -196,7 +195,7 @@ class _Failures:
 
     An error that would come again ends the training: one of this project's that is not `retryable`, or the same error of a
     worker twice without a new checkpoint between. Workers may die `execution.max_failures` times without a new checkpoint,
-    which starts the count again. Workers that were asked to stop, that were preempted, or that found no room do not count.
+    which starts the count again. Workers that were asked to stop, or that found no room, do not count.
     """
 
     def __init__(self, how: ExecutionConfig, target: StageFolder):
@@ -222,9 +221,6 @@ class _Failures:
         if isinstance(fault, RcnnError) and not fault.retryable:
             raise fault from error
         text, newest = _last_line(fault), self._newest()
-        if isinstance(error, PreemptionError):
-            say("  nodes were preempted; training resumes from the last checkpoint")
-            return
         if newest != self._at:
             self._count, self._last = 0, ""
         self._count += 1
@@ -281,10 +277,8 @@ def _last_line(fault: Exception) -> str:
 
 
 @contextmanager
-def _showing(
-    board: Any, num_epochs: int, tracker: Tracker, prediction: _Prediction, heard: threading.Event
-) -> Iterator[None]:
-    """Sends the workers' notes to the screen and to the tracker while the body runs; `heard` is set when one speaks."""
+def _showing(board: Any, num_epochs: int, tracker: Tracker, prediction: _Prediction, nodes: set[str]) -> Iterator[None]:
+    """Sends the workers' notes to the screen and to the tracker while the body runs; `nodes` gets the ids of theirs."""
     progress = EpochProgress(num_epochs)
 
     def finish_epoch(metrics: Metrics) -> None:
@@ -292,15 +286,12 @@ def _showing(
         tracker.log_metrics({k: v for k, v in metrics.items() if k != "epoch"}, step=math.ceil(metrics["epoch"]))
         progress.finish_epoch(metrics)
 
-    def say_theirs(line: str) -> None:
-        heard.set()
-        say(line)
-
     try:
         handlers: dict[str, Callable[[Any], None]] = {
             "progress": progress.advance,
             "epoch": finish_epoch,
-            "said": say_theirs,
+            "node": nodes.add,
+            "said": say,
             "forecast": prediction.take,
         }
         with following(board, handlers):
@@ -319,6 +310,7 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
     lease = Lease(storage, settings["folder"], token) if token else None
     target = StageFolder(storage, settings["folder"], lease=lease)
     is_first = ray.train.get_context().get_world_rank() == 0
+    board.put.remote("node", ray.get_runtime_context().get_node_id())
 
     def note(kind: str, value: Any) -> None:
         if is_first:

@@ -77,6 +77,15 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+def wait_for(training: Training, line: str, count: int) -> None:
+    """Waits until the training has said something `count` times."""
+    deadline = time.monotonic() + SECONDS_TO_NOTICE
+    while training.log.read_text().count(line) < count:
+        assert time.monotonic() < deadline, f"{line!r} is missing in:\n{training.log.read_text()}"
+        assert not training.has_ended(), training.log.read_text()
+        time.sleep(0.5)
+
+
 def test_nodes_that_join_and_leave_change_the_number_of_workers_but_no_bit(
     tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,21 +93,48 @@ def test_nodes_that_join_and_leave_change_the_number_of_workers_but_no_bit(
     expected = _finish(Training(tmp_path / "alone", 1))
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     training = Training(tmp_path, "1..4", **{"ray.address": "auto"})
-
-    def wait_for(line: str, count: int) -> None:
-        deadline = time.monotonic() + SECONDS_TO_NOTICE
-        while training.log.read_text().count(line) < count:
-            assert time.monotonic() < deadline, f"{line!r} is missing in:\n{training.log.read_text()}"
-            assert not training.has_ended(), training.log.read_text()
-            time.sleep(0.5)
-
-    wait_for("  epoch 1/", 1)
+    wait_for(training, "  epoch 1/", 1)
     assert "workers: 1 of at most 4" in training.log.read_text()
     node = cluster.add_node(num_cpus=2)
-    wait_for("workers: 3 of at most 4", 1)
-    wait_for("resuming after ", 1)
+    wait_for(training, "workers: 3 of at most 4", 1)
+    wait_for(training, "resuming after ", 1)
     cluster.remove_node(node, allow_graceful=False)
-    wait_for("workers: 1 of at most 4", 2)
+    wait_for(training, "workers: 1 of at most 4", 2)
     cluster.add_node(num_cpus=1)
-    wait_for("workers: 2 of at most 4", 1)
+    wait_for(training, "workers: 2 of at most 4", 1)
     assert _finish(training) == expected
+
+
+def test_workers_leave_a_node_that_is_about_to_be_taken_away_and_lose_nothing(
+    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size: dict[str, Any] = {"model.k": 64, "train.epochs": 2}
+    (tmp_path / "alone").mkdir()
+    expected = _finish(Training(tmp_path / "alone", 1, **size))
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    node = cluster.add_node(num_cpus=1)
+    training = Training(tmp_path, "1..2", **size, **{"ray.address": "auto", "execution.checkpoint_minutes": 60})
+    wait_for(training, "predicted: ", 1)  # said after the first steps
+    assert "workers: 2 of at most 2" in training.log.read_text()
+    given_notice = time.time()
+    give_notice(cluster, node, seconds=60)
+    wait_for(training, "is about to be taken away: they save their work and start anew elsewhere", 1)
+    wait_for(training, "workers: 1 of at most 2", 1)
+    assert time.time() - given_notice < 30
+    [record] = tmp_path.glob("runs/train-*/checkpoints/*.json")
+    assert record.stem.startswith("000000-0-0000")
+    assert record.stat().st_mtime > given_notice
+    wait_for(training, f"resuming after step {int(record.stem[-4:])} of ", 1)
+    assert _finish(training) == expected
+    assert "failed" not in training.log.read_text()
+
+
+def give_notice(cluster: Any, node: Any, *, seconds: float) -> None:
+    """Tells Ray, as a cloud's agent would, that the node will be taken away."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int(1000 * (time.time() + seconds))
+    accepted, why_not = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot market", deadline)
+    assert accepted, why_not

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
-from ray.train.v2.api.preemption import PreemptionInfo
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from rcnn.config import ExecutionConfig
 from rcnn.errors import ClusterError, TrainingError
@@ -77,10 +76,9 @@ def test_an_error_of_our_own_ends_training_at_once_if_it_cannot_pass(failures: _
         failures.take(WorkerGroupError("failed", {0: TrainingError("no number"), 1: LOST}))
 
 
-def test_what_was_asked_for_or_taken_away_does_not_count(failures: _Failures) -> None:
+def test_a_stop_that_was_asked_for_does_not_count(failures: _Failures) -> None:
     for _ in range(9):
         failures.take(WorkerGroupError("failed", {0: Stopped(), 1: LOST}))
-        failures.take(PreemptionError(PreemptionInfo(None, {"node": [1]})))
     failures.take(death())
 
 
