@@ -51,6 +51,10 @@ class Followers:
             is_over.set()
             thread.join()
 
+    def are_there(self) -> bool:
+        """Whether a living flow follows the job."""
+        return any(age < SECONDS_ALIVE for age in self._ages().values())
+
     def leave(self) -> bool:
         """Removes our mark; returns whether we were the last.
 

@@ -17,6 +17,7 @@ from flows.artifacts import Artifacts
 from flows.jobs import FLOW_RUN_TAG, stop_jobs_of
 from flows.stages import task_of
 from rcnn.config import PipelineConfig
+from rcnn.data.sources import looking_once
 from rcnn.progress import say, show_on_screen
 from rcnn.recipes import demo
 from rcnn.stages import (
@@ -48,11 +49,11 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_run
         config = config.placed_by(os.environ)
     config = config.rooted()
     trees: dict[str, Any] = {}
-    with _log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
+    with looking_once(), _log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
         for name in planned(config):
             given = {"config": config, "name": name, "trees": trees, "fresh": fresh, "parent": parent}
             trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
-    end_pipeline(config, results_from_json(trees))
+        end_pipeline(config, results_from_json(trees))
     return trees
 
 

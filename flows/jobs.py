@@ -8,7 +8,8 @@ one that loses its flow keeps running, since the next flow attaches to it.
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from flows.followers import Followers
@@ -92,6 +93,26 @@ def stop_jobs(config: PipelineConfig, flow_run_id: str) -> None:
             server.stop(job_id)
         else:
             say(f"  Ray job {job_id} keeps running, since another flow follows it")
+
+
+def left_jobs(config: PipelineConfig) -> Iterator[tuple[Any, ...]]:
+    """A check of `rcnn doctor`: jobs of this storage that are running, and that no living flow follows.
+
+    Raises:
+        ClusterError: the cluster cannot be used.
+    """
+    storage, server = Storage(config.storage), JobServer(config.ray.address, minutes=0)
+    left = [
+        job_id
+        for job_id in storage.list_folders(JOBS)
+        if server.is_running(job_id) and not Followers(storage, f"{JOBS}/{job_id}", "").are_there()
+    ]
+    for job_id in left:
+        text = f"Ray job {job_id} is running, and no flow follows it"
+        remedy = "The pipeline's command, run again, attaches to it; `rcnn doctor --mend` stops it"
+        yield text, remedy, partial(server.stop, job_id)
+    if not left:
+        yield ("no job runs without a flow",)
 
 
 class _Job:

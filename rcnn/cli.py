@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     atexit.register(gc.freeze)  # else Python searches all that torch, Ray and MLflow loaded for garbage: 1 s at exit
+    from rcnn.data.sources import looking_once
     from rcnn.progress import show_on_screen
 
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know the characters of a class name
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_on_screen()
     try:
         run: Callable[[argparse.Namespace], int | None] = options.run
-        exit_code = run(options) or 0
+        with looking_once():
+            exit_code = run(options) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
@@ -424,10 +426,15 @@ def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str,
 
 def _doctor(options: argparse.Namespace) -> int:
     config = _resolve(options)
-    from rcnn.doctor import examine
+    from rcnn.doctor import Check, examine
 
+    more: dict[str, Check] = {}
+    if config.ray.address.startswith("http"):
+        from flows.jobs import left_jobs
+
+        more["jobs"] = left_jobs
     num_faults = 0
-    for finding in examine(config):
+    for finding in examine(config, more):
         mended = ""
         if finding.mend and options.mend:
             finding.mend()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,9 +43,9 @@ class Finding:
     mend: Callable[[], None] | None = None
 
 
-def examine(config: PipelineConfig) -> Iterator[Finding]:
-    """Looks at one part after another. A check that fails is a finding too."""
-    for part, check in CHECKS.items():
+def examine(config: PipelineConfig, more: "Mapping[str, Check] | None" = None) -> Iterator[Finding]:
+    """Looks at one part after another, `more` being further checks. A check that fails is a finding too."""
+    for part, check in (CHECKS | dict(more or {})).items():
         try:
             for finding in check(config):
                 yield Finding(part, *finding)
@@ -56,6 +56,7 @@ def examine(config: PipelineConfig) -> Iterator[Finding]:
 
 Facts = Iterator[tuple[Any, ...]]
 """The fields of findings after `part`."""
+Check = Callable[[PipelineConfig], Facts]
 
 
 def _storage(config: PipelineConfig) -> Facts:
@@ -151,7 +152,7 @@ def _left_notes(config: PipelineConfig) -> Facts:
 
 
 _MEND = "`rcnn doctor --mend` ends it"
-CHECKS: dict[str, Callable[[PipelineConfig], Facts]] = {
+CHECKS: dict[str, Check] = {
     "storage": _storage,
     "Ray": _ray,
     "MLflow": _mlflow,

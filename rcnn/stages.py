@@ -8,6 +8,7 @@ done, and a second run says so. Importing this file loads none of the stages, an
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -356,7 +357,9 @@ def run_stage(
         ClusterError: with `fresh`, another process is working on the same result. Without, this one waits for it.
         RcnnError: whatever the stage raises. A partial result is never taken for a finished one.
     """
-    target = replace(stage_folder(config, name, results), replaces=fresh)
+    parent = parent or Parent()
+    asked_by = (parent.run_id or uuid.uuid4().hex) if fresh else ""
+    target = replace(stage_folder(config, name, results), replaces=asked_by)
     done = None if fresh else finished(config, name, results)
     if done is not None:
         say(nothing_to_do(name, target))
@@ -368,7 +371,7 @@ def run_stage(
         if done is not None:
             say(nothing_to_do(name, target))
             return done
-        return _run_alone(config, name, results, target, fresh, parent or Parent())
+        return _run_alone(config, name, results, target, fresh, parent)
 
 
 def _run_alone(

@@ -346,8 +346,8 @@ class StageFolder:
 
     storage: Storage
     name: str
-    replaces: bool = False
-    """Whether to replace existing contents (`--fresh`)."""
+    replaces: str = ""
+    """Who asked for existing contents to be replaced (`--fresh`); empty: nobody. A retry of the same run has the same text."""
     lease: "Held | None" = None
     """Shows that no other process works on it; None if no lease was acquired, as in tests and benchmarks."""
 

@@ -76,7 +76,7 @@ def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
     draft = _Draft(storage, target.name)
     _delete_old_drafts(storage, keep=draft.folder)
     if target.replaces:
-        storage.delete(draft.folder)
+        draft.begin(target.replaces)
     try:
         origin = open_source(config.data, _downloads(storage))
         found = " + ".join(f"{len(labels):,} {part}" for part, labels in origin.labels.items())
@@ -346,6 +346,13 @@ class _Draft:
         self.folder = f"datasets/{DRAFT_PREFIX}{name.rpartition('/')[2]}"
         self.records = f"{self.folder}/records"
         self.data = f"{self.folder}/data" if storage.is_local else name
+
+    def begin(self, asked_by: str) -> None:
+        """Begins anew, unless the draft is that of an earlier attempt of the same run."""
+        mark = f"{self.folder}/asked-by.json"
+        if self.storage.read_json(mark) != [asked_by]:
+            self.storage.delete(self.folder)
+            self.storage.write_json(mark, [asked_by])
 
     def publish(self, manifest: Manifest, target: StageFolder, records: Sequence[ShardRecord]) -> None:
         """Writes the manifest and moves the data set to its final place."""

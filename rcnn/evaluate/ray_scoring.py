@@ -4,6 +4,7 @@ Workers are actors, not tasks: each loads the model once, and frees its cores, i
 left. A Ray task on a GPU would end its process, with torch and the model, after each part.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from rcnn.text import counted
 from rcnn.train.elastic import Waiting
 
 SECONDS_BETWEEN_LOOKS = 60.0
+MINUTES_FOR_A_PART = 60.0  # a few thousand rows, which take minutes; a worker that takes longer hangs
 
 
 def score_on_workers(
@@ -95,6 +97,7 @@ class _Crew:
         self._doing: dict[Any, tuple[Any, Part | None]] = {}
         self._num_deaths = 0
         self._waiting: Waiting | None = None
+        self._last = time.monotonic()
         for _ in range(min(self._how.num_workers, len(parts))):
             self._start_worker()
 
@@ -104,7 +107,9 @@ class _Crew:
             ready, _ = ray.wait(list(self._doing), timeout=SECONDS_BETWEEN_LOOKS)
             if not ready:
                 self._check_room()
+                self._end_those_that_hang()
                 continue
+            self._last = time.monotonic()
             worker, part = self._doing.pop(ready[0])
             try:
                 error = ray.get(ready[0])
@@ -152,6 +157,14 @@ class _Crew:
             self._todo.appendleft(part)
         say(f"  a worker died ({reason}); {'its part is scored by another' if part else 'another one is started'}")
         self._start_worker()
+
+    def _end_those_that_hang(self) -> None:
+        """Ends the workers that score, if no part has come for too long: they are then replaced as dead ones are."""
+        if time.monotonic() - self._last < 60 * MINUTES_FOR_A_PART:
+            return
+        for worker, part in self._doing.values():
+            if part is not None:
+                ray.kill(worker)
 
     def _check_room(self) -> None:
         """Says what is waited for, if no worker is scoring.

@@ -23,6 +23,7 @@ from torch.nn import functional
 from rcnn.data.batches import Batch
 from rcnn.data.manifest import require_manifest
 from rcnn.data.streaming import StoredRows, stored_rows, stretch
+from rcnn.errors import ClusterError
 from rcnn.evaluate.predictions import Part, build_table, write_part
 from rcnn.lease import Lease
 from rcnn.model.classifier import Classifier
@@ -151,6 +152,13 @@ def _scored(
 
 @torch.inference_mode()
 def _score_batch(model: Classifier, images_NCHW: Tensor, labels_N: Tensor) -> _Scored:
-    logits_NC = model(images_NCHW).float()
+    try:
+        logits_NC = model(images_NCHW).float()
+    except torch.OutOfMemoryError as error:
+        raise ClusterError(
+            "the GPU's memory is too small for a batch of that many test rows",
+            where=f"evaluate.batch_size = {len(images_NCHW)}",
+            remedy="Lower it",
+        ) from error
     losses_N = functional.cross_entropy(logits_NC.double(), labels_N, reduction="none")
     return _Scored(labels_N.cpu().numpy(), logits_NC.cpu().numpy(), losses_N.cpu().numpy())

@@ -41,6 +41,7 @@ from rcnn.train.execution import choose_device
 from rcnn.train.loop import Metrics, Stopped, fit, training_data
 from rcnn.train.pace import Forecast, peak_bytes
 from rcnn.train.ray_workers import WorkersTrainer
+from rcnn.train.shared_rows import shared_on_node
 
 SECONDS_TO_END = 2.0  # from the last epoch to the result: the best model is written, Ray Train ends
 
@@ -322,7 +323,7 @@ def _train_on_worker(settings: dict[str, Any]) -> dict[str, Any]:
     listener = Listener(board) if is_first else None
     state = fit(
         config,
-        training_data(config, storage, settings["data_folder"]),
+        shared_on_node(lambda: training_data(config, storage, settings["data_folder"])),
         lambda metrics: note("epoch", metrics),
         checkpoints=CheckpointStore(target, keep=config.execution.keep_checkpoints),
         on_progress=lambda epochs_done: note("progress", epochs_done),

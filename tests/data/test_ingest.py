@@ -15,8 +15,9 @@ from rcnn.data import ingest, shards
 from rcnn.data.ingest import run_ingest, split_rows
 from rcnn.data.loader import load_rows
 from rcnn.data.manifest import SourceRecord, read_manifest, require_manifest
+from rcnn.data.shards import ShardJob, ShardRecord
 from rcnn.data.sources.origin import Arrays, Origin, origin_of_arrays
-from rcnn.errors import ClusterError, DataError
+from rcnn.errors import ClusterError, DataError, RcnnError
 from rcnn.lease import held
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
@@ -342,7 +343,7 @@ def test_stale_drafts_are_removed_after_a_week(target: StageFolder, random_sourc
 def test_fresh_replaces_what_was_there_once_the_new_is_whole(
     tmp_path: Path, random_source: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = StageFolder(Storage(str(tmp_path)), "datasets/x", replaces=True)
+    target = StageFolder(Storage(str(tmp_path)), "datasets/x", replaces="me")
     run_ingest(PipelineConfig(), target, NoTracker())
     (tmp_path / "datasets/x/mark").write_text("the old one")
 
@@ -356,6 +357,29 @@ def test_fresh_replaces_what_was_there_once_the_new_is_whole(
     assert (tmp_path / "datasets/x/mark").exists()
     run_ingest(PipelineConfig(), target, NoTracker())
     assert not (tmp_path / "datasets/x/mark").exists()
+
+
+def test_only_a_retry_of_the_same_fresh_run_takes_up_its_shards(
+    tmp_path: Path, random_source: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    written: list[str] = []
+    run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x"), NoTracker())
+    write_shard = ingest.write_shard
+
+    def fail_at_the_second(job: ShardJob) -> ShardRecord | RcnnError:
+        written.append(job.file)
+        return ClusterError("gone") if len(written) == 2 else write_shard(job)
+
+    monkeypatch.setattr(ingest, "write_shard", fail_at_the_second)
+    with pytest.raises(ClusterError, match="gone"):
+        run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x", replaces="flow 1"), NoTracker())
+    run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x", replaces="flow 1"), NoTracker())
+    assert len(set(written)) == len(written) - 1  # only the one that failed came twice
+    num_shards = len(set(written))
+    run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x", replaces="flow 2"), NoTracker())
+    assert len(written) == 1 + 2 * num_shards
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["x"]
 
 
 def test_an_unwritable_storage_is_named(tmp_path: Path, random_source: Origin) -> None:
@@ -411,7 +435,7 @@ def test_a_replacement_that_is_killed_leaves_nothing_or_all_and_is_taken_up(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename_once)
         with pytest.raises(KeyboardInterrupt):
-            run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x", replaces=True), NoTracker())
+            run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x", replaces="me"), NoTracker())
     assert read_manifest(storage, "datasets/x") is None
     assert run_ingest(PipelineConfig(), StageFolder(storage, "datasets/x"), NoTracker()) == first
     assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["x"]

@@ -22,7 +22,7 @@ from rcnn.config import PipelineConfig
 from rcnn.data.loader import Rows, load_rows
 from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.errors import ClusterError, DataError, LeaseLost
-from rcnn.evaluate import report
+from rcnn.evaluate import report, scoring
 from rcnn.evaluate.predictions import MOST_PARTS, PARTS, PREDICTIONS, has_part, merge_parts, parts_of, scores_of
 from rcnn.evaluate.report import run_evaluate
 from rcnn.evaluate.scoring import ScoringJob, load_for_scoring, score_parts
@@ -119,6 +119,15 @@ def test_rows_add_up_to_the_scores_and_are_what_the_model_says(scene: Scene) -> 
     losses_N = functional.cross_entropy(logits_NC.double(), labels_N, reduction="none")
     np.testing.assert_array_equal(table.column("loss").to_numpy(), losses_N.numpy())
     assert found.loss == pytest.approx(math.fsum(losses_N.tolist()) / 3000, rel=1e-12)
+
+
+def test_a_gpu_that_is_too_small_names_the_setting(scene: Scene) -> None:
+    class TooLarge(torch.nn.Module):
+        def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ClusterError, match=r"evaluate\.batch_size = 2: .* memory is too small .* Lower it"):
+        scoring._score_batch(TooLarge(), torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rcnn.config import PipelineConfig
-from rcnn.errors import ClusterError
-from rcnn.evaluate.predictions import PREDICTIONS, parts_of
+from rcnn.errors import ClusterError, RcnnError
+from rcnn.evaluate import ray_scoring
+from rcnn.evaluate.predictions import PREDICTIONS, Part, parts_of
 from rcnn.evaluate.ray_scoring import ScoringWorker
 from rcnn.evaluate.report import run_evaluate
 from rcnn.evaluate.scoring import ScoringJob
@@ -82,3 +83,20 @@ def test_a_worker_returns_our_errors(config: PipelineConfig, data: IngestResult,
     worker = ScoringWorker(replace(job, data_folder="datasets/absent", model_folder=f"{trained.folder}/model"))
     assert worker.load() is None
     assert "the data set is missing or incomplete" in str(worker.score(parts_of(3000, 50)[0]))
+
+
+def test_workers_that_hang_are_ended_and_replaced_until_it_is_too_often(
+    config: PipelineConfig, data: IngestResult, trained: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hanging(ScoringWorker):
+        def score(self, part: Part) -> RcnnError | None:
+            time.sleep(600)
+            return None
+
+    monkeypatch.setattr(ray_scoring, "ScoringWorker", Hanging)
+    monkeypatch.setattr(ray_scoring, "SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(ray_scoring, "MINUTES_FOR_A_PART", 0.01)
+    with pytest.raises(
+        ClusterError, match=r"max_failures = 1: workers died more often than allowed without scoring a part"
+    ):
+        evaluate(config, data, trained, "hanging", num_workers=2, max_failures=1)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, SourceError
 from rcnn.recipes import debug_tiny
@@ -226,8 +227,8 @@ def test_ctrl_c_stops_the_job(config: PipelineConfig, monkeypatch: pytest.Monkey
     wait_until_stopped(config, submitted[0])
 
 
-def test_fresh_is_refused_while_a_job_runs_unless_it_may_be_stopped(
-    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+def test_fresh_is_refused_while_a_job_runs_unless_it_may_be_stopped_and_doctor_names_one_without_a_flow(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from flows import jobs
 
@@ -248,8 +249,18 @@ def test_fresh_is_refused_while_a_job_runs_unless_it_may_be_stopped(
         config, "second", monkeypatch, fresh=True
     )  # a retry of that flow attaches to the job that it submitted
     assert len(submitted) == 2
+    assert [text for text, *_ in jobs.left_jobs(config)] == ["no job runs without a flow"]
     kill_follower(config, submitted[0], "first")
-    cancel(config, "second")
+    kill_follower(config, submitted[0], "second")
+    file = Path(config.storage, "config.json")
+    file.write_text(config.model_dump_json())
+    assert main(["doctor", "--config", str(file)]) == 2
+    left_job = f"FAULT jobs       Ray job {submitted[0]} is running, and no flow follows it"
+    assert left_job in capsys.readouterr().out
+    main(["doctor", "--config", str(file), "--mend"])
+    assert (
+        f"ok    jobs       Ray job {submitted[0]} is running, and no flow follows it: ended" in capsys.readouterr().out
+    )
     wait_until_stopped(config, submitted[0])
 
 

@@ -177,7 +177,7 @@ def test_the_search_ends_in_time_and_marks_what_it_cut_off(
 
 
 def test_a_trial_ends_at_its_own_limit_with_its_last_epoch(tiny_config: PipelineConfig, digits: IngestResult) -> None:
-    config = tiny_config.with_settings({"tune.epochs": 500, "tune.trial_minutes": 0.05, "tune.num_trials": 1})
+    config = tiny_config.with_settings({"tune.epochs": 500, "tune.trial_minutes": 0.1, "tune.num_trials": 1})
     result = tune(config, digits, "short-trials")
     assert result.outcomes == {"out of time": 1}
     assert result.val_error == read_records(folder_of(config, "short-trials"))["trial-00"].val_errors[-1] < 1

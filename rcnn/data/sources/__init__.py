@@ -12,8 +12,9 @@ reason this file imports only the standard library, and `tests/test_layering.py`
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rcnn.config import DataConfig
     from rcnn.data.sources.origin import Origin
 
-SECONDS_TO_REMEMBER = 30
+_seen: ContextVar[dict[tuple[Any, ...], str] | None] = ContextVar("seen fingerprints", default=None)
 
 
 @dataclass(frozen=True)
@@ -139,24 +140,31 @@ def unread_by(name: str) -> dict[str, list[str]]:
 def fingerprint(data: DataConfig) -> str:
     """Changes when the user's own files do: a hash of their names, sizes and times; empty for official files.
 
-    What was found holds for half a minute: one run asks several times, and a million files take seconds.
-
     Raises:
         SourceError: they are not there.
     """
     source = SOURCES[data.source]
     if not source.entries:
         return ""
-    now = time.monotonic()
+    seen = {} if (known := _seen.get()) is None else known
     place = (data.source, *(getattr(data, name) for name in source.reads))
-    known = _fingerprints.get(place)
-    if known is None or now - known[0] > SECONDS_TO_REMEMBER:
-        known = (now, _hash_of(_imported(source.entries)(data)))
-        _fingerprints[place] = known
-    return known[1]
+    if place not in seen:
+        seen[place] = _hash_of(_imported(source.entries)(data))
+    return seen[place]
 
 
-_fingerprints: dict[tuple[Any, ...], tuple[float, str]] = {}
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """In the body, the user's files are looked at once: each stage of a run asks for their fingerprint, and listing a million
+    files takes seconds. So a run goes by what it found at its start."""
+    if _seen.get() is not None:
+        yield
+        return
+    token = _seen.set({})
+    try:
+        yield
+    finally:
+        _seen.reset(token)
 
 
 def _hash_of(entries: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from rcnn.data.schema import Block
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, find_rule, unwarned
 from rcnn.data.sources.origin import NUM_FIRST_IMAGES, PARTS, BadRow, Origin, bad_row
 from rcnn.data.sources.parquet_columns import ParquetFile, folder_labels, read_footer
-from rcnn.data.sources.parquet_files import list_paths
+from rcnn.data.sources.parquet_files import list_paths, read_each
 from rcnn.data.sources.parquet_images import measure_external, read_images
 from rcnn.data.sources.parquet_labels import read_labels
 from rcnn.errors import SourceError
@@ -62,7 +62,7 @@ class ParquetChunk:
 
 def open_parquet(data: DataConfig, downloads: Path) -> Origin:
     """Reads all footers and labels, and the first image."""
-    files = [read_footer(data, name, info) for name, info in list_paths(data.root)]
+    files = read_each(lambda pair: read_footer(data, *pair), list_paths(data.root))
     found = read_labels(files, data)
     labels = found.of_file
     parts = {part: [file for file in files if _part_of(file) == part] for part in ("train", "val", "test")}

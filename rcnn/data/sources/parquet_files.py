@@ -3,9 +3,11 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +18,24 @@ from rcnn.errors import SourceError
 
 ENDINGS = (".parquet", ".pq")  # in any case: some tools export TRAIN.PARQUET
 MAX_ENDINGS_IN_MESSAGE = 3
+NUM_READERS = 16
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+def read_each(read: Callable[[Item], Outcome], items: Iterable[Item]) -> list[Outcome]:
+    """What `read` returns for each item, several at a time: on S3, a footer takes 50 ms, nearly all of them spent waiting.
+
+    Raises:
+        Exception: the first one that `read` raises, in the order of the items.
+    """
+    with ThreadPoolExecutor(NUM_READERS, "reader") as pool:
+        try:
+            return list(pool.map(read, items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else all the other files would be read first
+            raise
 
 
 def list_paths(root: str) -> list[tuple[str, fs.FileInfo]]:

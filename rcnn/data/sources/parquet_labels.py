@@ -13,7 +13,7 @@ from rcnn.config import DataConfig
 from rcnn.data.manifest import Skipped
 from rcnn.data.sources.origin import bad_row
 from rcnn.data.sources.parquet_columns import LabelColumn, LabelKind, ParquetFile, shortened
-from rcnn.data.sources.parquet_files import open_file, unreadable
+from rcnn.data.sources.parquet_files import open_file, read_each, unreadable
 from rcnn.errors import SourceError
 from rcnn.progress import say
 from rcnn.text import printable
@@ -115,8 +115,8 @@ def _read_numbers(files: Sequence[ParquetFile], names: tuple[str, ...], kind: La
     of_file, faults = {}, []
     classes = names or (BOOLEANS if kind == "true or false" else ())
     bound = f"0 to {len(classes) - 1}" if names else " or ".join(classes) or "0 or above"
-    for file in files:
-        numbers, is_null = _numbers_of(file, data.root)
+    columns = read_each(lambda file: _numbers_of(file, data.root), files)
+    for file, (numbers, is_null) in zip(files, columns, strict=True):
         is_wrong = is_null | (numbers < 0) | (numbers >= (len(classes) or 2**63))
         for row in np.flatnonzero(is_wrong).tolist():
             found = "null" if is_null[row] else str(numbers[row])

@@ -173,6 +173,6 @@ def test_a_full_disk_keeps_the_data_set_that_was_to_be_replaced(scene: Scene, nu
     scene.patch.setattr(Storage, "filesystem", FullDisk(number))
     with pytest.raises(ClusterError, match="No space left on device"):
         run_ingest(
-            PipelineConfig().with_settings(settings), StageFolder(storage, "datasets/x", replaces=True), NoTracker()
+            PipelineConfig().with_settings(settings), StageFolder(storage, "datasets/x", replaces="me"), NoTracker()
         )
     assert contents(Path(scene.storage, "datasets/x")) == before

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from rcnn.config import DataConfig
-from rcnn.data import sources
 from rcnn.data.schema import Block
 from rcnn.data.sources import fingerprint, open_source, parquet_images, parquet_labels
 from rcnn.data.sources.origin import Origin
@@ -781,16 +780,8 @@ def test_image_files_count_as_bytes_to_decode(root: Path) -> None:
     assert opened(root).encoded_bytes == pytest.approx(1000 * 10_000_000, rel=0.01)
 
 
-@pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fingerprint is not remembered."""
-    monkeypatch.setattr(sources, "_fingerprints", {})
-    monkeypatch.setattr(sources, "SECONDS_TO_REMEMBER", -1)
-
-
 @pytest.mark.parametrize("kind", ["struct", "string", "categories"])
 @pytest.mark.parametrize("change", ["longer", "younger", "deleted", "added", "link"])
-@pytest.mark.usefixtures("now")
 def test_the_fingerprint_changes_with_the_image_files(root: Path, kind: str, change: str) -> None:
     for row in (0, 1):
         save(root / f"images/{row}.png", 0, row)
@@ -818,7 +809,6 @@ def test_the_fingerprint_changes_with_the_image_files(root: Path, kind: str, cha
     assert fingerprint(data) != before
 
 
-@pytest.mark.usefixtures("now")
 def test_the_fingerprint_of_paths_alone_heeds_all_of_them(root: Path) -> None:
     write(root / "train.parquet", table_of_paths([f"{row}.png" for row in range(200)], "string"))
     data = DataConfig(source="parquet", root=str(root))
@@ -827,7 +817,6 @@ def test_the_fingerprint_of_paths_alone_heeds_all_of_them(root: Path) -> None:
     assert fingerprint(data) != before
 
 
-@pytest.mark.usefixtures("now")
 def test_the_fingerprint_heeds_the_column_that_is_read(root: Path) -> None:
     table = table_of_paths(["a/0.png", "a/1.png"]).append_column("thumb", [["b/0.png", "b/1.png"]])
     for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
@@ -840,7 +829,6 @@ def test_the_fingerprint_heeds_the_column_that_is_read(root: Path) -> None:
     assert fingerprint(thumb) != before[1]
 
 
-@pytest.mark.usefixtures("now")
 def test_the_fingerprint_of_embedded_images_does_not_look_for_files(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

