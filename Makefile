@@ -5,6 +5,8 @@ READY := .venv/.ready
 SEED ?= 0
 MINUTES ?= 10
 UV_VERSION := 0.13.9
+# Empty: off. Ray and the tests start many processes, each of which would compile its imports again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-slow test-faults chaos bench check format lock up down clean

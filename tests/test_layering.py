@@ -56,6 +56,7 @@ HOMES = {
         "rcnn/train/ray_trainer.py",
         "rcnn/train/ray_workers.py",
         "rcnn/train/elastic.py",
+        "rcnn/train/shared_rows.py",
         "rcnn/ray_nodes.py",
         "rcnn/ray_session.py",
         "rcnn/ray_board.py",

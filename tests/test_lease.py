@@ -104,6 +104,7 @@ def test_a_lease_is_renewed_while_it_is_held_and_free_afterwards(target: StageFo
         mine.require_held()
 
 
+@pytest.mark.long
 def test_the_next_one_waits_and_says_for_whom(target: StageFolder, caplog: pytest.LogCaptureFixture) -> None:
     entered = threading.Event()
 
@@ -167,6 +168,7 @@ def test_a_holder_that_stops_responding_loses_its_lease_and_writes_no_more(folde
             assert is_held(folder.storage, NAME)  # which the end of the first one did not change
 
 
+@pytest.mark.long
 def test_a_holder_on_another_machine_is_given_a_minute(target: StageFolder) -> None:
     _set(target, _elsewhere())
     assert is_held(target.storage, NAME)
@@ -243,6 +245,7 @@ def test_other_stores_have_no_leases_and_say_so(caplog: pytest.LogCaptureFixture
     assert "has no leases" in caplog.text
 
 
+@pytest.mark.long
 def test_a_process_of_another_namespace_is_not_looked_up_by_its_pid(folder: StageFolder) -> None:
     _set(folder, replace(_elsewhere(), host=socket.gethostname(), space="pid:[1]", pid=os.getpid()))
     started = time.monotonic()

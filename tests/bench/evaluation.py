@@ -2,8 +2,8 @@
 
     python -m tests.bench.evaluation [--num-maps 32 96] [--num-steps 3] [--rounds 3] [--json FILE]
 
-3,000 digits of 28x28 in batches of 50, with initial weights. The clock runs from the first worker's first row to the last
-row; the start of the workers, which is said apart, is not in it. All sides must write the same bytes.
+18,000 small random pictures of 28x28 in batches of 50, with initial weights. The clock runs from the first worker's first row
+to the last row; the start of the workers, which is said apart, is not in it. All sides must write the same bytes.
 """
 
 import tempfile
@@ -24,9 +24,10 @@ from rcnn.ray_session import ensure_ray
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
 from tests.bench.common import Timing, arguments, machine, print_table, write_json
+from tests.bench.growth import make_source
 from tests.evaluate.scene import ingested, many_test_rows, untrained
 
-NUM_ROWS = 3000
+NUM_ROWS, NUM_IMAGES, SIDE = 18_000, 20_000, 28
 SIDES = ("1 worker", "2 workers", "this process")
 
 
@@ -40,7 +41,12 @@ def main() -> None:
     print(machine())
     results = []
     with tempfile.TemporaryDirectory(prefix="rcnn-bench-") as folder:
-        config = many_test_rows(Path(folder), **{"ray.num_cpus": 2, "model.t": options.num_steps})
+        make_source(Path(folder, "images"), NUM_IMAGES, SIDE)
+        settings = {
+            "data.source": "parquet", "data.root": f"{folder}/images", "data.test_fraction": NUM_ROWS / NUM_IMAGES,
+            "ray.num_cpus": 2, "model.t": options.num_steps,
+        }  # fmt: skip
+        config = many_test_rows(Path(folder), **settings)
         data = ingested(config)
         ensure_ray(config, Storage(config.storage))
         for num_maps in options.num_maps:

@@ -29,6 +29,11 @@ def target(tmp_path: Path) -> StageFolder:
     return StageFolder(Storage(str(tmp_path)), "datasets/x")
 
 
+@pytest.fixture(autouse=True)
+def _no_wait_before_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SECONDS_BEFORE_RETRIES", (0.0, 0.0))
+
+
 @pytest.fixture
 def random_source(random_origin: Origin, monkeypatch: pytest.MonkeyPatch) -> Origin:
     monkeypatch.setattr(ingest, "open_source", lambda data, downloads: random_origin)

@@ -20,6 +20,8 @@ from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def manifest(digits_storage: Path, digits: IngestResult) -> Manifest:

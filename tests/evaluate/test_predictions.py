@@ -33,6 +33,8 @@ from rcnn.train.checkpoint import load_model
 from rcnn.train.step import score_logits
 from tests.evaluate.scene import ingested, many_test_rows, untrained
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -2,26 +2,32 @@
 
     python -m tests.faults.kills [--kills 50] [--seed 0]
 
-Each kill takes a worker or the driver. A killed driver is followed by one with 1, 2 or 4 workers. It prints a line for each
-kill and, at the end, whether the weights are the same, bit for bit, and how much work was lost.
+It runs on a Ray of four cores on three nodes, and a head without any. Each kill takes a worker, the driver or a node. A killed
+driver is followed by one with 1, 2, 4 or 1 to 4 workers, and a node by another one within some seconds. It prints a line for
+each kill and, at the end, whether the weights are the same, bit for bit, and how much work was lost.
 """
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 WORKERS = (1, 2, 4)
+VICTIMS = ("worker", "driver", "node")
+CORES_OF_NODES = (2, 1, 1)
+SECONDS_WITHOUT_A_NODE = 10.0
 CHECKPOINT_SECONDS = 2.0
 SECONDS_TO_START = 180
 SETTINGS = {
@@ -43,34 +49,78 @@ class Certificate:
 
     def __str__(self) -> str:
         verdict = "the same bits" if self.found == self.expected else "OTHER BITS"
-        counts = ", ".join(f"{count} of the {victim}" for victim, count in sorted(self.kills.items()))
+        counts = ", ".join(f"{count} of {victim}s" for victim, count in sorted(self.kills.items()))
         lost = f"at most {max(self.seconds_lost):.1f} s of work lost by a kill" if self.seconds_lost else "no work lost"
         interval = f"checkpoints every {CHECKPOINT_SECONDS:g} s and at the end of each epoch"
         return f"{sum(self.kills.values())} kills ({counts}); {interval}; {lost}; {verdict}: {self.found} ({self.expected})"
 
 
+class Machines:
+    """A Ray of some nodes, all on this machine."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._nodes = [(cores, self._cluster.add_node(num_cpus=cores)) for cores in CORES_OF_NODES]
+        self._adding: list[threading.Timer] = []
+        self.address = str(self._cluster.address)
+
+    def lose_one(self) -> None:
+        """Kills a node; another one joins a little later."""
+        cores, node = self._nodes.pop(random.randrange(len(self._nodes)))
+        self._cluster.remove_node(node, allow_graceful=False)
+        self._adding = [timer for timer in self._adding if timer.is_alive()]
+        self._adding.append(threading.Timer(random.uniform(0, SECONDS_WITHOUT_A_NODE), self._add, [cores]))
+        self._adding[-1].start()
+
+    def has_nodes_to_lose(self) -> bool:
+        return len(self._nodes) > 1
+
+    def close(self) -> None:
+        for timer in self._adding:
+            timer.join()
+        self._cluster.shutdown()
+
+    def _add(self, cores: int) -> None:
+        self._nodes.append((cores, self._cluster.add_node(num_cpus=cores)))
+
+
 class Training:
-    """An `rcnn train`, or another stage with all before it, in a process of its own, and its Ray."""
+    """An `rcnn train`, or another stage with all before it, in a process of its own, with its Ray or on the machines."""
 
     def __init__(
-        self, storage: Path, num_workers: int | str, *, stage: str = "train", log: str = "log.txt", **changed: object
+        self,
+        storage: Path,
+        num_workers: int | str,
+        *,
+        stage: str = "train",
+        log: str = "log.txt",
+        machines: Machines | None = None,
+        **changed: object,
     ):
         settings = SETTINGS | {"storage": storage, "execution.num_workers": num_workers} | changed
         command = [sys.executable, "-m", "rcnn.cli", stage, "--recipe", "debug_tiny"]
         command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
         self.log = storage / log
-        with self.log.open("w") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        place = {"RAY_ADDRESS": machines.address} if machines else {}
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | place)
         self.num_workers, self._ours = num_workers, [psutil.Process(self.process.pid)]
+        self._is_on_machines = machines is not None
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train; while a worker starts, it has no name of its own yet."""
-        with suppress(psutil.Error):
-            self._ours = [self._ours[0], *self._ours[0].children(recursive=True)]
-        return [process for process in self._ours if "RayTrainWorker" in _name_of(process)]
+        if self._is_on_machines:
+            there = psutil.Process().children(recursive=True)
+        else:
+            with suppress(psutil.Error):
+                self._ours = [self._ours[0], *self._ours[0].children(recursive=True)]
+            there = self._ours
+        return [process for process in there if "RayTrainWorker" in _name_of(process)]
 
     def kill(self, victim: str) -> None:
         """Kills a worker, or the driver with all that it started."""
@@ -90,19 +140,32 @@ class Training:
 def run(num_kills: int, seed: int, storage: Path) -> Certificate:
     """Trains once alone and once with kills."""
     random.seed(seed)
-    certificate, epochs = Certificate(), {"train.epochs": 4 + 5 * num_kills // 4}
+    certificate = Certificate()
+    epochs: dict[str, object] = {"train.epochs": 4 + 5 * num_kills // 4}
     (storage / "alone").mkdir()
     (storage / "killed").mkdir()
     certificate.expected = _finish(Training(storage / "alone", 1, **epochs))
-    training = Training(storage / "killed", random.choice(WORKERS), **epochs)
+    with closing(Machines()) as machines:
+        _kill_until_the_end(certificate, num_kills, storage / "killed", machines, epochs)
+    return certificate
+
+
+def _kill_until_the_end(
+    certificate: Certificate, num_kills: int, storage: Path, machines: Machines, epochs: dict[str, object]
+) -> None:
+    def start() -> Training:
+        num_workers = random.choice((*WORKERS, "1..4"))
+        return Training(storage, num_workers, machines=machines, **epochs, **{"ray.address": "auto", "ray.num_cpus": 0})
+
+    training = start()
     while sum(certificate.kills.values()) < num_kills and not training.has_ended():
         _wait_for_progress(training)
         time.sleep(random.uniform(0, 2 * CHECKPOINT_SECONDS))
         if training.has_ended() or not training.workers():
             continue
-        victim = random.choice(("worker", "driver"))
-        lost = time.time() - max(_times_of_checkpoints(storage / "killed"), default=time.time())
-        training.kill(victim)
+        victim = random.choice(VICTIMS if machines.has_nodes_to_lose() else VICTIMS[:2])
+        lost = time.time() - max(_times_of_checkpoints(storage), default=time.time())
+        machines.lose_one() if victim == "node" else training.kill(victim)
         certificate.kills[victim] += 1
         certificate.seconds_lost.append(lost)
         print(
@@ -110,9 +173,8 @@ def run(num_kills: int, seed: int, storage: Path) -> Certificate:
             flush=True,
         )
         if victim == "driver":
-            training = Training(storage / "killed", random.choice(WORKERS), **epochs)
+            training = start()
     certificate.found = _finish(training)
-    return certificate
 
 
 def _wait_for_progress(training: Training) -> None:

@@ -11,6 +11,8 @@ from flows import followers as module
 from flows.followers import Followers
 from rcnn.storage import Storage
 
+pytestmark = pytest.mark.long
+
 FOLDER = "runs/jobs/rcnn-x"
 
 

@@ -129,6 +129,7 @@ def test_every_network_gives_logits_and_finite_gradients(
         assert parameter.grad.isfinite().all(), parameter_name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_fresh_network_has_logits_and_gradients_of_a_scale_to_learn_from(name: str) -> None:
     model = built(name, k=32).eval()

@@ -81,7 +81,9 @@ def test_outputs_and_gradients_are_those_of_the_equations(size: tuple[int, int],
             torch.testing.assert_close(found, truth[name if name in truth else f"layer.{name}"], msg=name)
 
 
-@pytest.mark.parametrize("num_maps", [8, 24, 32, 40, 48, 64, 96, 160])
+@pytest.mark.parametrize(
+    "num_maps", [8, *(pytest.param(n, marks=pytest.mark.long) for n in (24, 32, 40, 48, 64, 96, 160))]
+)
 def test_every_number_of_maps_that_eight_divides(num_maps: int) -> None:
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         layer = layer_of(num_maps, 1).to(dtype)

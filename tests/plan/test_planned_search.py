@@ -57,6 +57,7 @@ def test_the_expected_epochs_are_those_of_rays_scheduler(num_trials: int, epochs
     assert expected_epochs(config) < most_epochs(config) == num_trials * epochs
 
 
+@pytest.mark.long
 def test_an_extended_search_is_billed_for_what_is_left_of_it() -> None:
     config = PipelineConfig().with_settings({"tune.num_trials": 20, "tune.epochs": 9})
     searches = [asha_epochs(config, seed, num_ended=12) for seed in range(300)]

@@ -56,6 +56,7 @@ def what_was_learned(state: TrainState) -> list[Any]:
     return [[tensor.numpy().tobytes() for tensor in weights], history, state.best["epoch"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loader", ["resident", "streaming"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_run_that_is_stopped_at_any_step_ends_with_the_same_bits(
@@ -120,6 +121,7 @@ def test_a_damaged_checkpoint_does_not_outlive_those_that_follow_it(
     assert len(target.storage.list_sizes(target.path(FOLDER))) == 2
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_being_written_survives_an_error(
     config: PipelineConfig, data: TrainingData, target: StageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_record_that_is_none_is_ignored_and_named(
         assert "000009-0-00000000.json: is not the record of a checkpoint; ignored" in caplog.text
 
 
+@pytest.mark.long
 def test_a_full_disk_does_not_end_training_but_a_lost_last_checkpoint_does(
     config: PipelineConfig, data: TrainingData, target: StageFolder, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

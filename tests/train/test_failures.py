@@ -15,6 +15,8 @@ from rcnn.train.loop import Stopped
 from rcnn.train.ray_trainer import _Failures
 from tests.plan.states import write_checkpoint_record
 
+pytestmark = pytest.mark.long
+
 LOST = RuntimeError("Connection closed by peer")
 """What the others say when a worker dies."""
 

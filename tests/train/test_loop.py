@@ -153,6 +153,7 @@ def stop_at(epoch: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "is_over", is_over)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_time_limit_ends_an_epoch_early_and_a_higher_one_resumes_to_the_same_weights(
     tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
@@ -317,6 +318,7 @@ DIVERGES = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", ["plateau", "one_cycle"])
 def test_training_that_diverges_goes_back_and_on_with_a_lower_rate(
     tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, schedule: str, caplog: pytest.LogCaptureFixture
@@ -336,6 +338,7 @@ def test_training_that_diverges_goes_back_and_on_with_a_lower_rate(
     assert "train/roll_backs" not in fit(calm, data, ignore).history[-1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [(1, 2), (2, 3)])
 def test_a_run_that_is_stopped_near_its_divergence_ends_with_the_same_bits(
     tiny_config: PipelineConfig,

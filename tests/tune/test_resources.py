@@ -35,6 +35,7 @@ def test_one_trial_starts_where_no_node_has_its_memory(tiny_config: PipelineConf
     assert "no node has that much: 0.5 GB" in room.reason
 
 
+@pytest.mark.long
 def test_memory_grows_with_the_largest_point_and_the_batch(tiny_config: PipelineConfig, manifest: Manifest) -> None:
     needed = memory_of_trial(tiny_config, manifest)
     wider = tiny_config.with_settings({"tune.space": {"model.k": [8, 256], "model.t": [0, 1]}})
@@ -42,6 +43,7 @@ def test_memory_grows_with_the_largest_point_and_the_batch(tiny_config: Pipeline
     assert PROCESS_BYTES < needed < memory_of_trial(large_batch, manifest) < memory_of_trial(wider, manifest)
 
 
+@pytest.mark.long
 def test_memory_is_that_of_the_largest_network_whatever_the_order(
     tiny_config: PipelineConfig, manifest: Manifest
 ) -> None:

@@ -219,6 +219,7 @@ def test_all_trials_are_one_parquet_file_that_pandas_reads(target: StageFolder, 
     assert list(table.loc["trial-00", "val_errors"]) == pytest.approx([0.4, 0.3])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_trials", [0, 1, 2, 12])
 def test_pictures_are_drawn_of_any_number_of_trials(target: StageFolder, tmp_path: Path, num_trials: int) -> None:
     from rcnn.tune.plots import write_pictures
@@ -230,6 +231,7 @@ def test_pictures_are_drawn_of_any_number_of_trials(target: StageFolder, tmp_pat
     assert pictures == (names if num_trials else [])
 
 
+@pytest.mark.long
 def test_importance_finds_the_setting_that_matters() -> None:
     from rcnn.tune.plots import importance_of
 
