@@ -28,7 +28,7 @@ demo: $(READY)  ## the whole pipeline on real digits, offline
 	@$(BIN)/rcnn pipeline --recipe demo
 
 test: $(READY)  ## the tests, but those that take minutes
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4
+	@$(BIN)/python -m pytest -n 3
 
 test-quick: $(READY)  ## the tests that start no server or process, and are quick
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/test_layering.py -m "not (ray or long or slow or gpu)"

@@ -28,7 +28,7 @@ SECONDS_FOR_A_LINE = 600
 NUM_IMAGES, SIDE = 6000, 160
 SETTINGS = {
     "data.source": "parquet", "data.image_size": 32, "data.shard_megabytes": 1, "data.test_fraction": 0.4,
-    "tune.enabled": True, "tune.num_samples": 3, "tune.early_stopping": "none", "tune.epochs": 4,
+    "tune.enabled": True, "tune.num_trials": 3, "tune.early_stopping": "none", "tune.epochs": 4,
     "train.num_shares": 2, "train.deterministic": True, "train.epochs": 10, "train.num_rows": 0,
     "model.k": 8, "model.t": 2, "evaluate.batch_size": 13, "execution.num_workers": "1..2",
     "execution.checkpoint_minutes": 0.05,

@@ -124,7 +124,7 @@ def trained_layers(
 ) -> list[tuple[RecurrentConvLayer, Tensor, Tensor]]:
     """The four layers of a trained RCNN-32, each with an input of real digits and the gradient of its output."""
     data = load_training_data(Storage(tiny_config.storage), digits.folder)
-    config = tiny_config.with_settings({"model.k": 32, "model.t": 3, "train.epochs": 2, "train.num_rows": 1500})
+    config = tiny_config.with_settings({"model.k": 32, "model.t": 3, "train.epochs": 1, "train.num_rows": 1500})
     model = fit(config, data, lambda metrics: None).model.eval()
     layers, seen = list(model.network.recurrent_layers), {}
 
