@@ -5,6 +5,7 @@ two flows that need the same result share one job. A job ends with the flows tha
 one that loses its flow keeps running, since the next flow attaches to it.
 """
 
+import hashlib
 import os
 import shlex
 import time
@@ -121,7 +122,9 @@ class _Job:
     def __init__(self, config: PipelineConfig, name: str, results: Results, *, fresh: bool, parent: Parent):
         self._config, self._name, self._results, self._fresh, self._parent = config, name, results, fresh, parent
         self._target = stage_folder(config, name, results)
-        self.id = f"rcnn-{os.path.basename(self._target.name)}"
+        # With the storage: two of them may hold results of one key, and share a cluster.
+        place = hashlib.sha256(self._target.storage.root.encode()).hexdigest()[:6]
+        self.id = f"rcnn-{os.path.basename(self._target.name)}-{place}"
         self.flow_run_id = dict(parent.tags).get(FLOW_RUN_TAG, "")
         self.followers = Followers(Storage(config.storage), f"{JOBS}/{self.id}", self.flow_run_id)
         self._folder = Storage(config.storage).below(f"{JOBS}/{self.id}")
@@ -150,17 +153,20 @@ class _Job:
 
     def run(self) -> StageResult:
         """Attaches to the job, or submits it; returns its result when it has ended."""
+        log = _Log()
         if self._server.is_running(self.id):
             say(f"{self._name}: attaching to Ray job {self.id}, which is running")
         elif self._fresh and "result" in (outcome := self._outcome()):
             return self._result_in(outcome)  # of an earlier attempt of this flow run: `make_way` removed any other
         else:
-            self._submit()
+            log = self._submit()
             say(f"{self._name}: submitted as Ray job {self.id}")
-        status = self._follow()
+        status = self._follow(log)
         return self._result(status)
 
-    def _submit(self) -> None:
+    def _submit(self) -> "_Log":
+        """Submits the job; returns its log, without that of an earlier job with this id, which Ray writes to the same file."""
+        num_old = len(self._server.whole_log(self.id)) if self._server.status(self.id) is not None else 0
         self._forget_outcome()
         self.followers.forget_dead()
         on_cluster = self._config.with_settings({"ray.address": "auto", "storage": Storage(self._config.storage).root})
@@ -173,22 +179,21 @@ class _Job:
         }
         self._folder.write_json(JOB, inputs)
         self._server.submit(self.id, self._command())
+        return _Log(num_old)
 
     def _command(self) -> str:
         command = ["rcnn", self._name, "--job", self._folder.root]
         command += ["--fresh"] if self._fresh and STAGES[self._name].replaces_whole else []
         return shlex.join(command)
 
-    def _follow(self) -> str:
+    def _follow(self, log: "_Log") -> str:
         """Prints the job's log until the job ends, and submits it again if the cluster forgets it; returns its status."""
-        log = _Log()
         while True:
             self._server.read_log(self.id, log.begin())
             status = self._server.status(self.id)
             if status is None and "result" not in self._outcome():  # an error may come from the loss of the cluster
                 say(f"{self._name}: the Ray cluster no longer knows job {self.id}; submitting it again")
-                self._submit()
-                log = _Log()
+                log = self._submit()
             elif status not in UNFINISHED:
                 if status is not None:
                     log.begin()(self._server.whole_log(self.id))
@@ -224,8 +229,8 @@ class _Job:
 class _Log:
     """A job's log, printed line by line; what comes again after a reconnection is skipped."""
 
-    def __init__(self) -> None:
-        self._num_taken, self._line = 0, ""
+    def __init__(self, num_taken: int = 0) -> None:
+        self._num_taken, self._line = num_taken, ""
 
     def begin(self) -> Callable[[str], None]:
         """Takes the log from its beginning; returns what to call with each piece."""

@@ -54,7 +54,8 @@ def look_at_nodes(storage: Storage) -> list[Node]:
     before = time.time()
     answers = _ask_each(nodes, _look, storage.root, mark)
     seen = storage.list_sizes(mark)
-    found = [_judge(node, answers[node["NodeID"]], seen, storage, before) for node in nodes]
+    alive = {node["NodeID"] for node in living_nodes()}  # Ray takes half a minute to notice that a node is gone
+    found = [_judge(node, answers[node["NodeID"]], seen, storage, before) for node in nodes if node["NodeID"] in alive]
     storage.delete(mark)
     return found
 

@@ -67,7 +67,7 @@ def submit_and_leave(config: PipelineConfig, flow_run: str, monkeypatch: pytest.
     from flows import jobs
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs._Job, "_follow", lambda job: "RUNNING")
+        patch.setattr(jobs._Job, "_follow", lambda job, log: "RUNNING")
         with pytest.raises(ClusterError, match="ended as RUNNING"):
             jobs.run_as_job(config, "ingest", {}, parent=parent_of(flow_run), **options)
 
@@ -134,7 +134,17 @@ def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
     said.clear()
     assert jobs.run_as_job(config, "ingest", {}) == first
     assert said[0].startswith("ingest: nothing to do")
+    said.clear()
     assert jobs.run_as_job(config, "ingest", {}, fresh=True).mlflow_run_id != first.mlflow_run_id
+    assert sum(line.startswith("  | ingest: done") for line in said) == 1  # nothing of the first job's log
+
+
+def test_two_storages_have_jobs_of_their_own_on_one_cluster(config: PipelineConfig, tmp_path: Path) -> None:
+    from flows.jobs import _Job
+
+    other = config.with_settings({"storage": str(tmp_path / "other")})
+    ids = [_Job(each, "ingest", {}, fresh=False, parent=Parent()).id for each in (config, config, other)]
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_the_stages_own_error_comes_back_from_the_job(config: PipelineConfig, tmp_path: Path) -> None:
@@ -209,7 +219,7 @@ def test_a_flow_is_marked_as_a_follower_before_it_submits(
 def test_ctrl_c_stops_the_job(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import jobs
 
-    def interrupt(job: object) -> str:
+    def interrupt(job: object, log: object) -> str:
         raise KeyboardInterrupt
 
     submitted = submit_instead("sleep 300", monkeypatch)
