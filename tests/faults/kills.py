@@ -9,15 +9,16 @@ each kill and, at the end, whether the weights are the same, bit for bit, and ho
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,27 +64,26 @@ class Machines:
 
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self._nodes = [(cores, self._cluster.add_node(num_cpus=cores)) for cores in CORES_OF_NODES]
-        self._adding: list[threading.Timer] = []
+        self._missing: list[tuple[float, int]] = []
         self.address = str(self._cluster.address)
 
     def lose_one(self) -> None:
         """Kills a node; another one joins a little later."""
         cores, node = self._nodes.pop(random.randrange(len(self._nodes)))
         self._cluster.remove_node(node, allow_graceful=False)
-        self._adding = [timer for timer in self._adding if timer.is_alive()]
-        self._adding.append(threading.Timer(random.uniform(0, SECONDS_WITHOUT_A_NODE), self._add, [cores]))
-        self._adding[-1].start()
+        self._missing.append((time.monotonic() + random.uniform(0, SECONDS_WITHOUT_A_NODE), cores))
+
+    def add_what_is_due(self, *, until: float = 0.0) -> None:
+        """Adds the nodes whose time has come, or comes `until` then. By the main thread: Ray sets a signal handler."""
+        for each in [each for each in self._missing if each[0] <= max(until, time.monotonic())]:
+            self._missing.remove(each)
+            self._nodes.append((each[1], self._cluster.add_node(num_cpus=each[1])))
 
     def has_nodes_to_lose(self) -> bool:
         return len(self._nodes) > 1
 
     def close(self) -> None:
-        for timer in self._adding:
-            timer.join()
         self._cluster.shutdown()
-
-    def _add(self, cores: int) -> None:
-        self._nodes.append((cores, self._cluster.add_node(num_cpus=cores)))
 
 
 class Training:
@@ -159,7 +159,7 @@ def _kill_until_the_end(
 
     training = start()
     while sum(certificate.kills.values()) < num_kills and not training.has_ended():
-        _wait_for_progress(training)
+        _wait_for_progress(training, meanwhile=machines.add_what_is_due)
         time.sleep(random.uniform(0, 2 * CHECKPOINT_SECONDS))
         if training.has_ended() or not training.workers():
             continue
@@ -174,16 +174,18 @@ def _kill_until_the_end(
         )
         if victim == "driver":
             training = start()
+    machines.add_what_is_due(until=math.inf)
     certificate.found = _finish(training)
 
 
-def _wait_for_progress(training: Training) -> None:
+def _wait_for_progress(training: Training, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Waits until there is a checkpoint more."""
     folder = training.log.parent
     before, deadline = _times_of_checkpoints(folder), time.monotonic() + SECONDS_TO_START
     while _times_of_checkpoints(folder) == before and not training.has_ended():
         if time.monotonic() > deadline:
             sys.exit(f"no progress in {SECONDS_TO_START} s; the log:\n{training.log.read_text()}")
+        meanwhile()
         time.sleep(0.1)
 
 
