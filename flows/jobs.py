@@ -5,7 +5,6 @@ two flows that need the same result share one job. A job ends with the flows tha
 one that loses its flow keeps running, since the next flow attaches to it.
 """
 
-import hashlib
 import os
 import shlex
 import time
@@ -122,9 +121,7 @@ class _Job:
     def __init__(self, config: PipelineConfig, name: str, results: Results, *, fresh: bool, parent: Parent):
         self._config, self._name, self._results, self._fresh, self._parent = config, name, results, fresh, parent
         self._target = stage_folder(config, name, results)
-        # With the storage: two of them may hold results of one key, and share a cluster.
-        place = hashlib.sha256(self._target.storage.root.encode()).hexdigest()[:6]
-        self.id = f"rcnn-{os.path.basename(self._target.name)}-{place}"
+        self.id = f"rcnn-{self._target.unique_name}"
         self.flow_run_id = dict(parent.tags).get(FLOW_RUN_TAG, "")
         self.followers = Followers(Storage(config.storage), f"{JOBS}/{self.id}", self.flow_run_id)
         self._folder = Storage(config.storage).below(f"{JOBS}/{self.id}")

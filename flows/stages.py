@@ -1,7 +1,5 @@
 """One thin task per stage: its cache key and its retries."""
 
-import hashlib
-import os
 from functools import cache
 from typing import Any
 
@@ -43,8 +41,7 @@ def _has_result(config: PipelineConfig, name: str, results: Results) -> bool:
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
     """The stage's folder, whose name holds the hash of settings, data and code, and the storage that it lies in."""
     target = stage_folder(parameters["config"], parameters["name"], results_from_json(parameters["trees"]))
-    root = hashlib.sha256(target.storage.root.encode()).hexdigest()[:8]
-    return f"rcnn-{os.path.basename(target.name)}-{root}"  # Prefect makes it a file name: no slashes
+    return f"rcnn-{target.unique_name}"  # Prefect makes it a file name: no slashes
 
 
 def _may_succeed_later(task: Any, run: Any, state: Any) -> bool:

@@ -8,6 +8,7 @@ The file that marks a piece of work as finished is written last.
     <root>/outbox/    notes that wait for MLflow
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -347,9 +348,15 @@ class StageFolder:
     storage: Storage
     name: str
     replaces: str = ""
-    """Who asked for existing contents to be replaced (`--fresh`); empty: nobody. A retry of the same run has the same text."""
+    """The run that replaces existing contents (`--fresh`), by an id that its retries share; empty: contents are kept."""
     lease: "Held | None" = None
     """Shows that no other process works on it; None if no lease was acquired, as in tests and benchmarks."""
+
+    @property
+    def unique_name(self) -> str:
+        """Its last part, with a hash of the storage: two storages can hold results with the same key."""
+        root = hashlib.sha256(self.storage.root.encode()).hexdigest()[:8]
+        return f"{self.name.rpartition('/')[2]}-{root}"
 
     @contextmanager
     def scratch(self) -> Iterator[str]:

@@ -348,7 +348,7 @@ class _Draft:
         self.data = f"{self.folder}/data" if storage.is_local else name
 
     def begin(self, asked_by: str) -> None:
-        """Begins anew, unless the draft is that of an earlier attempt of the same run."""
+        """Deletes an existing draft, unless an earlier attempt of the same run wrote it."""
         mark = f"{self.folder}/asked-by.json"
         if self.storage.read_json(mark) != [asked_by]:
             self.storage.delete(self.folder)

@@ -1,6 +1,6 @@
-"""Workers that follow the cluster: as many as fit, where `execution.num_workers` is a range, and off a node before it goes.
+"""Adapts the workers to the cluster: their number where `execution.num_workers` is a range, and nodes that are being drained.
 
-In: the settings and Ray's nodes. Out: a number for an attempt, and a call when workers should start anew.
+In: the settings and Ray's nodes. Out: the number of workers for an attempt, and a call when they should restart.
 """
 
 import threading
@@ -61,7 +61,7 @@ def room_for_workers(how: ExecutionConfig) -> int:
 
 
 def nodes_that_leave() -> set[str]:
-    """The ids of nodes that are about to be taken away: by a spot market, say, or by the autoscaler."""
+    """The ids of nodes that Ray is draining: spot instances that will be reclaimed, for example."""
     return set(ray._private.state.state.get_draining_nodes())
 
 
@@ -104,9 +104,9 @@ def _nodes_in_words() -> str:
 def watching_nodes(
     how: ExecutionConfig, running: int, nodes: Collection[str], ask: Callable[[], None]
 ) -> Iterator[None]:
-    """Calls `ask` once in the body, in a thread, when workers should save their work and start anew.
+    """Calls `ask` once in the body, in a thread, when workers should write a checkpoint and restart.
 
-    That is when a node of theirs is about to be taken away, and where their number is a range, when there is room for more.
+    That is when one of their nodes is being drained or, if their number is a range, when there is room for more.
 
     Args:
         how: the settings.
@@ -121,7 +121,7 @@ def watching_nodes(
         looks = 0
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
             if nodes_that_leave().intersection(nodes):
-                say("  a node with workers is about to be taken away: they save their work and start anew elsewhere")
+                say("  a node with workers is being drained: writing a checkpoint, then restarting on the other nodes")
                 ask()
                 return
             looks = looks + 1 if may_grow and nodes and room_for_workers(how) > 0 else 0

@@ -155,7 +155,7 @@ def _fit_on_workers(
             if how.min_workers:
                 say(f"  workers: {num_workers} of at most {how.num_workers}")
             nodes.clear()
-            watch = watching_nodes(how, num_workers, nodes, lambda: ask("start anew"))
+            watch = watching_nodes(how, num_workers, nodes, lambda: ask("restart"))
             with stopping(lambda: ask("stop")):
                 try:
                     with watch, target.scratch() as scratch:

@@ -118,7 +118,9 @@ def test_workers_leave_a_node_that_is_about_to_be_taken_away_and_lose_nothing(
     assert "workers: 2 of at most 2" in training.log.read_text()
     given_notice = time.time()
     give_notice(cluster, node, seconds=60)
-    wait_for(training, "is about to be taken away: they save their work and start anew elsewhere", 1)
+    wait_for(
+        training, "a node with workers is being drained: writing a checkpoint, then restarting on the other nodes", 1
+    )
     wait_for(training, "workers: 1 of at most 2", 1)
     assert time.time() - given_notice < 30
     [record] = tmp_path.glob("runs/train-*/checkpoints/*.json")
