@@ -30,12 +30,14 @@ from rcnn.text import printable
 
 # What Prefect says, as a plain RuntimeError, of a server that does not answer.
 PREFECT_IS_AWAY = "Failed to reach API at"
+REGISTRY_ACTIONS = ("list", "explain", "promote", "rollback", "verify")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit code.
 
-    0; 1 where some images could not be read; 2 for an error that the user can fix; 130 where the user stopped it, 143 where
+    0; 1 where some images could not be read, or a model was not reproduced; 2 for an error that the user can fix; 130 where the
+    user stopped it, 143 where
     SIGTERM did, and 141 where the reader of its output did.
     """
     options = _parser().parse_args(arguments)
@@ -108,9 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
         "(default: the only registered model)",
     )
-    registry = _add(commands, "registry", _registry, "list the versions of models, or promote one", config=True)
-    registry.add_argument("--model", metavar="NAME", default="", help="only this model")
-    registry.add_argument("--promote", type=int, metavar="VERSION", help="make this version the champion")
+    _add_registry(commands)
     _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
     show.add_argument("--json", action="store_true", help="as one line of JSON, e.g. for a flow's parameter")
@@ -139,6 +139,23 @@ def _parser() -> argparse.ArgumentParser:
     completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")
     completion.add_argument("shell", choices=SHELLS, help="the shell")
     return parser
+
+
+def _add_registry(commands: Any) -> None:
+    text = "list the versions of models, explain a verdict, promote, roll back, or verify"
+    registry = _add(commands, "registry", _registry, text, config=True)
+    registry.add_argument(
+        "action",
+        nargs="?",
+        default="list",
+        choices=REGISTRY_ACTIONS,
+        metavar="ACTION",
+        help="list (default); explain VERSION: why it is the champion, or why not; promote VERSION: make it the champion "
+        "without a test; rollback: return to the champion before; verify VERSION: train it again and compare the weights",
+    )
+    registry.add_argument("version", nargs="?", type=int, metavar="VERSION", help="of the model")
+    registry.add_argument("--model", metavar="NAME", default="", help="only this model")
+    registry.add_argument("--reason", metavar="TEXT", help="for promote and rollback: why; it stays with the version")
 
 
 def _add_data(commands: Any) -> None:
@@ -368,13 +385,14 @@ def _with_bar(items: Iterator[Any], num_items: int, unit: str) -> Iterator[Any]:
     return iter(tqdm(items, total=num_items, unit=unit, leave=False, disable=not is_watched))
 
 
-def _registry(options: argparse.Namespace) -> None:
+def _registry(options: argparse.Namespace) -> int | None:
     config = _resolve(options)
     from rcnn.storage import Storage
     from rcnn.tracking import has_store
 
     if not config.tracking.uri:
         Storage(config.storage).require_readable()
+    _check_action(options)
     wanted = options.model or config.tracking.model_name
     versions: dict[str, list[dict[str, str]]] = {}
     if has_store(config):
@@ -385,7 +403,70 @@ def _registry(options: argparse.Namespace) -> None:
     if not versions:
         what = f"there is no registered model {wanted!r}" if wanted else "there is no registered model"
         raise ConfigError(what, remedy="Run `rcnn pipeline` first")
-    _show_versions(config, options, versions)
+    if options.action == "list":
+        _show_versions(versions)
+        return 0
+    if len(versions) > 1:
+        raise ConfigError(
+            f"there are {len(versions)} registered models: {', '.join(versions)}",
+            where=options.action,
+            remedy=f"Choose one, e.g. --model {next(iter(versions))}",
+        )
+    [(name, rows)] = versions.items()
+    if options.version is not None and str(options.version) not in [row["version"] for row in rows]:
+        raise ConfigError(
+            f"{name} has no version {options.version}", where=options.action, remedy="`rcnn registry` lists them"
+        )
+    return _act(config.with_settings({"tracking.model_name": name}), name, options)
+
+
+def _check_action(options: argparse.Namespace) -> None:
+    """Checks that an action has what it needs, and nothing that it ignores."""
+    action, needs_version = options.action, options.action in ("explain", "promote", "verify")
+    if needs_version != (options.version is not None):
+        raise ConfigError(
+            "needs a version" if needs_version else f"takes no version, and got {options.version}",
+            where=action,
+            remedy=f"e.g. `rcnn registry {action}{' 3' if needs_version else ''}`",
+        )
+    if action == "promote" and not (options.reason or "").strip():
+        raise ConfigError("needs --reason", where=action, remedy='Say why, e.g. --reason "half the size, same error"')
+    if options.reason is not None and action not in ("promote", "rollback"):
+        raise ConfigError("is only for promote and rollback", where="--reason", remedy="Leave it out")
+
+
+def _act(config: Any, name: str, options: argparse.Namespace) -> int:
+    """Does what `rcnn registry ACTION` asks for; returns the exit code."""
+    from rcnn.registry.answers import remember_model
+    from rcnn.registry.champions import explain, promote, roll_back
+
+    if options.action == "explain":
+        for line in explain(config, options.version):
+            print(printable(line))
+    elif options.action == "promote":
+        promote(config, options.version, options.reason.strip())
+        print(f"{name} version {options.version} is now the champion")
+    elif options.action == "rollback":
+        old, new = roll_back(config, (options.reason or "no reason given").strip())
+        print(f"{name} version {new} is the champion again, version {old} no longer")
+    else:
+        return _verify(config, name, options.version)
+    remember_model(config, name)
+    return 0
+
+
+def _verify(config: Any, name: str, version: int) -> int:
+    from rcnn.verify import verify
+
+    found = verify(config, version)
+    if found.is_same:
+        print(f"{name} version {version} is reproduced: the same weights, SHA-256 {found.found_sha256}")
+        return 0
+    print(f"{name} version {version} is not reproduced:")
+    print(f"  recorded {found.recorded_sha256}\n  found    {found.found_sha256}")
+    for difference in found.differences or ("nothing that the version records differs on this machine",):
+        print(printable(f"  {difference}"))
+    return 1
 
 
 def _percent(tag: str) -> str:
@@ -396,32 +477,20 @@ def _percent(tag: str) -> str:
     return tag if math.isnan(share) else f"{100 * share:.2f} %"
 
 
-def _show_versions(config: Any, options: argparse.Namespace, versions: dict[str, list[dict[str, str]]]) -> None:
-    """Prints the versions of each model, or promotes the one that is asked for."""
-    if options.promote is None:
-        columns = ("version", "aliases", "test_error", "k", "t", "config_hash", "run_id")
-        for name, rows in versions.items():
-            shown = [row | {"test_error": _percent(row["test_error"])} for row in rows]
-            _print_table([{column: row[column] for column in columns} for row in shown], title=name)
-        return
-    if len(versions) > 1:
-        raise ConfigError(
-            f"there are {len(versions)} registered models: {', '.join(versions)}",
-            where="--promote",
-            remedy=f"Choose one, e.g. --model {next(iter(versions))}",
-        )
-    [(name, rows)] = versions.items()
-    if str(options.promote) not in [row["version"] for row in rows]:
-        raise ConfigError(
-            f"{name} has no version {options.promote}", where="--promote", remedy="`rcnn registry` lists them"
-        )
-    from rcnn.registry.mlflow_store import set_alias
+def _show_versions(versions: dict[str, list[dict[str, str]]]) -> None:
+    """Prints the versions of each model."""
+    from rcnn.registry.champions import standing_of
 
-    set_alias(config, "champion", options.promote, name=name)
-    from rcnn.registry.answers import remember_model
-
-    remember_model(config, name)
-    print(f"{name} version {options.promote} is now the champion")
+    for name, rows in versions.items():
+        shown = [
+            {
+                "version": row["version"], "aliases": row["aliases"], "test error": _percent(row["test_error"]),
+                "network": row.get("network", ""), "verdict": standing_of(row),
+            }
+            for row in rows
+        ]  # fmt: skip
+        _print_table(shown, title=name)
+    print("why one is the champion: rcnn registry explain VERSION")
 
 
 def _doctor(options: argparse.Namespace) -> int:

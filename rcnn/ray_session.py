@@ -1,6 +1,8 @@
 """Ray itself: started or joined, big enough, with a storage that all nodes see."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Ray reads these when it is imported. Reports take 0.1 s instead of 2; the others end noise on the driver's screen, and
@@ -24,6 +26,10 @@ from rcnn.progress import say
 from rcnn.ray_nodes import require_alike, require_one_machine
 from rcnn.storage import Storage
 
+TOO_SLOW = "timed out during startup"
+"""What Ray says, as a bare exception, where its processes need more than 30 s, a limit that no setting changes."""
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
 
 def ensure_ray(config: PipelineConfig, storage: Storage, *, looks_at_nodes: bool = True) -> None:
     """Starts Ray on this machine, or joins the cluster that this process is in; a second call starts nothing.
@@ -44,25 +50,48 @@ def ensure_ray(config: PipelineConfig, storage: Storage, *, looks_at_nodes: bool
             remedy='Use `rcnn pipeline` to submit Ray jobs, or set ray.address to "auto" on a node of the cluster',
         )
     if not ray.is_initialized():
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        try:
-            if config.ray.address == "auto":
-                ray.init(address="auto", **quiet)
-            else:
-                say("  starting Ray on this machine ...")
-                _stay_on_loopback()
-                # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
-                ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **quiet)
-        except Exception as error:  # Ray raises bare ones too, where a process does not start in time
-            raise ClusterError(
-                f"Ray cannot be reached ({' '.join(str(error).split())})",
-                where=f"ray.address = {config.ray.address!r}",
-                remedy="Start it with `make up`, or leave the setting empty to start Ray here",
-                retryable=True,
-            ) from error
+        _join(config) if config.ray.address else _start(config)
     require_one_machine(config.tracking.uri)
     if looks_at_nodes:
         require_alike(storage)
+
+
+def _join(config: PipelineConfig) -> None:
+    with _reported(config, "reached", "Start it with `make up`, or leave the setting empty to start Ray here"):
+        ray.init(address="auto", **QUIET)
+
+
+def _start(config: PipelineConfig) -> None:
+    say("  starting Ray on this machine ...")
+    _stay_on_loopback()
+    with _reported(config, "started", "Run the same command again when the machine is less busy"):
+        try:
+            _start_here(config)
+        except Exception as error:
+            if TOO_SLOW not in str(error):
+                raise
+            say("  Ray did not start within its limit of 30 s, so the machine is busy: trying once more ...")
+            ray.shutdown()  # ends what did start
+            _start_here(config)
+
+
+def _start_here(config: PipelineConfig) -> None:
+    # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
+    ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **QUIET)
+
+
+@contextmanager
+def _reported(config: PipelineConfig, what: str, remedy: str) -> Iterator[None]:
+    """Turns what Ray raises into an error that the user can fix; it raises bare exceptions too."""
+    try:
+        yield
+    except Exception as error:
+        raise ClusterError(
+            f"Ray cannot be {what} ({' '.join(str(error).split())})",
+            where=f"ray.address = {config.ray.address!r}",
+            remedy=remedy,
+            retryable=True,
+        ) from error
 
 
 def _stay_on_loopback() -> None:

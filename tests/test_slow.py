@@ -42,7 +42,7 @@ def test_the_pipeline_starts_from_nothing_and_a_rerun_has_nothing_to_do(tmp_path
     predicted = finish(command(tmp_path, "predict", *map(str, samples)))
     assert predicted.count(" %)") == 10
     assert "champion" in finish(command(tmp_path, "registry"))
-    assert "version 1 is now the champion" in finish(command(tmp_path, "registry", "--promote", "1"))
+    assert "version 1 is reproduced: the same weights" in finish(command(tmp_path, "registry", "verify", "1"))
 
 
 def test_a_search_that_was_killed_at_any_moment_is_resumed_and_repeats_no_trial(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import hashlib
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,7 @@ import torch
 from rcnn.data.manifest import Shard
 from rcnn.data.shards import sha256_of
 from rcnn.errors import ClusterError, DataError
+from rcnn.evaluate.paired import Paired
 from rcnn.progress import say
 from rcnn.scores import Scores
 from rcnn.storage import StageFolder
@@ -32,6 +35,8 @@ PARTS = "_parts"  # readers of Parquet folders skip names that begin with _
 BATCHES_PER_PART = 4  # at the least: 10 parts of 1,024 rows for the 10,000 test rows of CIFAR or MNIST
 MOST_PARTS = 256  # with more rows, parts are larger: each costs two files and a request to a worker
 ROWS_PER_READ = 65_536
+ANSWERS = ("row_id", "label", "predicted", "correct", "loss")
+"""The columns that comparing two models needs: some 40 bytes a row, however many classes there are."""
 HOW_WRITTEN = {"write_page_checksum": True, "use_dictionary": False}  # nearly every number is there once
 
 
@@ -158,17 +163,63 @@ def read_predictions(target: StageFolder, columns: Sequence[str]) -> Iterator[di
         DataError: the file is missing or damaged.
     """
     name = target.path(PREDICTIONS)
+    with (
+        _readable(target.storage.uri(name)),
+        target.storage.filesystem.open_input_file(target.storage.path(name)) as stream,
+    ):
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        for batch in file.iter_batches(ROWS_PER_READ, columns=list(columns), use_threads=False):
+            yield {column: batch.column(column).to_numpy(zero_copy_only=False) for column in columns}
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turns a file that is missing or damaged into an error that the user can fix."""
     try:
-        with target.storage.filesystem.open_input_file(target.storage.path(name)) as stream:
-            file = pq.ParquetFile(stream, page_checksum_verification=True)
-            for batch in file.iter_batches(ROWS_PER_READ, columns=list(columns), use_threads=False):
-                yield {column: batch.column(column).to_numpy(zero_copy_only=False) for column in columns}
+        yield
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"the predictions cannot be read ({' '.join(str(error).split())[:200]})",
-            where=target.storage.uri(name),
+            where=where,
             remedy="Evaluate again with --fresh",
         ) from error
+
+
+def write_answers(target: StageFolder, file: Path) -> None:
+    """Copies the columns `ANSWERS` of the predictions in a stage's folder to a local file.
+
+    Raises:
+        DataError: the predictions are missing or damaged.
+    """
+    place = target.path(PREDICTIONS)
+    with _readable(target.storage.uri(place)):
+        with target.storage.filesystem.open_input_file(target.storage.path(place)) as stream:
+            table = pq.ParquetFile(stream, page_checksum_verification=True).read(list(ANSWERS), use_threads=False)
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+
+def compare(first: Path, second: Path) -> Paired:
+    """Counts over the rows of two files of predictions or answers; the order of the rows does not matter.
+
+    Raises:
+        DataError: a file is damaged, or they are about different rows.
+    """
+    ours, theirs = _right_rows(first), _right_rows(second)
+    if not ours["row_id"].equals(theirs["row_id"]):
+        raise DataError(
+            f"these {len(theirs):,} predictions are not about the {len(ours):,} rows of the other model",
+            where=str(second),
+            remedy="Evaluate both models on the same data set",
+        )
+    first_N, second_N = (table["correct"].to_numpy() for table in (ours, theirs))
+    return Paired(len(ours), int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum()))
+
+
+def _right_rows(file: Path) -> pa.Table:
+    """Ids and whether the answer was right, sorted by id."""
+    with _readable(str(file)):
+        table = pq.ParquetFile(file, page_checksum_verification=True).read(["row_id", "correct"], use_threads=False)
+        return table.sort_by("row_id").combine_chunks()
 
 
 def scores_of(target: StageFolder, num_classes: int) -> Scores:

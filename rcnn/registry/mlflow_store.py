@@ -9,12 +9,14 @@ import logging
 import math
 import os
 import re
+import shutil
 import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -51,9 +53,13 @@ KEY_TAG, STORAGE_TAG = "rcnn.stage_key", "rcnn.storage"
 NOTES_TAG = "rcnn.outbox_runs"
 DATA_SET_TAG = "rcnn.data_set"  # of a registered model: marks those of this project
 PROMOTION_TAG, UNDER_WAY = "rcnn.newest_when_promoted", "under way"  # of a version
+BEFORE_TAG, REASON_TAG = "rcnn.champion_before", "rcnn.promoted_because"  # of a version that is or was champion
+NUM_LOOKS_TAG = "rcnn.num_looks"  # of a registered model, for each set of test rows
+ANSWERS_FOLDER = "test-predictions"  # in the training run, a file for each set of test rows
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
+MAX_TAG = 5000  # characters
 SECONDS_OF_A_DAY = 86400
 MAX_IDS = 100  # of resumptions: a tag has a limit too
 REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
@@ -334,8 +340,10 @@ def register_model(
     run_id: str,
     weights_sha256: str,
     figures: Standing,
+    answers: Path,
+    environment: Mapping[str, str],
 ) -> Standing:
-    """Logs a finished model to its training run and registers it, with the figures that it is judged by.
+    """Logs a finished model to its training run and registers it, with the figures and predictions that it is judged by.
 
     Args:
         config: names the registered model.
@@ -344,6 +352,8 @@ def register_model(
         run_id: the training run.
         weights_sha256: identity of the weights; a version that has them is not registered twice.
         figures: test error and test digest; the version in it does not count.
+        answers: the file of its predictions (see `evaluate/paired.py`), which goes to the run too.
+        environment: more tags: what the bits of the weights depend on besides.
 
     Returns:
         The figures with the new version.
@@ -353,8 +363,10 @@ def register_model(
         mlflow.set_tracking_uri(tracking_uri(config))
         name = model_name(config)
         found = client.search_model_versions(f"name = '{name}' and tags.weights_sha256 = '{weights_sha256}'")
-        if found:  # an earlier attempt came as far as this
+        if found:  # an earlier attempt came as far as this, or the model was evaluated on other rows now
+            _log_answers(client, found[0].run_id or run_id, answers, figures.test_digest)
             return Standing(int(found[0].version), figures.test_error, figures.test_digest)
+        _log_answers(client, run_id, answers, figures.test_digest)
         info = _log_pyfunc(model_folder, description, run_id)
         with _made_by_somebody():
             client.create_registered_model(name)
@@ -371,10 +383,66 @@ def register_model(
                 "data_digest": str(description["data_digest"]),
                 "config_hash": config.hash(),
                 "network": config.model.title,
+                **environment,
                 **{name: str(getattr(config.model, name)) for name in config.model.reads if name in ("k", "t")},
             },
         )
         return Standing(int(version.version), figures.test_error, figures.test_digest)
+
+
+def _log_answers(client: MlflowClient, run_id: str, answers: Path, test_digest: str) -> None:
+    with TemporaryDirectory() as folder:
+        named = Path(folder, _answers_file(test_digest))
+        shutil.copy(answers, named)
+        client.log_artifact(run_id, str(named), ANSWERS_FOLDER)
+
+
+def _answers_file(test_digest: str) -> str:
+    return f"{test_digest[:16]}.parquet"
+
+
+def fetch_answers(config: PipelineConfig, version: int, test_digest: str, folder: Path) -> Path | None:
+    """Fetches the predictions of a version on some test rows into a local folder; None where the registry has none."""
+    name, file = model_name(config), _answers_file(test_digest)
+    with _reachable(config):
+        client = _connect(config)
+        run_id = client.get_model_version(name, str(version)).run_id
+        if not run_id or _or_none(lambda: client.get_run(run_id)) is None:
+            return None
+        there = [Path(each.path).name for each in client.list_artifacts(run_id, ANSWERS_FOLDER)]
+        if file not in there:
+            return None
+        return Path(client.download_artifacts(run_id, f"{ANSWERS_FOLDER}/{file}", str(folder)))
+
+
+def tags_of_versions(config: PipelineConfig, name: str = "") -> dict[int, dict[str, str]]:
+    """The tags of all versions of a model (default: the config's), by number."""
+    with _reachable(config):
+        found = _all_versions(_connect(config), name or model_name(config))
+    return {int(version.version): dict(version.tags) for version in found}
+
+
+def tag_version(config: PipelineConfig, version: int, tags: Mapping[str, str], *, name: str = "") -> None:
+    """Sets tags of a version of a model (default: the config's)."""
+    with _reachable(config):
+        client = _connect(config)
+        for key, value in tags.items():
+            client.set_model_version_tag(name or model_name(config), str(version), key, value)
+
+
+def num_looks(config: PipelineConfig, test_digest: str) -> int:
+    """How often models were compared on these test rows, as the registered model remembers it."""
+    with _reachable(config):
+        tags = _connect(config).get_registered_model(model_name(config)).tags
+    return int(tags.get(f"{NUM_LOOKS_TAG}.{test_digest[:16]}", "0"))
+
+
+def note_num_looks(config: PipelineConfig, test_digest: str, number: int) -> None:
+    """Makes the registered model remember that there were as many looks at these test rows."""
+    with _reachable(config):
+        _connect(config).set_registered_model_tag(
+            model_name(config), f"{NUM_LOOKS_TAG}.{test_digest[:16]}", str(number)
+        )
 
 
 def as_share(tag: str) -> float:
@@ -404,26 +472,28 @@ def _standing(version: Any) -> Standing:
 
 
 @contextlib.contextmanager
-def promotion(config: PipelineConfig, version: int) -> Iterator[None]:
-    """Marks a version while the body makes it champion, and afterwards with the version that was the newest then."""
-    name = model_name(config)
+def promotion(config: PipelineConfig, version: int, *, before: int | None, reason: str) -> Iterator[None]:
+    """Marks a version while the body makes it champion, and afterwards with the version that was the newest then.
 
-    def mark(value: str) -> None:
-        with _reachable(config):
-            _connect(config).set_model_version_tag(name, str(version), PROMOTION_TAG, value)
-
-    mark(UNDER_WAY)
+    Args:
+        config: names the registered model.
+        version: the version that becomes champion.
+        before: the champion that it replaces, to which `rcnn registry rollback` returns; None if there is none.
+        reason: why it is promoted.
+    """
+    mark = {BEFORE_TAG: "" if before is None else str(before), REASON_TAG: reason[:MAX_TAG]}
+    tag_version(config, version, {PROMOTION_TAG: UNDER_WAY, **mark})
     try:
         yield
     finally:
-        mark(str(max(version_numbers(config, name))))
+        tag_version(config, version, {PROMOTION_TAG: str(max(version_numbers(config, model_name(config))))})
 
 
 def promoted_since(config: PipelineConfig, version: int) -> list[Standing]:
     """The other versions that are becoming champion, or became it when this one was registered already."""
     name = model_name(config)
     with _reachable(config):
-        found = _connect(config).search_model_versions(f"name = '{name}'")
+        found = _all_versions(_connect(config), name)
     marked = [(each, each.tags.get(PROMOTION_TAG, "0")) for each in found if int(each.version) != version]
     return [_standing(each) for each, mark in marked if mark == UNDER_WAY or int(mark) >= version]
 
@@ -555,29 +625,33 @@ def set_alias(config: PipelineConfig, alias: str, version: int, *, name: str = "
 def version_numbers(config: PipelineConfig, name: str) -> list[int]:
     """The numbers of a model's versions; of a model that is not registered, none."""
     with _reachable(config):
-        numbers: list[int] = []
-        token: str | None = ""
-        client = _connect(config)
-        while token is not None:
-            page = client.search_model_versions(f"name = '{name}'", page_token=token or None)
-            numbers += [int(version.version) for version in page]
-            token = page.token or None
-    return numbers
+        return [int(version.version) for version in _all_versions(_connect(config), name)]
+
+
+def _all_versions(client: MlflowClient, name: str) -> list[Any]:
+    """The versions of a model, over all pages."""
+    found: list[Any] = []
+    token: str | None = ""
+    while token is not None:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token or None)
+        found += page
+        token = page.token or None
+    return found
 
 
 def list_versions(config: PipelineConfig, name: str = "") -> list[dict[str, str]]:
-    """Every version of a model (default: the config's), the newest first: version, aliases, test_error, k, t, run_id."""
+    """Every version of a model (default: the config's), the newest first: version, aliases, run_id, and its tags."""
     with _reachable(config):
         client = _connect(config)
-        found = client.search_model_versions(f"name = '{name or model_name(config)}'")
+        found = _all_versions(client, name or model_name(config))
         # The search leaves the aliases out.
         versions = [client.get_model_version(version.name, version.version) for version in found]
-    rows = []
-    for whole in versions:
-        rows.append(
-            {"version": str(whole.version), "aliases": ", ".join(whole.aliases), "run_id": whole.run_id or ""}
-            | {name: whole.tags.get(name, "") for name in ("test_error", "k", "t", "config_hash", "test_digest")}
-        )
+    rows = [
+        dict.fromkeys(("test_error", "k", "t", "config_hash", "test_digest"), "")
+        | dict(whole.tags)
+        | {"version": str(whole.version), "aliases": ", ".join(whole.aliases), "run_id": whole.run_id or ""}
+        for whole in versions
+    ]
     return sorted(rows, key=lambda row: -int(row["version"]))
 
 

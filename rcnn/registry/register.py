@@ -1,15 +1,19 @@
 """The register stage: a trained and evaluated model in, a registered version out, which is the champion if it is better."""
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rcnn.config import PipelineConfig
+from rcnn.evaluate.predictions import compare, write_answers
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
-from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge
+from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge, not_comparable
+from rcnn.registry.ledger import Look, earlier_look, number_of_look, with_look
 from rcnn.registry.outbox import wait_for_mlflow
-from rcnn.registry.runs import open_run
+from rcnn.registry.runs import environment, open_run
 from rcnn.results import EvaluateResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import NoTracker, Tracker, model_name
@@ -23,7 +27,7 @@ def run_register(
     target: StageFolder,
     tracker: Tracker = NoTracker(),
 ) -> RegisterResult:
-    """Registers the model under its training run, and sets the alias that `gate.judge` decides. `tracker` is not used.
+    """Registers the model under its training run, and sets the alias that `gate.py` decides. `tracker` is not used.
 
     It is the one stage that waits for MLflow, and for all notes to be there.
 
@@ -37,11 +41,15 @@ def run_register(
         target.storage.download(f"{trained.folder}/model", model_folder)
         _, description = load_model(model_folder)
         figures = Standing(0, evaluated.test_error, evaluated.test_digest)
+        answers = Path(folder, "answers.parquet")
+        write_answers(replace(target, name=evaluated.folder), answers)
         run_id = _training_run(config, trained, target)
         new = mlflow_store.register_model(
-            config, model_folder, description, run_id=run_id, weights_sha256=trained.weights_sha256, figures=figures
-        )
-    verdict = _promote_if_better(config, new)
+            config, model_folder, description,
+            run_id=run_id, weights_sha256=trained.weights_sha256, figures=figures, answers=answers,
+            environment=environment(),
+        )  # fmt: skip
+        verdict = _promote_if_better(config, new, answers)
     name = model_name(config)
     remember_model(config, name)
     say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
@@ -54,17 +62,19 @@ def run_register(
     )
 
 
-def _promote_if_better(config: PipelineConfig, new: Standing) -> Verdict:
+def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> Verdict:
     """Sets the alias of a registered version.
 
     Two pipelines that register at once may both be better than the champion that both have seen, and MLflow has no write that
     fails if another one came first. So each is registered before it looks at the champion, is marked while it takes the alias,
     and then looks for others that are, or were so since it was registered: whoever takes the alias last sees them all, and
-    gives it to the best.
+    gives it to the one with the fewest errors. All of them passed the test.
     """
-    verdict = judge(new, mlflow_store.champion_of(config))
+    champion = mlflow_store.champion_of(config)
+    verdict = _judged(config, new, champion, answers)
     if verdict.alias == CHAMPION:
-        with mlflow_store.promotion(config, new.version):
+        before = champion.version if champion and champion.version != new.version else None
+        with mlflow_store.promotion(config, new.version, before=before, reason=verdict.reason):
             mlflow_store.set_alias(config, CHAMPION, new.version)
             best = new
             # Until no other version appeared while the alias was set.
@@ -72,16 +82,48 @@ def _promote_if_better(config: PipelineConfig, new: Standing) -> Verdict:
                 best = better
                 mlflow_store.set_alias(config, CHAMPION, best.version)
         if best != new:
-            verdict = Verdict(CHALLENGER, f"version {best.version}, registered meanwhile, is {judge(best, new).reason}")
+            errors = f"{100 * best.test_error:.2f} % test error against {100 * new.test_error:.2f} %"
+            verdict = Verdict(CHALLENGER, f"version {best.version}, registered meanwhile, has fewer errors: {errors}")
     if verdict.alias == CHALLENGER:
         mlflow_store.set_alias(config, CHALLENGER, new.version)
     return verdict
 
 
+def _judged(config: PipelineConfig, new: Standing, champion: Standing | None, answers: Path) -> Verdict:
+    """Compares a version with the champion, and notes that in the ledger. A comparison that was made before is not repeated."""
+    if champion is not None and champion.version == new.version:
+        return Verdict(CHAMPION, "it already is the champion")
+    versions = mlflow_store.tags_of_versions(config)
+    earlier = earlier_look(versions[new.version], new.test_digest, champion.version if champion else 0)
+    if earlier is not None:
+        return earlier.verdict
+    if champion is None:
+        look = Look.without_test(new, 0, Verdict(CHAMPION, "there was no champion"))
+    else:
+        look = _compared(config, new, champion, answers, versions)
+    mlflow_store.tag_version(config, new.version, with_look(versions[new.version], look))
+    return look.verdict
+
+
+def _compared(
+    config: PipelineConfig, new: Standing, champion: Standing, answers: Path, versions: Mapping[int, Mapping[str, str]]
+) -> Look:
+    """A look: both models on the same rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = mlflow_store.fetch_answers(config, champion.version, new.test_digest, Path(folder))
+        if theirs is None:
+            return Look.without_test(new, champion.version, not_comparable(new, champion))
+        paired = compare(answers, theirs)
+    number = number_of_look(new.version, new.test_digest, versions, mlflow_store.num_looks(config, new.test_digest))
+    # Before the verdict is used: a process that is killed here has paid for a look that it did not get.
+    mlflow_store.note_num_looks(config, new.test_digest, number)
+    return Look.of(new, champion.version, number, paired, judge(new, champion, paired, number))
+
+
 def _better_one(config: PipelineConfig, new: Standing, best: Standing) -> Standing | None:
-    """A version that became champion since `new` was registered, and is better than `best`."""
+    """A version that became champion since `new` was registered, and has fewer errors on the same rows."""
     rivals = mlflow_store.promoted_since(config, new.version)
-    better = [rival for rival in rivals if judge(rival, best).alias == CHAMPION and rival.version != best.version]
+    better = [rival for rival in rivals if rival.test_digest == best.test_digest and rival.test_error < best.test_error]
     return min(better, key=lambda rival: rival.test_error, default=None)
 
 

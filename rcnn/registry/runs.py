@@ -1,8 +1,10 @@
 """MLflow runs as stages see them: a `Tracker` whose every call is a note in the outbox."""
 
+import platform
 import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,18 @@ def git_commit() -> str:
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a training depend on besides config and data."""
+    import torch
+
+    return {
+        "git_commit": git_commit(),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _as_text(params: Mapping[str, object]) -> dict[str, str]:

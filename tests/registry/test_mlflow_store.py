@@ -16,6 +16,7 @@ from rcnn.cli import main
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import ClusterError, ConfigError
+from rcnn.evaluate.predictions import Part, build_table, merge_parts, write_part
 from rcnn.recipes import debug_tiny
 from rcnn.registry import mlflow_store, register
 from rcnn.registry.answers import remember_model
@@ -67,9 +68,18 @@ def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, 
     )  # fmt: skip
 
 
-def evaluated(error: float, test_digest: str = "same") -> EvaluateResult:
+def evaluated(config: PipelineConfig, error: float, test_digest: str = "same") -> EvaluateResult:
+    """An evaluation of 500 rows, of which a model with fewer errors gets all right that another one does."""
+    target = StageFolder(Storage(config.storage), f"reports/{test_digest}-{error}")
+    labels = np.arange(500) % 10
+    answers = np.where(np.arange(500) < round(500 * error), (labels + 1) % 10, labels)
+    table = build_table(
+        [f"{row:03d}" for row in range(500)], labels, np.eye(10, dtype=np.float32)[answers], np.zeros(500)
+    )
+    write_part(target, part := Part(0, 0, 500), table)
+    merge_parts(target, [part])
     return EvaluateResult(
-        folder="reports/x", metrics={"error": error, "loss": 1}, accuracy_per_class={}, num_rows=500,
+        folder=target.name, metrics={"error": error, "loss": 1}, accuracy_per_class={}, num_rows=500,
         images_per_second=1, test_digest=test_digest,
     )  # fmt: skip
 
@@ -86,7 +96,7 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
     ]
     for version, (error, digest, alias) in enumerate(cases, start=1):
         result = run_register(
-            config, trained(config, digits_storage, digits, version), evaluated(error, digest), target
+            config, trained(config, digits_storage, digits, version), evaluated(config, error, digest), target
         )
         assert (result.version, result.alias) == (version, alias)
     champion = mlflow_store.champion_of(config)
@@ -98,7 +108,7 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("meets", ["judge", "set_alias", "promoted_since"])
+@pytest.mark.parametrize("meets", ["_judged", "set_alias", "promoted_since"])
 @pytest.mark.parametrize(("errors", "best"), [((0.4, 0.3), 2), ((0.3, 0.4), 1)])
 def test_of_two_that_register_at_once_the_better_one_is_champion(
     config: PipelineConfig, digits_storage: Path, digits: IngestResult, monkeypatch: pytest.MonkeyPatch,
@@ -108,23 +118,23 @@ def test_of_two_that_register_at_once_the_better_one_is_champion(
     target = StageFolder(Storage(config.storage), "runs/register")
     runs = [trained(config, digits_storage, digits, seed) for seed in (1, 2)]
     second: list[RegisterResult] = []
-    home = register if meets == "judge" else mlflow_store
+    home = register if meets == "_judged" else mlflow_store
     original = getattr(home, meets)
 
     def meet(*arguments: Any) -> Any:
         monkeypatch.setattr(home, meets, original)
-        second.append(run_register(config, runs[1], evaluated(errors[1]), target))
+        second.append(run_register(config, runs[1], evaluated(config, errors[1]), target))
         return original(*arguments)
 
     monkeypatch.setattr(home, meets, meet)
-    first = run_register(config, runs[0], evaluated(errors[0]), target)
+    first = run_register(config, runs[0], evaluated(config, errors[0]), target)
     assert (first.version, second[0].version) == (1, 2)
     champion = mlflow_store.champion_of(config)
     assert champion is not None
     assert champion.version == best
     if first.alias == "challenger":
         assert first.reason.startswith(
-            "version 2, registered meanwhile, is better: 30.00 % test error against 40.00 % (version 1)"
+            "version 2, registered meanwhile, has fewer errors: 30.00 % test error against 40.00 %"
         )
 
 
@@ -135,7 +145,7 @@ def test_a_version_names_its_network_and_the_settings_that_it_reads(
     wide = config.with_settings({"model.network": "wide", "model.t": 3, "tune.enabled": False})
     model = trained(wide, digits_storage, digits, 0)
     target = StageFolder(Storage(wide.storage), "runs/register-0")
-    run_register(wide, model, evaluated(0.5), target)
+    run_register(wide, model, evaluated(config, 0.5), target)
     tags = MlflowClient(tracking_uri(wide)).get_model_version(wide.tracking.model_name, "1").tags
     assert (tags["network"], tags["k"], "t" in tags) == (f"WCNN-{wide.model.k}", str(wide.model.k), False)
 
@@ -145,7 +155,7 @@ def test_registering_twice_gives_one_version_that_stays_champion(
 ) -> None:
     target = StageFolder(Storage(config.storage), "runs/register")
     model = trained(config, digits_storage, digits, 1)
-    first, second = (run_register(config, model, evaluated(0.5), target) for _ in range(2))
+    first, second = (run_register(config, model, evaluated(config, 0.5), target) for _ in range(2))
     assert (first.version, second.version, second.alias) == (1, 1, "champion")
 
 
@@ -157,7 +167,10 @@ def test_the_champion_can_be_fetched_and_scores(
     with pytest.raises(ConfigError, match=r"there is no registered model"):
         mlflow_store.find_version(config)
     run_register(
-        config, trained(config, digits_storage, digits, 1), evaluated(0.5), StageFolder(Storage(config.storage), "x")
+        config,
+        trained(config, digits_storage, digits, 1),
+        evaluated(config, 0.5),
+        StageFolder(Storage(config.storage), "x"),
     )
     found = mlflow_store.find_version(config)
     assert str(found) == f"{config.tracking.model_name} version 1 (champion)"
@@ -175,7 +188,7 @@ def test_a_model_is_named_by_itself_an_alias_or_a_version(
 ) -> None:
     target, name = StageFolder(Storage(config.storage), "runs/register"), config.tracking.model_name
     for seed, error in ((1, 0.5), (2, 0.6)):
-        run_register(config, trained(config, digits_storage, digits, seed), evaluated(error), target)
+        run_register(config, trained(config, digits_storage, digits, seed), evaluated(config, error), target)
     versions = {wanted: mlflow_store.find_version(config, wanted).version for wanted in (
         name, f"{name}@champion", f"{name}@challenger", f"{name}/1", f"{name}/2")}  # fmt: skip
     assert list(versions.values()) == [1, 1, 2, 1, 2]
@@ -196,7 +209,7 @@ def test_the_command_says_which_model_answers(
 ) -> None:  # fmt: skip
     name = config.tracking.model_name
     place = StageFolder(Storage(config.storage), "runs/register")
-    run_register(config, trained(config, digits_storage, digits, 1), evaluated(0.5), place)
+    run_register(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), place)
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     settings = ["--set", f"storage={config.storage}", "--set", f"tracking.uri={config.tracking.uri}"]
     assert main(["predict", str(tmp_path / "x.png"), "--model", name, *settings]) == 0
@@ -219,7 +232,7 @@ def test_predict_imports_mlflow_after_a_change_of_the_registry_alone(
     config = debug_tiny().with_settings({"storage": str(tmp_path)})
     place = StageFolder(Storage(config.storage), "runs/register")
     for seed in (1, 2):
-        run_register(config, trained(config, digits_storage, digits, seed), evaluated(0.5), place)
+        run_register(config, trained(config, digits_storage, digits, seed), evaluated(config, 0.5), place)
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     command = [sys.executable, "-c", PREDICT, str(tmp_path / "x.png"), "--set", f"storage={config.storage}"]
 
@@ -243,7 +256,7 @@ def test_versions_by_hand_are_listed_and_models_whose_files_are_gone_are_named(
 ) -> None:  # fmt: skip
     config = debug_tiny().with_settings({"storage": str(tmp_path)})
     target = StageFolder(Storage(config.storage), "runs/register")
-    run_register(config, trained(config, digits_storage, digits, 1), evaluated(0.5), target)
+    run_register(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), target)
     client = MlflowClient(tracking_uri(config))
     client.create_registered_model("clothes")
     client.create_model_version("clothes", str(tmp_path / "gone"), tags={"test_error": "high"})
@@ -268,7 +281,7 @@ def test_of_several_models_one_must_be_named(
     target, other = StageFolder(Storage(config.storage), "runs/register"), f"other-{config.tracking.model_name}"
     for number, name in enumerate((config.tracking.model_name, other), start=1):
         named = config.with_settings({"tracking.model_name": name})
-        run_register(named, trained(named, digits_storage, digits, number), evaluated(0.5), target)
+        run_register(named, trained(named, digits_storage, digits, number), evaluated(config, 0.5), target)
     anonymous = config.with_settings({"tracking.model_name": ""})
     with pytest.raises(ConfigError, match=rf"--model: there are \d+ registered models: .*{other}.*--model ") as caught:
         mlflow_store.find_version(anonymous)
@@ -282,7 +295,7 @@ def test_a_run_that_the_store_does_not_know_is_written_anew(
     model = trained(config, digits_storage, digits, 1).model_copy(update={"mlflow_run_id": "0" * 32})
     model = model.model_copy(update={"folder": "runs/other"})
     Path(config.storage, "runs/train-1").rename(Path(config.storage, model.folder))
-    run_register(config, model, evaluated(0.5), StageFolder(Storage(config.storage), "x"))
+    run_register(config, model, evaluated(config, 0.5), StageFolder(Storage(config.storage), "x"))
     run_id = mlflow_store.list_versions(config)[0]["run_id"]
     history = MlflowClient(tracking_uri(config)).get_metric_history(run_id, "val/error")
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.5)]
@@ -293,7 +306,7 @@ def test_a_model_whose_result_names_no_run_is_registered_under_the_run_of_its_ke
 ) -> None:
     model = trained(config, digits_storage, digits, 1)
     nameless = model.model_copy(update={"mlflow_run_id": ""})  # MLflow was away when the stage ended
-    run_register(config, nameless, evaluated(0.5), StageFolder(Storage(config.storage), "x"))
+    run_register(config, nameless, evaluated(config, 0.5), StageFolder(Storage(config.storage), "x"))
     assert mlflow_store.list_versions(config)[0]["run_id"] == model.mlflow_run_id
 
 
@@ -346,3 +359,79 @@ def test_a_server_that_is_away_is_named(tmp_path: Path) -> None:
             ClusterError, match=r"tracking\.uri = http://127\.0\.0\.1:9: MLflow failed \(Connection refused\)"
         ):
             call(config)
+
+
+def three_versions(config: PipelineConfig, digits_storage: Path, digits: IngestResult) -> list[RegisterResult]:
+    """The first one; one that is a little better, which may be chance; one that is clearly better."""
+    target = StageFolder(Storage(config.storage), "runs/register")
+    return [
+        run_register(config, trained(config, digits_storage, digits, number), evaluated(config, error), target)
+        for number, error in enumerate((0.5, 0.494, 0.4), start=1)
+    ]
+
+
+def registry(config: PipelineConfig, *arguments: str) -> int:
+    settings = ("storage", "tracking.uri", "tracking.model_name")
+    places = {"storage": config.storage, **{f"tracking.{name}": value for name, value in config.tracking}}
+    return main(["registry", *arguments, *(w for name in settings for w in ("--set", f"{name}={places[name]}"))])
+
+
+def test_a_verdict_can_be_read_and_changed_by_hand_and_taken_back(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = three_versions(config, digits_storage, digits)
+    assert [result.alias for result in results] == ["champion", "challenger", "champion"]
+    assert "of 500 rows, 3 only it got right and 0 only version 1: p = 0.12, where look 1" in results[1].reason
+    assert "look 2 at these rows asks for 0.0072" in results[2].reason
+
+    assert registry(config, "explain", "3") == 0
+    explained = capsys.readouterr().out
+    for words in ("version 3 (champion)", "verdict: champion; better: 40.00 %", "2 looks", "of 0.05 spent"):
+        assert words in explained
+    assert registry(config, "promote", "2", "--reason", "half the size") == 0
+    assert "version 2 is now the champion" in capsys.readouterr().out
+    assert registry(config, "explain", "2") == 0
+    assert "promoted by hand: half the size" in capsys.readouterr().out
+    for old, new in ((2, 3), (3, 1)):
+        assert registry(config, "rollback", "--reason", "slower") == 0
+        assert f"version {new} is the champion again, version {old} no longer" in capsys.readouterr().out
+    assert registry(config, "rollback") == 2
+    assert "cannot return from version 1: it replaced no other version" in capsys.readouterr().err
+    assert registry(config) == 0
+    assert "rolled back from version 3: slower" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("config", ["sqlite"], indirect=True)
+def test_a_comparison_is_made_and_paid_for_once(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    target = StageFolder(Storage(config.storage), "runs/register")
+    models = [trained(config, digits_storage, digits, number) for number in (1, 2)]
+    run_register(config, models[0], evaluated(config, 0.5), target)
+    first, second = (run_register(config, models[1], evaluated(config, 0.494), target) for _ in range(2))
+    assert (first.alias, first.reason) == (second.alias, second.reason)
+    assert mlflow_store.num_looks(config, "same") == 1
+
+
+@pytest.mark.parametrize("config", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["promote", "1"], "promote: needs --reason"),
+        (["promote", "1", "--reason", " "], "promote: needs --reason"),
+        (["promote", "1", "--reason", "x"], "version 1 already is the champion"),
+        (["promote", "--reason", "x"], "promote: needs a version"),
+        (["explain"], "explain: needs a version"),
+        (["explain", "7"], "has no version 7"),
+        (["rollback", "1"], "rollback: takes no version, and got 1"),
+        (["list", "--reason", "x"], "--reason: is only for promote and rollback"),
+    ],
+)
+def test_what_an_action_lacks_is_named(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], fault: str,
+) -> None:  # fmt: skip
+    target = StageFolder(Storage(config.storage), "runs/register")
+    run_register(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), target)
+    assert registry(config, *arguments) == 2
+    assert fault in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""Trains a registered version again, from its recorded config, data and code, and compares the weights.
+
+A result is named by what makes it, and training is deterministic on one kind of machine: the same config, data and code give
+the same bits. So a version that another machine or another release of a library does not reproduce is found, and what differs
+is named.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcnn.config import PipelineConfig
+from rcnn.errors import DataError
+from rcnn.progress import say
+from rcnn.registry import mlflow_store
+from rcnn.registry.runs import environment
+from rcnn.results import IngestResult, TrainResult
+from rcnn.settings import config_from_json
+from rcnn.stages import run_stage
+from rcnn.storage import Storage
+from rcnn.text import parse_json
+from rcnn.tracking import model_name
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A version beside its repetition."""
+
+    recorded_sha256: str
+    found_sha256: str
+    differences: tuple[str, ...]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the weights are the same, bit for bit."""
+        return self.recorded_sha256 == self.found_sha256
+
+
+def verify(config: PipelineConfig, version: int) -> Reproduction:
+    """Trains a version again, in a folder of the storage with its own MLflow store, and compares the SHA-256 of the weights.
+
+    Args:
+        config: says where the registry, the storage and Ray are.
+        version: of the model that the config names.
+
+    Raises:
+        DataError: the version does not say how it was made.
+    """
+    tags = mlflow_store.tags_of_versions(config)[version]
+    name = f"{model_name(config)} version {version}"
+    if "weights_sha256" not in tags:
+        raise DataError(
+            "it has no weights_sha256", where=name, remedy="Only versions that `rcnn` registered can be verified"
+        )
+    recorded, place = _recorded_config(config, version), f"verify/{model_name(config)}-{version}"
+    storage = Storage(config.storage)
+    again = recorded.model_copy(update={"ray": config.ray}).with_settings(
+        {"storage": storage.below(place).root, "tracking.uri": "", "tune.enabled": False}
+    )
+    say(f"{name}: training it again")
+    data: IngestResult = run_stage(again, "ingest", {})  # type: ignore[assignment]
+    if data.digest != tags.get("data_digest"):
+        raise DataError(
+            f"the data set is another one today ({data.digest[:16]}, not {tags.get('data_digest', '')[:16]})",
+            where=name,
+            remedy="Restore the source that it was trained on",
+        )
+    trained: TrainResult = run_stage(again, "train", {"ingest": data})  # type: ignore[assignment]
+    storage.delete(place)  # kept where it failed: the next attempt resumes
+    return Reproduction(tags["weights_sha256"], trained.weights_sha256, tuple(_differences(tags)))
+
+
+def _recorded_config(config: PipelineConfig, version: int) -> PipelineConfig:
+    """The config in the model's own description."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = mlflow_store.find_version(config, f"{model_name(config)}/{version}")
+        model = mlflow_store.download_model(config, found, Path(folder))
+        description = parse_json((model / "model.json").read_text(encoding="utf-8"))
+    return config_from_json(json.dumps(description["config"]), origin=f"{found} (model.json)")
+
+
+def _differences(tags: Mapping[str, str]) -> list[str]:
+    """What differs between the machine that made the version and this one, as far as the version says."""
+    here = environment()
+    return [
+        f"{what}: {tags[what]} then, {value} now"
+        for what, value in here.items()
+        if what in tags and tags[what] != value
+    ]
