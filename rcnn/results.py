@@ -238,14 +238,31 @@ class TrainResult(StageResult):
         return f"train.max_minutes = {self.limit_minutes:g} ended it after {self.epochs:g} epochs"
 
 
+class ClassFigures(BaseModel):
+    """How well one class is recognised."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_rows: int
+    """Test rows of this class."""
+    precision: float | None
+    """Share of the answers with this class that are right; None without such an answer."""
+    recall: float | None
+    """Share of the class's rows that were recognised; None without test rows."""
+    f1: float | None
+    """The harmonic mean of both; None where the class occurs neither in the rows nor in the answers."""
+
+
 class EvaluateResult(StageResult):
     """The figures on the test rows, and the folder of the report."""
 
     folder: str
     metrics: dict[str, float]
-    """The metrics of `Scores` by name, over all test rows."""
-    accuracy_per_class: dict[str, float | None]
-    """None for a class without test rows."""
+    """The metrics of `Figures` by name, over all test rows."""
+    error_interval: tuple[float, float] = (0.0, 1.0)
+    """Of 95 %, for the test error."""
+    classes: dict[str, ClassFigures]
+    """By name, in the order of the labels."""
     num_rows: int
     images_per_second: float
     """Of the last attempt; 0 where an earlier one had scored all rows."""
@@ -270,8 +287,13 @@ class EvaluateResult(StageResult):
 
     def written_metrics(self) -> dict[str, str]:
         """The metrics by label, as people read them."""
-        written = written_metrics(self.metrics, "test")
-        return written | {"test error": f"{written['test error']} of {self.num_rows:,} rows"}
+        return written_metrics(self.metrics, "test") | {"test error": self.written_error}
+
+    @property
+    def written_error(self) -> str:
+        """The test error with its interval."""
+        low, high = (f"{100 * bound:.2f}" for bound in self.error_interval)
+        return f"{100 * self.test_error:.2f} % of {self.num_rows:,} rows (95 %: {low} to {high} %)"
 
     def highlights(self, locate: Locate) -> dict[str, str]:
         """The metrics on all test rows, and where the report is."""
@@ -282,10 +304,10 @@ class EvaluateResult(StageResult):
         }
 
     def figures(self) -> dict[str, str]:
-        """Also the accuracy of each class."""
+        """Also the recall of each class."""
         return super().figures() | {
-            f"accuracy of {printable(name)}": "no test rows" if share is None else f"{100 * share:.1f} %"
-            for name, share in self.accuracy_per_class.items()
+            f"recall of {printable(name)}": "no test rows" if each.recall is None else f"{100 * each.recall:.1f} %"
+            for name, each in self.classes.items()
         }
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SHARES_OF_TEST = ("top_5_error", "calibration_error")
+"""Metrics of `evaluate/figures.py`, which need all logits, and are read in per cent."""
+
+
 class Metric(property):
     """A property of `Scores` that is reported; its name, with spaces for underscores, is what people read."""
 
@@ -55,12 +59,6 @@ class Scores:
         """Rows that were counted."""
         return int(self.confusion.sum())
 
-    @property
-    def accuracy_per_class(self) -> list[float | None]:
-        """Share of each class's rows that were recognised; None for a class without rows."""
-        num_rows, num_right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
-        return [right / rows if rows else None for right, rows in zip(num_right, num_rows, strict=True)]
-
     @Share
     def error(self) -> float:
         """Share of the rows that were classified wrongly."""
@@ -78,9 +76,10 @@ class Scores:
 
 def written_metrics(values: Mapping[str, float], split: str) -> dict[str, str]:
     """Metrics of a split (`val` or `test`) as people read them, by label: `{"test error": "2.40 %"}`."""
-    kinds = _metrics()
+    kinds = _metrics() | dict.fromkeys(SHARES_OF_TEST, Share)
     return {
-        f"{split} {name.replace('_', ' ')}": kinds.get(name, Metric).written(value) for name, value in values.items()
+        f"{split} {name.replace('_', ' ').replace('top 5', 'top-5')}": kinds.get(name, Metric).written(value)
+        for name, value in values.items()
     }
 
 

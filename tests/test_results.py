@@ -12,7 +12,7 @@ TRAINED = {
     "images_per_second": 9,
 }  # fmt: skip
 SCORED = {
-    "folder": "reports/x", "metrics": {"error": 0.1, "loss": 1}, "accuracy_per_class": {}, "num_rows": 1,
+    "folder": "reports/x", "metrics": {"error": 0.1, "loss": 1}, "classes": {}, "num_rows": 1,
     "images_per_second": 900, "test_digest": "t",
 }  # fmt: skip
 TIMES = {"seconds": 41.2, "predicted_seconds": 38.4}

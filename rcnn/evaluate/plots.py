@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which chooses a window system for the whole process
 from torch import Tensor
@@ -12,6 +13,8 @@ from rcnn.text import printable
 
 LARGEST_INCHES, MOST_NAMES, MAX_NAME_LENGTH = 20.0, 100, 24
 BLUE, ORANGE = "#2a6f97", "#d1495b"
+SHARE_OF_A_CLASS = 0.05
+"""Of a class's rows in one wrong cell: the darkest colour at least, so that a good model's few mistakes look few."""
 
 
 def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, file: Path) -> None:
@@ -26,7 +29,8 @@ def _draw_confusion(confusion: Tensor, names: Sequence[str], title: str, file: P
     size = min(max(5.0, 0.45 * len(names) + 1.5), LARGEST_INCHES)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(mistakes.numpy(), cmap="OrRd", vmin=0, vmax=max(1.0, float(mistakes.max())))
+    darkest = max(float(mistakes.max()), SHARE_OF_A_CLASS * float(confusion.sum()) / len(names))
+    axes.imshow(mistakes.numpy(), cmap="OrRd", vmin=0, vmax=max(1.0, darkest))
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(names) <= MOST_NAMES:
         axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 60, parse_math=False)
@@ -34,7 +38,7 @@ def _draw_confusion(confusion: Tensor, names: Sequence[str], title: str, file: P
     if len(names) <= 30:
         for row in range(len(names)):
             for column in range(len(names)):
-                _write_count(axes, row, column, int(confusion[row, column]), float(mistakes.max()))
+                _write_count(axes, row, column, int(confusion[row, column]), darkest)
     figure.savefig(file, dpi=130)
 
 
@@ -50,6 +54,30 @@ def _write_count(axes: Axes, row: int, column: int, count: int, darkest: float) 
     color = BLUE if row == column else ("white" if on_dark else "black")
     weight = "bold" if row == column else "normal"
     axes.text(column, row, str(count), ha="center", va="center", fontsize=9, color=color, weight=weight)
+
+
+def plot_reliability(bins: np.ndarray, title: str, file: Path) -> None:
+    """Draws how often answers are right against their probability, and how many answers there are of each probability.
+
+    Args:
+        bins: (3, bins): rows, summed probability and right answers (see `Figures`).
+        title: above the picture.
+        file: a PNG file.
+    """
+    edges, used = np.linspace(0, 1, bins.shape[1] + 1), bins[0] > 0
+    num_rows, probability, right = bins[:, used]
+    figure = Figure(figsize=(5, 5.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="black", lw=1, ls=":", label="perfectly calibrated")
+    upper.plot(probability / num_rows, right / num_rows, color=BLUE, marker="o", ms=5, label="this model")
+    upper.set(ylabel="share of right answers", ylim=(0, 1.02), title=title)
+    upper.legend(frameon=False, loc="upper left")
+    lower.bar(edges[:-1], bins[0], width=np.diff(edges), align="edge", color=BLUE, edgecolor="white")
+    lower.set(xlabel="probability of the answer", ylabel="rows", yscale="log", xlim=(0, 1))
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(file, dpi=130)
 
 
 def plot_history(history: Sequence[dict[str, float]], title: str, file: Path) -> None:

@@ -20,14 +20,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from rcnn.data.manifest import Shard
 from rcnn.data.shards import sha256_of
 from rcnn.errors import ClusterError, DataError
 from rcnn.evaluate.paired import Paired
 from rcnn.progress import say
-from rcnn.scores import Scores
 from rcnn.storage import StageFolder
 
 PREDICTIONS = "predictions.parquet"
@@ -169,7 +167,14 @@ def read_predictions(target: StageFolder, columns: Sequence[str]) -> Iterator[di
     ):
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         for batch in file.iter_batches(ROWS_PER_READ, columns=list(columns), use_threads=False):
-            yield {column: batch.column(column).to_numpy(zero_copy_only=False) for column in columns}
+            yield {column: _as_array(batch.column(column)) for column in columns}
+
+
+def _as_array(column: pa.Array) -> np.ndarray:
+    """A column (N), or (N, C) for lists of a fixed size."""
+    if pa.types.is_fixed_size_list(column.type):
+        return np.asarray(column.flatten().to_numpy().reshape(len(column), -1))
+    return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
 @contextmanager
@@ -220,17 +225,6 @@ def _right_rows(file: Path) -> pa.Table:
     with _readable(str(file)):
         table = pq.ParquetFile(file, page_checksum_verification=True).read(["row_id", "correct"], use_threads=False)
         return table.sort_by("row_id").combine_chunks()
-
-
-def scores_of(target: StageFolder, num_classes: int) -> Scores:
-    """The scores of all rows of `predictions.parquet`."""
-    confusion, loss_sum = np.zeros(num_classes**2, np.int64), 0.0
-    for rows in read_predictions(target, ("label", "predicted", "loss")):
-        confusion += np.bincount(rows["label"] * num_classes + rows["predicted"], minlength=num_classes**2)
-        loss_sum += float(rows["loss"].sum())
-    return Scores(
-        torch.from_numpy(confusion.reshape(num_classes, num_classes)), torch.tensor(loss_sum, dtype=torch.float64)
-    )
 
 
 def first_rows(target: StageFolder, labels: Iterable[int]) -> dict[int, int]:

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from rcnn.config import PipelineConfig
+from rcnn.data.fonts import readable
 from rcnn.data.manifest import Manifest, require_manifest
-from rcnn.data.pictures import as_picture
+from rcnn.data.pictures import as_picture, contact_sheet
 from rcnn.data.streaming import stretch
+from rcnn.evaluate.figures import Example, Figures, figures_of, wilson
 from rcnn.evaluate.pace import Pace
-from rcnn.evaluate.plots import plot_confusion, plot_history
+from rcnn.evaluate.plots import plot_confusion, plot_history, plot_reliability
 from rcnn.evaluate.predictions import (
     PREDICTIONS,
     Part,
@@ -19,18 +21,17 @@ from rcnn.evaluate.predictions import (
     has_part,
     merge_parts,
     parts_of,
-    scores_of,
 )
 from rcnn.evaluate.scoring import ScoringJob, load_for_scoring, open_test_rows, score_parts
 from rcnn.progress import RowProgress, say
 from rcnn.results import EvaluateResult, IngestResult, TrainResult
-from rcnn.scores import Scores
 from rcnn.storage import StageFolder
 from rcnn.text import counted, file_stem, printable
 from rcnn.tracking import Tracker
 from rcnn.train.loop import Metrics
 
 NUM_SAMPLES = 10
+EXAMPLES_PER_ROW = 6
 SECONDS_TO_REPORT = 1.5  # from the last row to the result: pictures, mostly; 0.7 to 1.6 on 2 busy cores
 SUREST_MISTAKES = f'polars.read_parquet("{PREDICTIONS}").filter(correct=False).sort("loss", descending=True).head(10)'
 MOST_THREADS = 16  # of scoring in this process: each holds the activations of a batch
@@ -54,17 +55,19 @@ def run_evaluate(
     parts = parts_of(data.rows["test"], config.evaluate.batch_size)
     pace = _score(config, data, trained, target, parts)
     predictions_sha256 = merge_parts(target, parts)
-    scores = scores_of(target, len(manifest.classes))
-    assert scores.num_rows == data.rows["test"], f"{scores.num_rows} of {data.rows['test']} test rows were counted"
+    figures = figures_of(target, len(manifest.classes))
+    assert figures.num_rows == data.rows["test"], f"{figures.num_rows} of {data.rows['test']} test rows were counted"
     history = storage.read_json(f"{trained.folder}/history.json")
     with tempfile.TemporaryDirectory() as folder:
-        _draw(config, scores, manifest, history, Path(folder))
+        _draw(config, figures, manifest, history, Path(folder))
+        _draw_examples(data, figures, manifest.classes, target, Path(folder))
         _write_samples(data, manifest.classes, target, Path(folder))
         result = EvaluateResult(
             folder=target.name,
-            metrics=scores.metrics(),
-            accuracy_per_class=dict(zip(manifest.classes, scores.accuracy_per_class, strict=True)),
-            num_rows=scores.num_rows,
+            metrics=figures.metrics(),
+            error_interval=wilson(figures.num_rows - int(figures.confusion.trace()), figures.num_rows),
+            classes=dict(zip(manifest.classes, figures.of_classes(), strict=True)),
+            num_rows=figures.num_rows,
             images_per_second=pace.images_per_second,
             test_digest=data.test_digest,
             predictions_sha256=predictions_sha256,
@@ -77,9 +80,7 @@ def run_evaluate(
         target.require_held()
         storage.upload(Path(folder), target.name)
     speed = f", {result.speed}" if result.speed else ""
-    say(
-        f"  test error {100 * scores.error:.2f} % on {scores.num_rows:,} rows{speed}; report in {storage.uri(target.name)}"
-    )
+    say(f"  test error {result.written_error}{speed}; report in {storage.uri(target.name)}")
     return result
 
 
@@ -139,13 +140,38 @@ def _figures(result: EvaluateResult) -> dict[str, float]:
     return {f"test/{name}": value for name, value in result.metrics.items()} | speed | times
 
 
-def _draw(config: PipelineConfig, scores: Scores, manifest: Manifest, history: list[Metrics], folder: Path) -> None:
+def _draw(config: PipelineConfig, figures: Figures, manifest: Manifest, history: list[Metrics], folder: Path) -> None:
     """Draws the pictures of the report."""
-    name = f"{config.model.title}, {manifest.name}"
+    name, scores = f"{config.model.title}, {manifest.name}", figures.scores
     plot_confusion(
         scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
     )
+    calibration = f"{name}: {100 * figures.calibration_error:.2f} % calibration error"
+    plot_reliability(figures.bins, calibration, folder / "reliability.png")
     plot_history(history, f"{name}: training", folder / "training.png")
+
+
+def _draw_examples(
+    data: IngestResult, figures: Figures, classes: tuple[str, ...], target: StageFolder, folder: Path
+) -> None:
+    """Draws contact sheets of the surest mistakes and of the least sure hits: true class, answer and probability below each."""
+    rows = open_test_rows(target.storage, data.folder)
+    sheets = (
+        ("mistakes.png", "the surest mistakes (true class > answer)", figures.surest_mistakes),
+        ("least-sure.png", "right, and least sure", figures.least_sure_hits),
+    )
+    for file, title, examples in sheets:
+        if examples:
+            images = [rows.read(stretch(rows.segments, each.row, each.row + 1))[0][0] for each in examples]
+            captions = [_caption(each, classes) for each in examples]
+            contact_sheet(title, images, captions, num_columns=EXAMPLES_PER_ROW).save(folder / file)
+
+
+def _caption(example: Example, classes: tuple[str, ...]) -> str:
+    """`7 > 2 99 %`, or `7 52 %` where the answer is right."""
+    label, answer = (readable(printable(classes[each]), each) for each in (example.label, example.predicted))
+    names = answer if example.label == example.predicted else f"{label} > {answer}"
+    return f"{names} {100 * example.probability:.0f} %"
 
 
 def _write_report(
@@ -158,10 +184,12 @@ def _write_report(
     name = f"{config.model.title}, {manifest.name}"
     metrics = "\n".join(f"| {label} | {value} |" for label, value in result.written_metrics().items())
     classes = "\n".join(
-        f"| {_cell(name)} | {'no test rows' if share is None else f'{100 * share:.2f}'} |"
-        for name, share in result.accuracy_per_class.items()
+        f"| {_cell(name)} | {each.num_rows:,} | {_percent(each.precision)} | {_percent(each.recall)} | {_percent(each.f1)} |"
+        for name, each in result.classes.items()
     )
     ended = f"; {trained.unfinished}" if trained.unfinished else ""
+    pictures = {"mistakes.png": "the surest mistakes", "least-sure.png": "right, and least sure"}
+    examples = "".join(f"![{text}]({file})\n\n" for file, text in pictures.items() if (folder / file).is_file())
     (folder / "metrics.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(
         f"""# {name}
@@ -181,14 +209,20 @@ Every test row's label, answer, loss and logits are in `{PREDICTIONS}`; in this 
 
 ![confusion matrix](confusion.png)
 
+{examples}![reliability](reliability.png)
+
 ![training](training.png)
 
-| class | accuracy, % |
-| --- | --- |
+| class | test rows | precision, % | recall, % | F1, % |
+| --- | --- | --- | --- | --- |
 {classes}
 """,
         encoding="utf-8",
     )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
 
 
 def _cell(name: str) -> str:

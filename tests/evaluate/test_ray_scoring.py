@@ -60,7 +60,7 @@ def test_two_workers_write_the_same_bytes_as_this_process_and_free_their_cores(
     assert two.predictions_sha256 == one.predictions_sha256
     contents = {Path(config.storage, "reports", name, PREDICTIONS).read_bytes() for name in ("one", "two")}
     assert len(contents) == 1
-    assert (two.metrics, two.accuracy_per_class, two.num_rows) == (one.metrics, one.accuracy_per_class, 3000)
+    assert (two.metrics, two.classes, two.num_rows) == (one.metrics, one.classes, 3000)
     assert two.images_per_second > 0
     assert two.predicted_seconds > 0
     deadline = time.monotonic() + 30

@@ -85,7 +85,7 @@ def test_of_1000_equally_good_challengers_the_gate_promotes_any_with_at_most_5_p
 
 
 def power(error: float, look: int, *, num_models: int = 2000) -> float:
-    """How often a challenger replaces a champion with 2.4 % error, where 60 % of the challenger's errors are the champion's too."""
+    """How often a challenger replaces a champion with 2.4 % error that makes 60 % of the challenger's errors too."""
     random = np.random.default_rng(look)
     same = 0.6 * error * NUM_ROWS
     won, lost = (random.poisson(each * NUM_ROWS - same, num_models) for each in (0.024, error))

@@ -79,7 +79,7 @@ def evaluated(config: PipelineConfig, error: float, test_digest: str = "same") -
     write_part(target, part := Part(0, 0, 500), table)
     merge_parts(target, [part])
     return EvaluateResult(
-        folder=target.name, metrics={"error": error, "loss": 1}, accuracy_per_class={}, num_rows=500,
+        folder=target.name, metrics={"error": error, "loss": 1}, classes={}, num_rows=500,
         images_per_second=1, test_digest=test_digest,
     )  # fmt: skip
 
