@@ -319,7 +319,10 @@ class RegisterResult(StageResult):
     alias: str
     reason: str
     model_uri: str
+    report: str = ""
+    """An HTML file in the storage."""
 
     def highlights(self, locate: Locate) -> dict[str, str]:
-        """The version, and the gate's verdict."""
-        return {"registered": f"{self.model_name} version {self.version}, {self.alias}: {self.reason}"}
+        """The version, the gate's verdict, and the report."""
+        report = {"report (HTML)": locate(self.report)} if self.report else {}
+        return {"registered": f"{self.model_name} version {self.version}, {self.alias}: {self.reason}"} | report

@@ -32,14 +32,14 @@ SHARED = [
 ]
 ORDER = [
     *SHARED,
+    "recipes",
+    "config_diff",
     "data",
     "model",
     "train",
     "tune",
     "evaluate",
     "registry",
-    "recipes",
-    "config_diff",
     "stages",
     "verify",
     "plan",

@@ -21,15 +21,20 @@ def as_picture(image_HWC: np.ndarray) -> Image.Image:
 
 
 def contact_sheet(
-    title: str, images: Sequence[np.ndarray], captions: Sequence[str], *, num_columns: int
+    title: str,
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    *,
+    num_columns: int,
+    tile_pixels: int = SMALLEST_TILE_PIXELS,
 ) -> Image.Image:
-    """A grid of images (H, W, C); small images are enlarged by an integer factor.
+    """A grid of images (H, W, C); smaller ones than `tile_pixels` are enlarged by an integer factor.
 
     Each caption is below its image, and extends below the following images of the row if their captions are empty. Text that
     does not fit is truncated with an ellipsis.
     """
     height, width = images[0].shape[:2]
-    factor = max(1, -(-SMALLEST_TILE_PIXELS // max(height, width)))
+    factor = max(1, -(-tile_pixels // max(height, width)))
     tile = (width * factor, height * factor)
     cell = (tile[0] + MARGIN_PIXELS, tile[1] + CAPTION_PIXELS + MARGIN_PIXELS)
     num_rows = -(-len(images) // num_columns)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure  # not pyplot, which chooses a window syste
 from torch import Tensor
 
 from rcnn.data.fonts import fonts_for, readable
+from rcnn.evaluate.figures import wilson
 from rcnn.text import printable
 
 LARGEST_INCHES, MOST_NAMES, MAX_NAME_LENGTH = 20.0, 100, 24
@@ -69,7 +70,10 @@ def plot_reliability(bins: np.ndarray, title: str, file: Path) -> None:
     figure = Figure(figsize=(5, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color="black", lw=1, ls=":", label="perfectly calibrated")
-    upper.plot(probability / num_rows, right / num_rows, color=BLUE, marker="o", ms=5, label="this model")
+    share = right / num_rows
+    bounds = np.array([wilson(int(hits), int(rows)) for hits, rows in zip(right, num_rows, strict=True)]).T
+    reach = np.abs(bounds - share)
+    upper.errorbar(probability / num_rows, share, reach, color=BLUE, marker="o", ms=5, lw=1, label="this model, 95 %")
     upper.set(ylabel="share of right answers", ylim=(0, 1.02), title=title)
     upper.legend(frameon=False, loc="upper left")
     lower.bar(edges[:-1], bins[0], width=np.diff(edges), align="edge", color=BLUE, edgecolor="white")

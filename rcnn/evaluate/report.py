@@ -31,7 +31,7 @@ from rcnn.tracking import Tracker
 from rcnn.train.loop import Metrics
 
 NUM_SAMPLES = 10
-EXAMPLES_PER_ROW = 6
+EXAMPLES_PER_ROW, PIXELS_OF_AN_EXAMPLE = 6, 112  # wide enough for two class names
 SECONDS_TO_REPORT = 1.5  # from the last row to the result: pictures, mostly; 0.7 to 1.6 on 2 busy cores
 SUREST_MISTAKES = f'polars.read_parquet("{PREDICTIONS}").filter(correct=False).sort("loss", descending=True).head(10)'
 MOST_THREADS = 16  # of scoring in this process: each holds the activations of a batch
@@ -146,8 +146,9 @@ def _draw(config: PipelineConfig, figures: Figures, manifest: Manifest, history:
     plot_confusion(
         scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
     )
-    calibration = f"{name}: {100 * figures.calibration_error:.2f} % calibration error"
-    plot_reliability(figures.bins, calibration, folder / "reliability.png")
+    plot_reliability(
+        figures.bins, f"{100 * figures.calibration_error:.2f} % calibration error", folder / "reliability.png"
+    )
     plot_history(history, f"{name}: training", folder / "training.png")
 
 
@@ -164,14 +165,17 @@ def _draw_examples(
         if examples:
             images = [rows.read(stretch(rows.segments, each.row, each.row + 1))[0][0] for each in examples]
             captions = [_caption(each, classes) for each in examples]
-            contact_sheet(title, images, captions, num_columns=EXAMPLES_PER_ROW).save(folder / file)
+            sheet = contact_sheet(
+                title, images, captions, num_columns=EXAMPLES_PER_ROW, tile_pixels=PIXELS_OF_AN_EXAMPLE
+            )
+            sheet.save(folder / file)
 
 
 def _caption(example: Example, classes: tuple[str, ...]) -> str:
-    """`7 > 2 99 %`, or `7 52 %` where the answer is right."""
+    """`99 % 7 > 2`, or `52 % 7` where the answer is right: names may be too long, and are cut at their end."""
     label, answer = (readable(printable(classes[each]), each) for each in (example.label, example.predicted))
     names = answer if example.label == example.predicted else f"{label} > {answer}"
-    return f"{names} {100 * example.probability:.0f} %"
+    return f"{100 * example.probability:.0f} % {names}"
 
 
 def _write_report(

@@ -415,6 +415,12 @@ def fetch_answers(config: PipelineConfig, version: int, test_digest: str, folder
         return Path(client.download_artifacts(run_id, f"{ANSWERS_FOLDER}/{file}", str(folder)))
 
 
+def log_file(config: PipelineConfig, run_id: str, file: Path) -> None:
+    """Stores a file in a run."""
+    with _reachable(config):
+        _connect(config).log_artifact(run_id, str(file))
+
+
 def tags_of_versions(config: PipelineConfig, name: str = "") -> dict[int, dict[str, str]]:
     """The tags of all versions of a model (default: the config's), by number."""
     with _reachable(config):

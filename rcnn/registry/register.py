@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from rcnn.config import PipelineConfig
+from rcnn.data.manifest import require_manifest
 from rcnn.evaluate.predictions import compare, write_answers
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
 from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge, not_comparable
-from rcnn.registry.ledger import Look, earlier_look, number_of_look, with_look
+from rcnn.registry.ledger import Look, earlier_look, looks_of, number_of_look, with_look
 from rcnn.registry.outbox import wait_for_mlflow
+from rcnn.registry.page import PAGE, Subject, write_page
 from rcnn.registry.runs import environment, open_run
-from rcnn.results import EvaluateResult, RegisterResult, TrainResult
+from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import NoTracker, Tracker, model_name
 from rcnn.train.checkpoint import load_model
@@ -22,6 +24,7 @@ from rcnn.train.checkpoint import load_model
 
 def run_register(
     config: PipelineConfig,
+    data: IngestResult,
     trained: TrainResult,
     evaluated: EvaluateResult,
     target: StageFolder,
@@ -50,16 +53,46 @@ def run_register(
             environment=environment(),
         )  # fmt: skip
         verdict = _promote_if_better(config, new, answers)
-    name = model_name(config)
+        name = model_name(config)
+        registered = RegisterResult(
+            model_name=name,
+            version=new.version,
+            alias=verdict.alias,
+            reason=verdict.reason,
+            model_uri=f"models:/{name}/{new.version}",
+            report=target.path(PAGE),
+        )
+        _write_page(config, data, trained, evaluated, registered, target, Path(folder, PAGE))
+        mlflow_store.log_file(config, run_id, Path(folder, PAGE))
     remember_model(config, name)
     say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
-    return RegisterResult(
-        model_name=name,
-        version=new.version,
-        alias=verdict.alias,
-        reason=verdict.reason,
-        model_uri=f"models:/{name}/{new.version}",
+    return registered
+
+
+def _write_page(
+    config: PipelineConfig,
+    data: IngestResult,
+    trained: TrainResult,
+    evaluated: EvaluateResult,
+    registered: RegisterResult,
+    target: StageFolder,
+    file: Path,
+) -> None:
+    """Writes the report, and stores it in the stage's folder."""
+    looks = looks_of(mlflow_store.tags_of_versions(config)[registered.version])
+    subject = Subject(
+        config=config,
+        manifest=require_manifest(target.storage, data.folder),
+        data=data,
+        trained=trained,
+        evaluated=evaluated,
+        registered=registered,
+        look=looks[-1] if looks else None,
+        environment=environment(),
     )
+    write_page(subject, target.storage, file)
+    target.require_held()
+    target.storage.write_bytes(target.path(PAGE), file.read_bytes())
 
 
 def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> Verdict:

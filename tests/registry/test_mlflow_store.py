@@ -1,5 +1,6 @@
 """Runs and models in real stores: our own SQLite file, and an MLflow server."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from rcnn.recipes import debug_tiny
 from rcnn.registry import mlflow_store, register
 from rcnn.registry.answers import remember_model
 from rcnn.registry.outbox import outbox_of
-from rcnn.registry.register import run_register
 from rcnn.registry.runs import open_run
 from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder, Storage
@@ -58,6 +58,8 @@ def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, 
     folder = storage.local_path(f"runs/train-{seed}")
     (folder / "model").mkdir(parents=True)
     manifest = require_manifest(Storage(str(digits_storage)), digits.folder)
+    shutil.copytree(digits_storage / digits.folder, storage.local_path(digits.folder), dirs_exist_ok=True)
+    storage.write_json("digits.json", digits.model_dump(mode="json"))
     save_model(build_classifier(config, manifest).state_dict(), config, manifest, folder / "model")
     storage.write_json(f"runs/train-{seed}/history.json", [{"epoch": 1, "val/error": 0.5}])
     tracker = open_run(config, "train", key=f"runs/train-{seed}")
@@ -84,6 +86,14 @@ def evaluated(config: PipelineConfig, error: float, test_digest: str = "same") -
     )  # fmt: skip
 
 
+def registered(
+    config: PipelineConfig, model: TrainResult, scored: EvaluateResult, target: StageFolder
+) -> RegisterResult:
+    """What the stage returns; the data set is the one that `trained` used."""
+    data = IngestResult.model_validate(Storage(config.storage).read_json("digits.json"))
+    return register.run_register(config, data, model, scored, target)
+
+
 def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
     config: PipelineConfig, digits_storage: Path, digits: IngestResult
 ) -> None:
@@ -95,7 +105,7 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
         (0.1, "x", "challenger"),
     ]
     for version, (error, digest, alias) in enumerate(cases, start=1):
-        result = run_register(
+        result = registered(
             config, trained(config, digits_storage, digits, version), evaluated(config, error, digest), target
         )
         assert (result.version, result.alias) == (version, alias)
@@ -123,11 +133,11 @@ def test_of_two_that_register_at_once_the_better_one_is_champion(
 
     def meet(*arguments: Any) -> Any:
         monkeypatch.setattr(home, meets, original)
-        second.append(run_register(config, runs[1], evaluated(config, errors[1]), target))
+        second.append(registered(config, runs[1], evaluated(config, errors[1]), target))
         return original(*arguments)
 
     monkeypatch.setattr(home, meets, meet)
-    first = run_register(config, runs[0], evaluated(config, errors[0]), target)
+    first = registered(config, runs[0], evaluated(config, errors[0]), target)
     assert (first.version, second[0].version) == (1, 2)
     champion = mlflow_store.champion_of(config)
     assert champion is not None
@@ -145,7 +155,7 @@ def test_a_version_names_its_network_and_the_settings_that_it_reads(
     wide = config.with_settings({"model.network": "wide", "model.t": 3, "tune.enabled": False})
     model = trained(wide, digits_storage, digits, 0)
     target = StageFolder(Storage(wide.storage), "runs/register-0")
-    run_register(wide, model, evaluated(config, 0.5), target)
+    registered(wide, model, evaluated(config, 0.5), target)
     tags = MlflowClient(tracking_uri(wide)).get_model_version(wide.tracking.model_name, "1").tags
     assert (tags["network"], tags["k"], "t" in tags) == (f"WCNN-{wide.model.k}", str(wide.model.k), False)
 
@@ -155,7 +165,7 @@ def test_registering_twice_gives_one_version_that_stays_champion(
 ) -> None:
     target = StageFolder(Storage(config.storage), "runs/register")
     model = trained(config, digits_storage, digits, 1)
-    first, second = (run_register(config, model, evaluated(config, 0.5), target) for _ in range(2))
+    first, second = (registered(config, model, evaluated(config, 0.5), target) for _ in range(2))
     assert (first.version, second.version, second.alias) == (1, 1, "champion")
 
 
@@ -166,7 +176,7 @@ def test_the_champion_can_be_fetched_and_scores(
 
     with pytest.raises(ConfigError, match=r"there is no registered model"):
         mlflow_store.find_version(config)
-    run_register(
+    registered(
         config,
         trained(config, digits_storage, digits, 1),
         evaluated(config, 0.5),
@@ -188,7 +198,7 @@ def test_a_model_is_named_by_itself_an_alias_or_a_version(
 ) -> None:
     target, name = StageFolder(Storage(config.storage), "runs/register"), config.tracking.model_name
     for seed, error in ((1, 0.5), (2, 0.6)):
-        run_register(config, trained(config, digits_storage, digits, seed), evaluated(config, error), target)
+        registered(config, trained(config, digits_storage, digits, seed), evaluated(config, error), target)
     versions = {wanted: mlflow_store.find_version(config, wanted).version for wanted in (
         name, f"{name}@champion", f"{name}@challenger", f"{name}/1", f"{name}/2")}  # fmt: skip
     assert list(versions.values()) == [1, 1, 2, 1, 2]
@@ -209,7 +219,7 @@ def test_the_command_says_which_model_answers(
 ) -> None:  # fmt: skip
     name = config.tracking.model_name
     place = StageFolder(Storage(config.storage), "runs/register")
-    run_register(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), place)
+    registered(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), place)
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     settings = ["--set", f"storage={config.storage}", "--set", f"tracking.uri={config.tracking.uri}"]
     assert main(["predict", str(tmp_path / "x.png"), "--model", name, *settings]) == 0
@@ -232,7 +242,7 @@ def test_predict_imports_mlflow_after_a_change_of_the_registry_alone(
     config = debug_tiny().with_settings({"storage": str(tmp_path)})
     place = StageFolder(Storage(config.storage), "runs/register")
     for seed in (1, 2):
-        run_register(config, trained(config, digits_storage, digits, seed), evaluated(config, 0.5), place)
+        registered(config, trained(config, digits_storage, digits, seed), evaluated(config, 0.5), place)
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     command = [sys.executable, "-c", PREDICT, str(tmp_path / "x.png"), "--set", f"storage={config.storage}"]
 
@@ -256,7 +266,7 @@ def test_versions_by_hand_are_listed_and_models_whose_files_are_gone_are_named(
 ) -> None:  # fmt: skip
     config = debug_tiny().with_settings({"storage": str(tmp_path)})
     target = StageFolder(Storage(config.storage), "runs/register")
-    run_register(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), target)
+    registered(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), target)
     client = MlflowClient(tracking_uri(config))
     client.create_registered_model("clothes")
     client.create_model_version("clothes", str(tmp_path / "gone"), tags={"test_error": "high"})
@@ -281,7 +291,7 @@ def test_of_several_models_one_must_be_named(
     target, other = StageFolder(Storage(config.storage), "runs/register"), f"other-{config.tracking.model_name}"
     for number, name in enumerate((config.tracking.model_name, other), start=1):
         named = config.with_settings({"tracking.model_name": name})
-        run_register(named, trained(named, digits_storage, digits, number), evaluated(config, 0.5), target)
+        registered(named, trained(named, digits_storage, digits, number), evaluated(config, 0.5), target)
     anonymous = config.with_settings({"tracking.model_name": ""})
     with pytest.raises(ConfigError, match=rf"--model: there are \d+ registered models: .*{other}.*--model ") as caught:
         mlflow_store.find_version(anonymous)
@@ -295,7 +305,7 @@ def test_a_run_that_the_store_does_not_know_is_written_anew(
     model = trained(config, digits_storage, digits, 1).model_copy(update={"mlflow_run_id": "0" * 32})
     model = model.model_copy(update={"folder": "runs/other"})
     Path(config.storage, "runs/train-1").rename(Path(config.storage, model.folder))
-    run_register(config, model, evaluated(config, 0.5), StageFolder(Storage(config.storage), "x"))
+    registered(config, model, evaluated(config, 0.5), StageFolder(Storage(config.storage), "x"))
     run_id = mlflow_store.list_versions(config)[0]["run_id"]
     history = MlflowClient(tracking_uri(config)).get_metric_history(run_id, "val/error")
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.5)]
@@ -306,7 +316,7 @@ def test_a_model_whose_result_names_no_run_is_registered_under_the_run_of_its_ke
 ) -> None:
     model = trained(config, digits_storage, digits, 1)
     nameless = model.model_copy(update={"mlflow_run_id": ""})  # MLflow was away when the stage ended
-    run_register(config, nameless, evaluated(config, 0.5), StageFolder(Storage(config.storage), "x"))
+    registered(config, nameless, evaluated(config, 0.5), StageFolder(Storage(config.storage), "x"))
     assert mlflow_store.list_versions(config)[0]["run_id"] == model.mlflow_run_id
 
 
@@ -365,7 +375,7 @@ def three_versions(config: PipelineConfig, digits_storage: Path, digits: IngestR
     """The first one; one that is a little better, which may be chance; one that is clearly better."""
     target = StageFolder(Storage(config.storage), "runs/register")
     return [
-        run_register(config, trained(config, digits_storage, digits, number), evaluated(config, error), target)
+        registered(config, trained(config, digits_storage, digits, number), evaluated(config, error), target)
         for number, error in enumerate((0.5, 0.494, 0.4), start=1)
     ]
 
@@ -407,8 +417,8 @@ def test_a_comparison_is_made_and_paid_for_once(
 ) -> None:
     target = StageFolder(Storage(config.storage), "runs/register")
     models = [trained(config, digits_storage, digits, number) for number in (1, 2)]
-    run_register(config, models[0], evaluated(config, 0.5), target)
-    first, second = (run_register(config, models[1], evaluated(config, 0.494), target) for _ in range(2))
+    registered(config, models[0], evaluated(config, 0.5), target)
+    first, second = (registered(config, models[1], evaluated(config, 0.494), target) for _ in range(2))
     assert (first.alias, first.reason) == (second.alias, second.reason)
     assert mlflow_store.num_looks(config, "same") == 1
 
@@ -432,6 +442,6 @@ def test_what_an_action_lacks_is_named(
     arguments: list[str], fault: str,
 ) -> None:  # fmt: skip
     target = StageFolder(Storage(config.storage), "runs/register")
-    run_register(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), target)
+    registered(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), target)
     assert registry(config, *arguments) == 2
     assert fault in capsys.readouterr().err

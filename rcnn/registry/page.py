@@ -1,0 +1,201 @@
+"""The report of a registered model as one HTML file: no link to anything outside, no script, pictures inside.
+
+It begins with the verdict and ends with a command that reproduces the model. `report.md`, which the evaluation writes, has the
+figures alone.
+"""
+
+import base64
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from rcnn.config import PipelineConfig
+from rcnn.config_diff import differences
+from rcnn.data.manifest import Manifest
+from rcnn.recipes import RECIPES
+from rcnn.registry.ledger import Look
+from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
+from rcnn.storage import Storage
+from rcnn.text import printable
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+PAGE = "report.html"
+OF_THE_MODEL = ("model", "train", "augment", "data", "seed", "evaluate")
+"""The sections that decide what a model is; the others say how and where it was made."""
+PICTURES = (
+    ("training.png", "Training", "Loss and validation error after each epoch."),
+    ("confusion.png", "Confusion matrix", "Rows: the true class; columns: the answer. Colour shows mistakes."),
+    ("mistakes.png", "The surest mistakes", "Probability of the answer, and true class > answer. Look here for wrong labels."),
+    ("least-sure.png", "Right, and least sure", "The probability of the answer, and the answer."),
+    (
+        "reliability.png",
+        "Reliability",
+        "Below the dotted line the model is too sure of itself, above it too modest. The bars show how many rows there are.",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """All that the report is about."""
+
+    config: PipelineConfig
+    manifest: Manifest
+    data: IngestResult
+    trained: TrainResult
+    evaluated: EvaluateResult
+    registered: RegisterResult
+    look: Look | None
+    environment: Mapping[str, str]
+
+
+def write_page(subject: Subject, storage: Storage, file: Path) -> None:
+    """Writes the report; the pictures are those in the evaluation's folder."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["table"] = _table
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    file.write_text(template.render(**_content(subject, storage)), encoding="utf-8")
+
+
+def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
+    config, registered = subject.config, subject.registered
+    error = f"{100 * subject.evaluated.test_error:.2f} %"
+    return {
+        "title": f"{config.model.title} on {subject.manifest.name}: {error} test error",
+        "subtitle": f"{registered.model_name} version {registered.version}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC",
+        "verdict": f"Version {registered.version} is {_with_article(registered.alias)}: {registered.reason}.",
+        "figures": _figures(subject),
+        "comparison": _comparison(subject.look),
+        "pictures": list(_pictures(storage, subject.evaluated.folder)),
+        "classes": _classes(subject.evaluated),
+        "cost": _cost(subject),
+        "recipe": config.recipe,
+        "settings": _settings(config),
+        "data": _data_card(subject.manifest),
+        "origin": _origin(subject),
+        "usage": _usage(registered),
+        "reproduce": _reproduction(config, subject.environment),
+    }
+
+
+def _with_article(alias: str) -> str:
+    return "the champion" if alias == "champion" else f"a {alias}"
+
+
+def _figures(subject: Subject) -> dict[str, str]:
+    trained = subject.trained
+    best = f"{100 * trained.val_error:.2f} % (epoch {trained.best_epoch:g} of {trained.epochs:g})"
+    return {
+        **subject.evaluated.written_metrics(),
+        "validation error": best,
+        "parameters": f"{trained.num_parameters:,}",
+        "size of the weights": f"{4 * trained.num_parameters / 1e6:,.1f} MB",
+        **({"ended early": trained.unfinished} if trained.unfinished else {}),
+    }
+
+
+def _comparison(look: Look | None) -> dict[str, str]:
+    if look is None or not look.number:
+        return {}
+    low, high = 100 * look.paired.gain, look.level
+    return {
+        "champion": f"version {look.champion}",
+        "test rows": f"{look.num_rows:,}",
+        "right here, wrong there": f"{look.only_new:,}",
+        "wrong here, right there": f"{look.only_champion:,}",
+        "difference of the errors": f"{low:+.2f} points in favour of this model",
+        "p-value (exact, one-sided McNemar)": f"{look.paired.p_value:.3g}",
+        f"level of look {look.number}": f"{high:.3g}",
+    }
+
+
+def _pictures(storage: Storage, folder: str) -> Any:
+    for name, title, caption in PICTURES:
+        if storage.exists(f"{folder}/{name}"):
+            content = base64.b64encode(storage.read_bytes(f"{folder}/{name}")).decode()
+            yield {"title": title, "caption": caption, "base64": content}
+
+
+def _classes(evaluated: EvaluateResult) -> list[tuple[str, ...]]:
+    return [
+        (printable(name), f"{each.num_rows:,}", *map(_percent, (each.precision, each.recall, each.f1)))
+        for name, each in evaluated.classes.items()
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def _cost(subject: Subject) -> dict[str, str]:
+    trained, evaluated = subject.trained, subject.evaluated
+    return {
+        "ingest": subject.data.duration,
+        "training": f"{trained.duration}, {trained.images_per_second:,.0f} images/s",
+        "memory of training": trained.memory,
+        "evaluation": evaluated.inference,
+    }
+
+
+def _settings(config: PipelineConfig) -> list[tuple[str, str, str]]:
+    """Name, value of the recipe and value here; of a config that does not begin with a recipe, none."""
+    if config.recipe not in RECIPES:
+        return []
+    found = differences(RECIPES[config.recipe](), config)
+    return [each for each in found if each[0].partition(".")[0] in OF_THE_MODEL]
+
+
+def _data_card(manifest: Manifest) -> dict[str, str]:
+    height, width, channels = manifest.image_shape
+    source = manifest.source.model_dump(exclude={"files"})
+    return {
+        "data set": manifest.name,
+        **{f"source: {name}": printable(str(value)) for name, value in source.items() if value},
+        **{f"{name} rows": f"{split.rows:,}" for name, split in manifest.splits.items()},
+        "images": f"{height} x {width}, {'grey' if channels == 1 else f'{channels} channels'}",
+        "classes": f"{len(manifest.classes):,}",
+        "skipped images": f"{len(manifest.skipped):,}",
+        "digest": manifest.digest,
+    }
+
+
+def _origin(subject: Subject) -> dict[str, str]:
+    return {
+        "network": subject.config.model.title,
+        "MLflow run": subject.trained.mlflow_run_id,
+        "weights (SHA-256)": subject.trained.weights_sha256,
+        "config": subject.config.hash(),
+        **{name.replace("git_commit", "commit"): value for name, value in subject.environment.items() if value},
+    }
+
+
+def _usage(registered: RegisterResult) -> str:
+    return (
+        f"rcnn predict --model {registered.model_name}/{registered.version} picture.png\n\n"
+        "# in Python, with MLFLOW_TRACKING_URI set: images (N, C, H, W) uint8 in, probabilities (N, classes) out\n"
+        f'import mlflow\nmodel = mlflow.pyfunc.load_model("{registered.model_uri}")\nprobabilities = model.predict(images)\n'
+    )
+
+
+def _reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str:
+    """The command that trains this model again, without the search that led to its settings."""
+    lines = []
+    if commit := environment.get("git_commit", "").removesuffix("-dirty"):
+        lines.append(f"git checkout {commit}")
+    recipe = ["--recipe", config.recipe] if config.recipe in RECIPES else []
+    values = {name: here for name, _, here in _settings(config)} | {"tune.enabled": "false"}
+    words = ["rcnn", "pipeline", *recipe, *(word for each in values.items() for word in ("--set", "=".join(each)))]
+    return "\n".join([*lines, shlex.join(words)])
+
+
+def _table(rows: Mapping[str, str]) -> Markup:
+    """Labels and values, as two columns."""
+    row = Markup("<tr><th>{}</th><td>{}</td></tr>\n")
+    body = Markup("").join(row.format(label, value) for label, value in rows.items())
+    return Markup('<div class="wide"><table>\n{}</table></div>').format(body)
