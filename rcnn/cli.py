@@ -110,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
         help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
         "(default: the only registered model)",
     )
+    predict.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help="show the N most probable classes with bars (default: 3 on a terminal, else 1)",
+    )
+    predict.add_argument("--json", action="store_true", help="a line of JSON for each image")
     _add_registry(commands)
     _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
@@ -343,22 +350,29 @@ def _job_inputs(folder: Any) -> Any:
 
 def _predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
-    from rcnn.evaluate.predict import Predictor, Unreadable, find_images
+    from rcnn.evaluate.predict import NUM_TOP, Predictor, Unreadable, find_images
     from rcnn.storage import Storage
 
     if Storage(config.storage).is_local and not config.tracking.uri:
         Storage(config.storage).require_readable()
+    if options.top is not None and options.top < 1:
+        raise ConfigError(f"is {options.top}", where="--top", remedy="Use 1 or more")
     files = find_images(options.images)
+    num_top = options.top or (NUM_TOP if options.json else 3 if sys.stdout.isatty() else 1)
     with _model_folder(config, options.model) as (name, folder):
-        predictor = Predictor(folder)
-    print(f"model: {printable(name)}, trained on {printable(predictor.data_set)}")
+        predictor = Predictor(folder, num_top=num_top)
+    if not options.json:
+        print(f"model: {printable(name)}, trained on {printable(predictor.data_set)}")
     num_unreadable = 0
     for answer in _with_bar(predictor.predict(files), len(files), "image"):
-        if isinstance(answer, Unreadable):
-            num_unreadable += 1
+        is_unreadable = isinstance(answer, Unreadable)
+        num_unreadable += is_unreadable
+        if options.json:
+            print(json.dumps(answer.as_json()))
+        elif is_unreadable:
             print(f"rcnn: {answer}", file=sys.stderr)
         else:
-            print(answer)
+            print(answer if num_top == 1 else f"{answer}\n{answer.bars()}")
     if num_unreadable:
         print(f"rcnn: {num_unreadable:,} of {len(files):,} files could not be read", file=sys.stderr)
     return 1 if num_unreadable else 0

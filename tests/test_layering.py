@@ -41,6 +41,7 @@ ORDER = [
     "evaluate",
     "registry",
     "stages",
+    "api",
     "verify",
     "plan",
     "doctor",

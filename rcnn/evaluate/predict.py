@@ -1,4 +1,4 @@
-"""A finished model on image files: their classes, and how sure the model is.
+"""A finished model on images: their classes, and how sure the model is.
 
 Files are decoded by threads, a batch ahead of the model; one that cannot be read is reported, and the rest are classified.
 """
@@ -18,25 +18,60 @@ import torch
 from rcnn.config import MAX_MEGAPIXELS
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, unwarned
 from rcnn.errors import ConfigError, SourceError
-from rcnn.model.classifier import Classifier
 from rcnn.text import printable
 from rcnn.train.checkpoint import load_model
 from rcnn.train.execution import choose_device
 
 BATCH_SIZE = 128
+NUM_TOP = 5
+BAR_WIDTH, EIGHTHS = 30, " ▏▎▍▌▋▊▉"
 NUM_DECODERS = min(8, os.cpu_count() or 1)
+
+Decoded = tuple[Path, np.ndarray | str]
+"""A file and its pixels (H, W, C), or why there are none."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable class of a file."""
+    """The most probable classes of an image, the most probable first; `file` is None for pixels from memory."""
 
-    file: Path
-    label: str
-    probability: float
+    file: Path | None
+    top: tuple[tuple[str, float], ...]
+    """Class names with their probabilities."""
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.top[0][0]
+
+    @property
+    def probability(self) -> float:
+        """Of that class."""
+        return self.top[0][1]
 
     def __str__(self) -> str:
-        return printable(f"{self.file}: {self.label} ({100 * self.probability:.1f} %)")
+        return printable(f"{self.file or 'image'}: {self.label} ({100 * self.probability:.1f} %)")
+
+    def bars(self) -> str:
+        """A line for each class, with a bar as long as its probability."""
+        names = [printable(name) for name, _ in self.top]
+        width = max(map(len, names))
+        lines = (
+            f"  {name:<{width}}  {100 * probability:5.1f} %  {_bar(probability)}".rstrip()
+            for name, (_, probability) in zip(names, self.top, strict=True)
+        )
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        top = [{"label": name, "probability": probability} for name, probability in self.top]
+        return {"file": str(self.file), "label": self.label, "probability": self.probability, "top": top}
+
+
+def _bar(share: float) -> str:
+    """A bar of up to `BAR_WIDTH` characters, in steps of an eighth of one."""
+    whole, eighths = divmod(round(8 * BAR_WIDTH * share), 8)
+    return "█" * whole + EIGHTHS[eighths]
 
 
 @dataclass(frozen=True)
@@ -48,6 +83,10 @@ class Unreadable:
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.reason}")
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {"file": str(self.file), "error": self.reason}
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
@@ -98,17 +137,19 @@ def _files_below(folder: str) -> Iterator[Path]:
 
 
 class Predictor:
-    """A model that was loaded once, for any number of files.
+    """A model that was loaded once, for any number of images.
 
     Args:
         folder: holds `model.safetensors` and `model.json`.
+        num_top: how many classes a prediction names, if there are as many.
 
     Raises:
         DataError: it does not.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, num_top: int = NUM_TOP):
         self.model, self.description = load_model(folder)
+        self._num_top = num_top
         self._device = choose_device(torch.cuda.is_available())
         self.model.to(self._device)
 
@@ -122,7 +163,28 @@ class Predictor:
         rule = _rule_of(self.description)
         with unwarned():
             for batch in _decoded_ahead(files, rule):
-                yield from _classified(self.model, batch, self.description["classes"], self._device)
+                yield from self._classified(batch)
+
+    def predict_pixels(self, images_NHWC: np.ndarray) -> Iterator[Prediction]:
+        """The classes of uint8 images (N, H, W, C) of the shape that the model was trained on."""
+        for start in range(0, len(images_NHWC), BATCH_SIZE):
+            for top in self._tops(images_NHWC[start : start + BATCH_SIZE]):
+                yield Prediction(None, top)
+
+    def _classified(self, batch: Sequence[Decoded]) -> Iterator[Prediction | Unreadable]:
+        images = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
+        answers = iter(self._tops(np.stack(images)) if images else ())
+        for file, pixels in batch:
+            yield Unreadable(file, pixels) if isinstance(pixels, str) else Prediction(file, next(answers))
+
+    def _tops(self, images_NHWC: np.ndarray) -> Iterator[tuple[tuple[str, float], ...]]:
+        """The most probable classes of each image of one batch."""
+        classes = self.description["classes"]
+        images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).to(self._device)
+        with torch.inference_mode():
+            best = self.model(images_NCHW).softmax(1).topk(min(self._num_top, len(classes)))
+        for probabilities, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            yield tuple((classes[label], share) for label, share in zip(labels, probabilities, strict=True))
 
 
 def _rule_of(description: dict[str, Any]) -> ImageRule:
@@ -135,10 +197,6 @@ def _rule_of(description: dict[str, Any]) -> ImageRule:
         is_grey_required=False,
         max_pixels=MAX_MEGAPIXELS * 1_000_000,
     )
-
-
-Decoded = tuple[Path, np.ndarray | str]
-"""A file and its pixels (H, W, C), or why there are none."""
 
 
 def _decoded_ahead(files: Sequence[Path], rule: ImageRule) -> Iterator[list[Decoded]]:
@@ -162,21 +220,3 @@ def _decoded_ahead(files: Sequence[Path], rule: ImageRule) -> Iterator[list[Deco
                 yield [future.result() for future in coming.popleft()]
         while coming:
             yield [future.result() for future in coming.popleft()]
-
-
-def _classified(
-    model: Classifier, batch: Sequence[Decoded], classes: Sequence[str], device: torch.device
-) -> Iterator[Prediction | Unreadable]:
-    images = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
-    answers: Iterator[tuple[float, int]] = iter(())
-    if images:
-        images_NCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-        with torch.inference_mode():
-            best = model(images_NCHW).softmax(1).max(1)
-        answers = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    for file, pixels in batch:
-        if isinstance(pixels, str):
-            yield Unreadable(file, pixels)
-        else:
-            probability, label = next(answers)
-            yield Prediction(file, classes[label], probability)

@@ -154,3 +154,30 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path, capsys: pytest.Captur
         error = capsys.readouterr().err
         assert f"{wanted}: does not hold a model" in error
         assert error.count("\n") == 1
+
+
+def test_the_most_probable_classes_are_shown_with_bars(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [file] = write_images(tmp_path, 1)
+    assert main(["predict", "--model", str(model), "--top", "3", str(file)]) == 0
+    _, answer, *bars = capsys.readouterr().out.splitlines()
+    assert len(bars) == 3
+    shares = [float(line.split()[1]) for line in bars]
+    assert shares == sorted(shares, reverse=True)
+    assert f"({shares[0]} %)" in answer
+    assert [line.count("█") for line in bars] == [int(30 * share / 100 + 1 / 16) for share in shares]
+    assert main(["predict", "--model", str(model), "--top", "0", str(file)]) == 2
+    assert "--top: is 0. Use 1 or more" in capsys.readouterr().err
+
+
+def test_json_has_a_line_for_each_file_the_unreadable_ones_included(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [*write_images(tmp_path, 2), tmp_path / "absent.png"]
+    assert main(["predict", "--model", str(model), "--json", *map(str, files)]) == 1
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["file"] for answer in answers] == list(map(str, files))
+    assert [len(answer["top"]) for answer in answers[:2]] == [5, 5]
+    assert answers[0]["label"] == answers[0]["top"][0]["label"]
+    assert "error" in answers[2]
