@@ -78,11 +78,11 @@ def load_model(name: str = "", *, storage: str = "", tracking_uri: str = "", num
         DataError: its files are gone or damaged.
         ClusterError: MLflow is out of reach.
     """
+    if num_top < 1:
+        raise ConfigError(f"is {num_top}", where="num_top", remedy="Use 1 or more")
     folder = Path(name)
     if name and folder.is_dir():
         return Model(name, Predictor(folder / "model" if (folder / "model").is_dir() else folder, num_top=num_top))
-    if num_top < 1:
-        raise ConfigError(f"is {num_top}", where="num_top", remedy="Use 1 or more")
     places: Sequence[tuple[str, str]] = [("storage", storage), ("tracking.uri", tracking_uri)]
     settings = [f"{setting}={value}" for setting, value in places if value]
     config = resolve_config(environ=os.environ, overrides=settings).rooted()

@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit code.
 
     0; 1 where some images could not be read, or a model was not reproduced; 2 for an error that the user can fix; 130 where the
-    user stopped it, 143 where
-    SIGTERM did, and 141 where the reader of its output did.
+    user stopped it, 143 where SIGTERM did, and 141 where the reader of its output did.
     """
     options = _parser().parse_args(arguments)
     atexit.register(gc.freeze)  # else Python searches all that torch, Ray and MLflow loaded for garbage: 1 s at exit
@@ -478,7 +477,8 @@ def _verify(config: Any, name: str, version: int) -> int:
         return 0
     print(f"{name} version {version} is not reproduced:")
     print(f"  recorded {found.recorded_sha256}\n  found    {found.found_sha256}")
-    for difference in found.differences or ("nothing that the version records differs on this machine",):
+    unknown = "what the version records is as it was; was it trained here, with train.deterministic=true?"
+    for difference in found.differences or (unknown,):
         print(printable(f"  {difference}"))
     return 1
 

@@ -26,8 +26,6 @@ from rcnn.progress import say
 from rcnn.ray_nodes import require_alike, require_one_machine
 from rcnn.storage import Storage
 
-TOO_SLOW = "timed out during startup"
-"""What Ray says, as a bare exception, where its processes need more than 30 s, a limit that no setting changes."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -64,20 +62,9 @@ def _join(config: PipelineConfig) -> None:
 def _start(config: PipelineConfig) -> None:
     say("  starting Ray on this machine ...")
     _stay_on_loopback()
-    with _reported(config, "started", "Run the same command again when the machine is less busy"):
-        try:
-            _start_here(config)
-        except Exception as error:
-            if TOO_SLOW not in str(error):
-                raise
-            say("  Ray did not start within its limit of 30 s, so the machine is busy: trying once more ...")
-            ray.shutdown()  # ends what did start
-            _start_here(config)
-
-
-def _start_here(config: PipelineConfig) -> None:
-    # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
-    ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **QUIET)
+    with _reported(config, "started", "If it timed out (after 30 s), the machine is busy: run the same command again"):
+        # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
+        ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **QUIET)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Trains a registered version again, from its recorded config, data and code, and compares the weights.
 
 A result is named by what makes it, and training is deterministic on one kind of machine: the same config, data and code give
-the same bits. So a version that another machine or another release of a library does not reproduce is found, and what differs
-is named.
+the same bits. Where a version is not reproduced, what differs from the time of its
+registration is named: commit, torch, Python, processor.
 """
 
 import json
@@ -54,11 +54,18 @@ def verify(config: PipelineConfig, version: int) -> Reproduction:
         raise DataError(
             "it has no weights_sha256", where=name, remedy="Only versions that `rcnn` registered can be verified"
         )
+    differences = tuple(_differences(tags))
+    for difference in differences:
+        say(f"  not as recorded: {difference}")
     recorded, place = _recorded_config(config, version), f"verify/{model_name(config)}-{version}"
     storage = Storage(config.storage)
-    again = recorded.model_copy(update={"ray": config.ray}).with_settings(
-        {"storage": storage.below(place).root, "tracking.uri": "", "tune.enabled": False}
+    if recorded.train.max_minutes:
+        say(f"  train.max_minutes = {recorded.train.max_minutes:g} may have ended it, and may end it elsewhere now")
+    again = recorded.model_copy(update={"ray": config.ray, "tracking": config.tracking}).with_settings(
+        {"storage": storage.below(place).root, "tracking.experiment": "rcnn/verify", "tune.enabled": False}
     )
+    if recorded.train.shares:  # then the bits do not depend on the workers
+        again = again.model_copy(update={"execution": config.execution})
     say(f"{name}: training it again")
     data: IngestResult = run_stage(again, "ingest", {})  # type: ignore[assignment]
     if data.digest != tags.get("data_digest"):
@@ -69,7 +76,7 @@ def verify(config: PipelineConfig, version: int) -> Reproduction:
         )
     trained: TrainResult = run_stage(again, "train", {"ingest": data})  # type: ignore[assignment]
     storage.delete(place)  # kept where it failed: the next attempt resumes
-    return Reproduction(tags["weights_sha256"], trained.weights_sha256, tuple(_differences(tags)))
+    return Reproduction(tags["weights_sha256"], trained.weights_sha256, differences)
 
 
 def _recorded_config(config: PipelineConfig, version: int) -> PipelineConfig:

@@ -117,7 +117,9 @@ def _add(found: Figures, rows: dict[str, np.ndarray], first_row: int) -> None:
     found.brier_sum += float((probabilities_NC**2).sum() - 2 * own_N.sum() + len(own_N))
     found.num_outside_5 += int(((probabilities_NC > own_N[:, None]).sum(1) >= 5).sum())
     right_N = labels_N == predicted_N
-    bin_N = np.minimum((best_N * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    bin_N = np.minimum(
+        (np.nan_to_num(best_N) * NUM_BINS).astype(np.int64), NUM_BINS - 1
+    )  # nan: a network that diverged
     for total, weights in zip(found.bins, (None, best_N, right_N), strict=True):
         total += np.bincount(bin_N, weights, minlength=NUM_BINS)
 

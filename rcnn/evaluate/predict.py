@@ -65,7 +65,7 @@ class Prediction:
     def as_json(self) -> dict[str, Any]:
         """For machines."""
         top = [{"label": name, "probability": probability} for name, probability in self.top]
-        return {"file": str(self.file), "label": self.label, "probability": self.probability, "top": top}
+        return {"file": str(self.file or ""), "label": self.label, "probability": self.probability, "top": top}
 
 
 def _bar(share: float) -> str:
@@ -180,7 +180,7 @@ class Predictor:
     def _tops(self, images_NHWC: np.ndarray) -> Iterator[tuple[tuple[str, float], ...]]:
         """The most probable classes of each image of one batch."""
         classes = self.description["classes"]
-        images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).to(self._device)
+        images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
         with torch.inference_mode():
             best = self.model(images_NCHW).softmax(1).topk(min(self._num_top, len(classes)))
         for probabilities, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):

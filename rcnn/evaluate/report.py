@@ -163,7 +163,8 @@ def _draw_examples(
     )
     for file, title, examples in sheets:
         if examples:
-            images = [rows.read(stretch(rows.segments, each.row, each.row + 1))[0][0] for each in examples]
+            segments = [segment for each in examples for segment in stretch(rows.segments, each.row, each.row + 1)]
+            images = list(rows.read(segments)[0])
             captions = [_caption(each, classes) for each in examples]
             sheet = contact_sheet(
                 title, images, captions, num_columns=EXAMPLES_PER_ROW, tile_pixels=PIXELS_OF_AN_EXAMPLE

@@ -13,7 +13,7 @@ from rcnn.registry.ledger import Look, looks_of
 from rcnn.text import counted
 from rcnn.tracking import model_name
 
-BY_HAND = "by hand: "
+PROMOTED, ROLLED_BACK = "promoted by hand: ", "rolled back by hand: "
 
 
 def promote(config: PipelineConfig, version: int, reason: str) -> None:
@@ -26,11 +26,14 @@ def promote(config: PipelineConfig, version: int, reason: str) -> None:
     champion = mlflow_store.champion_of(config)
     if champion is not None and champion.version == version:
         raise ConfigError(f"version {version} already is the champion", where=model_name(config))
-    _make_champion(config, version, champion.version if champion else None, f"{BY_HAND}{reason}")
+    _note(config, version, f"{PROMOTED}{reason}")
+    with mlflow_store.promotion(config, version):
+        mlflow_store.set_alias(config, CHAMPION, version)
+    mlflow_store.note_champions(config, [*mlflow_store.champions_so_far(config), version])
 
 
 def roll_back(config: PipelineConfig, reason: str) -> tuple[int, int]:
-    """Makes the version champion again that the current one replaced; returns the old champion and the new one.
+    """Makes the version champion again that was it before the current one; returns the old champion and the new one.
 
     Raises:
         ConfigError: there is no champion, or none before it.
@@ -38,33 +41,30 @@ def roll_back(config: PipelineConfig, reason: str) -> tuple[int, int]:
     champion = mlflow_store.champion_of(config)
     if champion is None:
         raise ConfigError("there is no champion to roll back from", where=model_name(config))
-    versions = mlflow_store.tags_of_versions(config)
-    before = versions[champion.version].get(mlflow_store.BEFORE_TAG, "")
-    if not before.isdecimal() or int(before) not in versions:
-        what = f"version {before}, which it replaced, was deleted" if before else "it replaced no other version"
+    kept = mlflow_store.champions_so_far(config)
+    there = mlflow_store.version_numbers(config, model_name(config))
+    while kept and (kept[-1] == champion.version or kept[-1] not in there):
+        kept.pop()
+    if not kept:
         raise ConfigError(
-            f"cannot return from version {champion.version}: {what}",
+            f"version {champion.version} has no champion before it that still exists",
             where=model_name(config),
             remedy="`rcnn registry promote VERSION --reason ...` promotes any version",
         )
-    # The version that is returned to keeps what it replaced itself, so that rolling back twice goes back two steps.
-    tags = {mlflow_store.REASON_TAG: f"{BY_HAND}rolled back from version {champion.version}: {reason}"}
-    mlflow_store.tag_version(config, int(before), tags)
-    mlflow_store.set_alias(config, CHAMPION, int(before))
-    return champion.version, int(before)
+    _note(config, champion.version, f"{ROLLED_BACK}{reason}")
+    mlflow_store.set_alias(config, CHAMPION, kept[-1])
+    mlflow_store.note_champions(config, kept)
+    return champion.version, kept[-1]
+
+
+def _note(config: PipelineConfig, version: int, decision: str) -> None:
+    mlflow_store.tag_version(config, version, {mlflow_store.BY_HAND_TAG: decision[: mlflow_store.MAX_REASON]})
 
 
 def standing_of(tags: Mapping[str, str]) -> str:
-    """The newest verdict about a version in a few words; that of a person comes first."""
-    reason, looks = tags.get(mlflow_store.REASON_TAG, ""), looks_of(tags)
-    if reason.startswith(BY_HAND):
-        return reason
-    return looks[-1].summary if looks else ""
-
-
-def _make_champion(config: PipelineConfig, version: int, before: int | None, reason: str) -> None:
-    with mlflow_store.promotion(config, version, before=before, reason=reason):
-        mlflow_store.set_alias(config, CHAMPION, version)
+    """In a few words, what a person decided about a version, or else the newest verdict."""
+    looks = looks_of(tags)
+    return tags.get(mlflow_store.BY_HAND_TAG) or (looks[-1].summary if looks else "")
 
 
 def explain(config: PipelineConfig, version: int) -> Iterator[str]:
@@ -75,37 +75,30 @@ def explain(config: PipelineConfig, version: int) -> Iterator[str]:
     """
     tags = _require_version(config, version)
     looks = looks_of(tags)
-    found = mlflow_store.find_version(config, f"{model_name(config)}/{version}")
-    yield str(found)
+    yield str(mlflow_store.find_version(config, f"{model_name(config)}/{version}"))
     for look in looks:
-        yield from _explain_look(config, version, look)
+        yield from _explain_look(config, look)
     if not looks:
-        yield "  it was registered by other means, or before verdicts were kept: it was not compared with a champion"
-    for label, tag in (
-        ("network", "network"),
-        ("config", "config_hash"),
-        ("data set", "data_digest"),
-        ("commit", "git_commit"),
-    ):
+        yield "  it was not compared with a champion: it was registered by other means, or before verdicts were kept"
+    if decision := tags.get(mlflow_store.BY_HAND_TAG):
+        yield f"  {decision}"
+    labels = {"network": "network", "config_hash": "config", "data_digest": "data set", "git_commit": "commit"}
+    for tag, label in labels.items():
         if tags.get(tag):
             yield f"  {label}: {tags[tag]}"
-    if reason := tags.get(mlflow_store.REASON_TAG, ""):
-        yield f"  promoted {reason}" if reason.startswith(BY_HAND) else f"  promoted because {reason}"
 
 
-def _explain_look(config: PipelineConfig, version: int, look: Look) -> Iterator[str]:
-    yield f"  verdict: {look.alias}; {look.reason}"
+def _explain_look(config: PipelineConfig, look: Look) -> Iterator[str]:
+    yield f"  verdict: {look.alias}. {look.reason}"
     if not look.number:
         return
-    known = mlflow_store.num_looks(config, look.test_digest)
-    spent = sum(level_of(number) for number in range(1, known + 1))
+    num_looks = mlflow_store.num_looks(config, look.test_digest)
+    spent = sum(level_of(number) for number in range(1, num_looks + 1))
+    p_value = f"p = {look.paired.p_value:.3g}, needed {look.level:.3g}"
+    yield f"  test: exact one-sided McNemar test on {look.num_rows:,} rows, {p_value}"
     yield (
-        f"  the test: exact one-sided McNemar on {look.num_rows:,} rows; p = {look.paired.p_value:.3g}, look {look.number} may "
-        f"have {look.level:.3g} at most"
-    )
-    yield (
-        f"  the budget of these rows ({look.test_digest[:8]}): {counted(known, 'look')}, {spent:.4f} of {FALSE_PROMOTIONS:g} "
-        f"spent; the next look asks for {level_of(known + 1):.2g}"
+        f"  budget of these test rows ({look.test_digest[:8]}): {counted(num_looks, 'look')}, {spent:.4f} of "
+        f"{FALSE_PROMOTIONS:g} spent; the next look needs p = {level_of(num_looks + 1):.2g} or less"
     )
 
 
@@ -114,8 +107,6 @@ def _require_version(config: PipelineConfig, version: int) -> dict[str, str]:
     versions = mlflow_store.tags_of_versions(config)
     if version not in versions:
         raise ConfigError(
-            f"{model_name(config)} has no version {version}",
-            where="VERSION",
-            remedy="`rcnn registry` lists them",
+            f"{model_name(config)} has no version {version}", where="VERSION", remedy="`rcnn registry` lists them"
         )
     return versions[version]

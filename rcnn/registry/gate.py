@@ -1,7 +1,7 @@
 """Decides whether a new model becomes the champion: a pure function of figures, at a level that pays for every earlier look.
 
 Two questions are kept apart. Is the new model better? An exact, paired, one-sided McNemar test on the same test rows. And how
-small must its p-value be? Whoever asks often enough gets a yes by chance: of models that are all equally good, about every
+small must its p-value be? Asked often enough, any test says yes by chance: of models that are all equally good, about every
 second one has fewer errors than a given champion. So the chance of *any* wrong promotion, over all models that are ever
 compared on one set of test rows, is limited to `FALSE_PROMOTIONS`, and look number k spends the share
 k^-1.6 / (1^-1.6 + 2^-1.6 + ...) of it. This is online alpha spending: by Bonferroni's inequality the limit holds for any number
@@ -46,21 +46,22 @@ def level_of(look: int) -> float:
     return float(FALSE_PROMOTIONS * look**-DECAY / zeta(DECAY))
 
 
-def judge(new: Standing, champion: Standing, paired: Paired, look: int) -> Verdict:
+def judge(new: Standing, champion: int, paired: Paired, look: int) -> Verdict:
     """Promotes the new version if it is better on the same test rows, at the level of this look.
 
     Args:
         new: the new version.
-        champion: the version that it would replace.
+        champion: the number of the version that it would replace.
         paired: the rows that only the new version, and only the champion, got right.
         look: which comparison on these test rows this is, from 1.
     """
     level, p_value = level_of(look), paired.p_value
     is_better = p_value <= level
+    theirs = new.test_error + paired.gain  # on these rows
     figures = (
-        f"{100 * new.test_error:.2f} % test error against {100 * champion.test_error:.2f} % of version {champion.version}; of "
-        f"{paired.num_rows:,} rows, {paired.only_first:,} only it got right and {paired.only_second:,} only version "
-        f"{champion.version}: p = {p_value:.2g}, where look {look} at these rows asks for {level:.2g}"
+        f"{100 * new.test_error:.2f} % test error against {100 * theirs:.2f} % of version {champion}; {paired.only_first:,} of "
+        f"{paired.num_rows:,} rows are right here and wrong there, {paired.only_second:,} the other way round: "
+        f"p = {p_value:.2g} (look {look} at these rows needs {level:.2g} or less)"
     )
     if is_better:
         return Verdict(CHAMPION, f"better: {figures}")
@@ -75,7 +76,7 @@ def _what_is_missing(paired: Paired, level: float) -> str:
         return ""
     for won in range(paired.only_first + 1, num_different + 1):
         if Paired(paired.num_rows, won, num_different - won).p_value <= level:
-            return f" ({won} to {num_different - won} would do)"
+            return f"; {won} to {num_different - won} would have been enough"
     return ""
 
 

@@ -1,12 +1,7 @@
-"""The ledger of a registered model: every look at its test rows, and what it cost. MLflow keeps it, as tags.
+"""What a look is: one comparison of a version with a champion, its price, and its verdict. MLflow keeps it, as tags.
 
-Each version has the tag `LOOK_TAG` with its looks, one for each set of test rows and champion that it was compared with. The
-registered model itself has a tag for each set of test rows with the number of looks so far, which survives the deletion of
-versions in MLflow's UI.
-
-MLflow has no write that fails if another one came first, so the number of a look must not rest on a counter that two processes
-may read at once. Version numbers do not have that problem: MLflow gives each one out once. The number of a look is at least
-the rank of its version among those with the same test rows, and ranks differ: the levels still add up to no more than 0.05.
+A version has the tag `LOOK_TAG` with its looks. `mlflow_store.next_look` numbers the looks at a set of test rows, for all
+models and processes.
 """
 
 from collections.abc import Mapping
@@ -18,7 +13,6 @@ from rcnn.evaluate.paired import Paired
 from rcnn.registry.gate import CHAMPION, Standing, Verdict, level_of
 
 LOOK_TAG = "rcnn.looks"
-TEST_DIGEST_TAG = "test_digest"
 MOST_LOOKS_KEPT = 10
 """Of a version: a tag of MLflow holds 5,000 characters. The number of looks does not depend on them."""
 
@@ -80,7 +74,7 @@ _LOOKS = TypeAdapter(tuple[Look, ...])
 
 
 def looks_of(tags: Mapping[str, str]) -> tuple[Look, ...]:
-    """The looks in the tags of a version, the oldest first; of tags that somebody wrote by hand, none."""
+    """The looks in the tags of a version, the oldest first; none if somebody wrote other text there."""
     try:
         return _LOOKS.validate_json(tags.get(LOOK_TAG, "[]"))
     except ValidationError:
@@ -94,26 +88,10 @@ def with_look(tags: Mapping[str, str], look: Look) -> dict[str, str]:
 
 
 def earlier_look(tags: Mapping[str, str], test_digest: str, champion: int) -> Look | None:
-    """The look that a version had before, at these rows and beside this champion: asking again costs nothing."""
-    found = [look for look in looks_of(tags) if (look.test_digest, look.champion) == (test_digest, champion)]
-    return found[-1] if found else None
+    """The look that a version had before, at these rows and beside this champion: asking again costs nothing.
 
-
-def number_of_look(version: int, test_digest: str, versions: Mapping[int, Mapping[str, str]], num_known: int) -> int:
-    """Which look at these rows a version has next, from 1.
-
-    Args:
-        version: the version that is compared with the champion.
-        test_digest: names the test rows.
-        versions: the tags of all versions of the model, by number.
-        num_known: looks at these rows that the registered model remembers.
+    Where the champion had no predictions of these rows, it may have them by now: that was not a look.
     """
-    rank = 1 + sum(_asks(tags, test_digest) for number, tags in versions.items() if number < version)
-    noted = [look.number for tags in versions.values() for look in looks_of(tags) if look.test_digest == test_digest]
-    return max(rank, 1 + max(noted, default=0), 1 + num_known)
-
-
-def _asks(tags: Mapping[str, str], test_digest: str) -> bool:
-    """Whether a version has had a look at these rows, or may be having one: only a noted look can cost nothing."""
-    looks = [look for look in looks_of(tags) if look.test_digest == test_digest]
-    return any(look.number for look in looks) if looks else tags.get(TEST_DIGEST_TAG) == test_digest
+    same = [look for look in looks_of(tags) if (look.test_digest, look.champion) == (test_digest, champion)]
+    found = [look for look in same if look.number or not champion]
+    return found[-1] if found else None

@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,13 +53,19 @@ KEY_TAG, STORAGE_TAG = "rcnn.stage_key", "rcnn.storage"
 NOTES_TAG = "rcnn.outbox_runs"
 DATA_SET_TAG = "rcnn.data_set"  # of a registered model: marks those of this project
 PROMOTION_TAG, UNDER_WAY = "rcnn.newest_when_promoted", "under way"  # of a version
-BEFORE_TAG, REASON_TAG = "rcnn.champion_before", "rcnn.promoted_because"  # of a version that is or was champion
-NUM_LOOKS_TAG = "rcnn.num_looks"  # of a registered model, for each set of test rows
+BY_HAND_TAG = "rcnn.by_hand"  # of a version: what a person decided last
+CHAMPIONS_TAG = "rcnn.champions"  # of a registered model: the numbers of its champions so far, the newest last
+MOST_CHAMPIONS = 500  # some 2,500 of the 5,000 characters that a tag holds
+LEDGER_TAG = "rcnn.looks_at"  # of a registered model that counts the looks at a set of test rows
+LEDGER_TEXT = (
+    "Not a model: counts how often models were compared on one set of test rows. Each version is one comparison. Deleting it "
+    "would void what `rcnn registry` says of the error budget."
+)
 ANSWERS_FOLDER = "test-predictions"  # in the training run, a file for each set of test rows
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
-MAX_TAG = 5000  # characters
+MAX_REASON = 1000  # characters
 SECONDS_OF_A_DAY = 86400
 MAX_IDS = 100  # of resumptions: a tag has a limit too
 REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
@@ -352,7 +358,7 @@ def register_model(
         run_id: the training run.
         weights_sha256: identity of the weights; a version that has them is not registered twice.
         figures: test error and test digest; the version in it does not count.
-        answers: the file of its predictions (see `evaluate/paired.py`), which goes to the run too.
+        answers: the file of its predictions (see `predictions.write_answers`), which goes to the run too.
         environment: more tags: what the bits of the weights depend on besides.
 
     Returns:
@@ -436,19 +442,41 @@ def tag_version(config: PipelineConfig, version: int, tags: Mapping[str, str], *
             client.set_model_version_tag(name or model_name(config), str(version), key, value)
 
 
-def num_looks(config: PipelineConfig, test_digest: str) -> int:
-    """How often models were compared on these test rows, as the registered model remembers it."""
-    with _reachable(config):
-        tags = _connect(config).get_registered_model(model_name(config)).tags
-    return int(tags.get(f"{NUM_LOOKS_TAG}.{test_digest[:16]}", "0"))
+def next_look(config: PipelineConfig, test_digest: str, version: int) -> int:
+    """The number of the next look at these test rows, from 1; no other caller gets it.
 
+    The looks at a set of test rows are the versions of a registered model of their own, whichever models are compared. MLflow
+    has no other counter for processes that run at once: it gives each version number to one caller, and never again.
 
-def note_num_looks(config: PipelineConfig, test_digest: str, number: int) -> None:
-    """Makes the registered model remember that there were as many looks at these test rows."""
+    Args:
+        config: names the registered model that is compared.
+        test_digest: names the test rows.
+        version: of the model that is compared with the champion.
+    """
+    ledger, name = _ledger_name(test_digest), model_name(config)
     with _reachable(config):
-        _connect(config).set_registered_model_tag(
-            model_name(config), f"{NUM_LOOKS_TAG}.{test_digest[:16]}", str(number)
+        client = _connect(config)
+        with _made_by_somebody():
+            client.create_registered_model(ledger, description=LEDGER_TEXT)
+        client.set_registered_model_tag(ledger, LEDGER_TAG, test_digest)
+        compared = client.get_model_version(name, str(version))
+        look = client.create_model_version(
+            ledger,
+            compared.source,
+            run_id=compared.run_id,
+            model_id=compared.source.removeprefix("models:/"),  # which the version itself leaves out
+            description=f"{name} version {version} was compared with the champion",
         )
+    return int(look.version)
+
+
+def num_looks(config: PipelineConfig, test_digest: str) -> int:
+    """How many looks there were at these test rows, as far as none was deleted at the end."""
+    return max(version_numbers(config, _ledger_name(test_digest)), default=0)
+
+
+def _ledger_name(test_digest: str) -> str:
+    return f"rcnn-looks-{test_digest[:16]}"
 
 
 def as_share(tag: str) -> float:
@@ -478,21 +506,27 @@ def _standing(version: Any) -> Standing:
 
 
 @contextlib.contextmanager
-def promotion(config: PipelineConfig, version: int, *, before: int | None, reason: str) -> Iterator[None]:
-    """Marks a version while the body makes it champion, and afterwards with the version that was the newest then.
-
-    Args:
-        config: names the registered model.
-        version: the version that becomes champion.
-        before: the champion that it replaces, to which `rcnn registry rollback` returns; None if there is none.
-        reason: why it is promoted.
-    """
-    mark = {BEFORE_TAG: "" if before is None else str(before), REASON_TAG: reason[:MAX_TAG]}
-    tag_version(config, version, {PROMOTION_TAG: UNDER_WAY, **mark})
+def promotion(config: PipelineConfig, version: int) -> Iterator[None]:
+    """Marks a version while the body makes it champion, and afterwards with the version that was the newest then."""
+    tag_version(config, version, {PROMOTION_TAG: UNDER_WAY})
     try:
         yield
     finally:
         tag_version(config, version, {PROMOTION_TAG: str(max(version_numbers(config, model_name(config))))})
+
+
+def champions_so_far(config: PipelineConfig) -> list[int]:
+    """The champions of the model, the newest last, without those that were rolled back."""
+    with _reachable(config):
+        tags = _connect(config).get_registered_model(model_name(config)).tags
+    return [int(number) for number in tags.get(CHAMPIONS_TAG, "").split()]
+
+
+def note_champions(config: PipelineConfig, versions: Sequence[int]) -> None:
+    """Makes these the champions of the model so far."""
+    with _reachable(config):
+        written = " ".join(map(str, versions[-MOST_CHAMPIONS:]))
+        _connect(config).set_registered_model_tag(model_name(config), CHAMPIONS_TAG, written)
 
 
 def promoted_since(config: PipelineConfig, version: int) -> list[Standing]:
@@ -582,7 +616,8 @@ def list_models(config: PipelineConfig) -> list[str]:
         client = _connect(config)
         while token is not None:
             page = client.search_registered_models(page_token=token or None)
-            found += [model.name for model in page if not config.tracking.uri or _is_ours(model)]
+            ours = [model for model in page if not config.tracking.uri or _is_ours(model)]
+            found += [model.name for model in ours if LEDGER_TAG not in model.tags]
             token = page.token or None
     return sorted(found)
 

@@ -26,8 +26,9 @@ from rcnn.text import printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 PAGE = "report.html"
+DEFAULT_RECIPE = "demo"
 OF_THE_MODEL = ("model", "train", "augment", "data", "seed", "evaluate")
-"""The sections that decide what a model is; the others say how and where it was made."""
+"""The sections that name a result; the others say how and where it is made."""
 PICTURES = (
     ("training.png", "Training", "Loss and validation error after each epoch."),
     ("confusion.png", "Confusion matrix", "Rows: the true class; columns: the answer. Colour shows mistakes."),
@@ -69,13 +70,13 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
     return {
         "title": f"{config.model.title} on {subject.manifest.name}: {error} test error",
         "subtitle": f"{registered.model_name} version {registered.version}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC",
-        "verdict": f"Version {registered.version} is {_with_article(registered.alias)}: {registered.reason}.",
+        "verdict": f"Version {registered.version} is {_with_article(registered.alias)}. {_sentence(registered.reason)}",
         "figures": _figures(subject),
         "comparison": _comparison(subject.look),
         "pictures": list(_pictures(storage, subject.evaluated.folder)),
         "classes": _classes(subject.evaluated),
         "cost": _cost(subject),
-        "recipe": config.recipe,
+        "recipe": _base(config),
         "settings": _settings(config),
         "data": _data_card(subject.manifest),
         "origin": _origin(subject),
@@ -86,6 +87,10 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
 
 def _with_article(alias: str) -> str:
     return "the champion" if alias == "champion" else f"a {alias}"
+
+
+def _sentence(reason: str) -> str:
+    return f"{reason[:1].upper()}{reason[1:]}."
 
 
 def _figures(subject: Subject) -> dict[str, str]:
@@ -103,15 +108,14 @@ def _figures(subject: Subject) -> dict[str, str]:
 def _comparison(look: Look | None) -> dict[str, str]:
     if look is None or not look.number:
         return {}
-    low, high = 100 * look.paired.gain, look.level
     return {
         "champion": f"version {look.champion}",
         "test rows": f"{look.num_rows:,}",
         "right here, wrong there": f"{look.only_new:,}",
         "wrong here, right there": f"{look.only_champion:,}",
-        "difference of the errors": f"{low:+.2f} points in favour of this model",
+        "error of the champion, minus that of this model": f"{100 * look.paired.gain:+.2f} points",
         "p-value (exact, one-sided McNemar)": f"{look.paired.p_value:.3g}",
-        f"level of look {look.number}": f"{high:.3g}",
+        f"level of look {look.number}": f"{look.level:.3g}",
     }
 
 
@@ -144,11 +148,14 @@ def _cost(subject: Subject) -> dict[str, str]:
 
 
 def _settings(config: PipelineConfig) -> list[tuple[str, str, str]]:
-    """Name, value of the recipe and value here; of a config that does not begin with a recipe, none."""
-    if config.recipe not in RECIPES:
-        return []
-    found = differences(RECIPES[config.recipe](), config)
+    """Name, value of the recipe and value here."""
+    found = differences(RECIPES[_base(config)](), config)
     return [each for each in found if each[0].partition(".")[0] in OF_THE_MODEL]
+
+
+def _base(config: PipelineConfig) -> str:
+    """The recipe that a config began with, or the default one."""
+    return config.recipe if config.recipe in RECIPES else DEFAULT_RECIPE
 
 
 def _data_card(manifest: Manifest) -> dict[str, str]:
@@ -177,18 +184,19 @@ def _origin(subject: Subject) -> dict[str, str]:
 
 def _usage(registered: RegisterResult) -> str:
     return (
-        f"rcnn predict --model {registered.model_name}/{registered.version} picture.png\n\n"
-        "# in Python, with MLFLOW_TRACKING_URI set: images (N, C, H, W) uint8 in, probabilities (N, classes) out\n"
-        f'import mlflow\nmodel = mlflow.pyfunc.load_model("{registered.model_uri}")\nprobabilities = model.predict(images)\n'
+        f"rcnn predict --model {shlex.quote(f'{registered.model_name}/{registered.version}')} picture.png\n\n"
+        "# in Python: image files, or uint8 pixels (N, H, W, C)\n"
+        f'import rcnn\nmodel = rcnn.load_model("{registered.model_uri}")\nmodel.predict(["picture.png"])\n'
     )
 
 
 def _reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str:
     """The command that trains this model again, without the search that led to its settings."""
     lines = []
-    if commit := environment.get("git_commit", "").removesuffix("-dirty"):
-        lines.append(f"git checkout {commit}")
-    recipe = ["--recipe", config.recipe] if config.recipe in RECIPES else []
+    if commit := environment.get("git_commit", ""):
+        lines.append(f"git checkout {commit.removesuffix('-dirty')}")
+        lines += ["# the files then differed from that commit"] if commit.endswith("-dirty") else []
+    recipe = ["--recipe", _base(config)]
     values = {name: here for name, _, here in _settings(config)} | {"tune.enabled": "false"}
     words = ["rcnn", "pipeline", *recipe, *(word for each in values.items() for word in ("--set", "=".join(each)))]
     return "\n".join([*lines, shlex.join(words)])

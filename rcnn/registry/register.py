@@ -1,18 +1,19 @@
 """The register stage: a trained and evaluated model in, a registered version out, which is the champion if it is better."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
+from rcnn.errors import DataError
 from rcnn.evaluate.predictions import compare, write_answers
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
+from rcnn.registry.champions import ROLLED_BACK
 from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge, not_comparable
-from rcnn.registry.ledger import Look, earlier_look, looks_of, number_of_look, with_look
+from rcnn.registry.ledger import Look, earlier_look, looks_of, with_look
 from rcnn.registry.outbox import wait_for_mlflow
 from rcnn.registry.page import PAGE, Subject, write_page
 from rcnn.registry.runs import environment, open_run
@@ -80,6 +81,7 @@ def _write_page(
 ) -> None:
     """Writes the report, and stores it in the stage's folder."""
     looks = looks_of(mlflow_store.tags_of_versions(config)[registered.version])
+    decisive = [look for look in looks if look.reason == registered.reason]
     subject = Subject(
         config=config,
         manifest=require_manifest(target.storage, data.folder),
@@ -87,7 +89,7 @@ def _write_page(
         trained=trained,
         evaluated=evaluated,
         registered=registered,
-        look=looks[-1] if looks else None,
+        look=decisive[-1] if decisive else None,
         environment=environment(),
     )
     write_page(subject, target.storage, file)
@@ -104,10 +106,11 @@ def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> 
     gives it to the one with the fewest errors. All of them passed the test.
     """
     champion = mlflow_store.champion_of(config)
+    if champion is not None and champion.version == new.version:
+        return Verdict(CHAMPION, "it already was the champion")
     verdict = _judged(config, new, champion, answers)
     if verdict.alias == CHAMPION:
-        before = champion.version if champion and champion.version != new.version else None
-        with mlflow_store.promotion(config, new.version, before=before, reason=verdict.reason):
+        with mlflow_store.promotion(config, new.version):
             mlflow_store.set_alias(config, CHAMPION, new.version)
             best = new
             # Until no other version appeared while the alias was set.
@@ -117,6 +120,8 @@ def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> 
         if best != new:
             errors = f"{100 * best.test_error:.2f} % test error against {100 * new.test_error:.2f} %"
             verdict = Verdict(CHALLENGER, f"version {best.version}, registered meanwhile, has fewer errors: {errors}")
+        else:
+            mlflow_store.note_champions(config, [*mlflow_store.champions_so_far(config), new.version])
     if verdict.alias == CHALLENGER:
         mlflow_store.set_alias(config, CHALLENGER, new.version)
     return verdict
@@ -124,33 +129,37 @@ def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> 
 
 def _judged(config: PipelineConfig, new: Standing, champion: Standing | None, answers: Path) -> Verdict:
     """Compares a version with the champion, and notes that in the ledger. A comparison that was made before is not repeated."""
-    if champion is not None and champion.version == new.version:
-        return Verdict(CHAMPION, "it already is the champion")
-    versions = mlflow_store.tags_of_versions(config)
-    earlier = earlier_look(versions[new.version], new.test_digest, champion.version if champion else 0)
+    tags = mlflow_store.tags_of_versions(config)[new.version]
+    earlier = earlier_look(tags, new.test_digest, champion.version if champion else 0)
     if earlier is not None:
+        decided = tags.get(mlflow_store.BY_HAND_TAG, "")
+        if earlier.alias == CHAMPION and decided.startswith(ROLLED_BACK):
+            return Verdict(
+                CHALLENGER, f"it was {decided}; `rcnn registry promote {new.version} --reason ...` undoes that"
+            )
         return earlier.verdict
     if champion is None:
         look = Look.without_test(new, 0, Verdict(CHAMPION, "there was no champion"))
     else:
-        look = _compared(config, new, champion, answers, versions)
-    mlflow_store.tag_version(config, new.version, with_look(versions[new.version], look))
+        look = _compared(config, new, champion, answers)
+    mlflow_store.tag_version(config, new.version, with_look(tags, look))
     return look.verdict
 
 
-def _compared(
-    config: PipelineConfig, new: Standing, champion: Standing, answers: Path, versions: Mapping[int, Mapping[str, str]]
-) -> Look:
+def _compared(config: PipelineConfig, new: Standing, champion: Standing, answers: Path) -> Look:
     """A look: both models on the same rows."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = mlflow_store.fetch_answers(config, champion.version, new.test_digest, Path(folder))
         if theirs is None:
             return Look.without_test(new, champion.version, not_comparable(new, champion))
-        paired = compare(answers, theirs)
-    number = number_of_look(new.version, new.test_digest, versions, mlflow_store.num_looks(config, new.test_digest))
-    # Before the verdict is used: a process that is killed here has paid for a look that it did not get.
-    mlflow_store.note_num_looks(config, new.test_digest, number)
-    return Look.of(new, champion.version, number, paired, judge(new, champion, paired, number))
+        try:
+            paired = compare(answers, theirs)
+        except DataError as error:  # its place is a temporary folder
+            place = f"{model_name(config)} version {champion.version}, in MLflow: {mlflow_store.ANSWERS_FOLDER}"
+            raise DataError(error.what, where=place, remedy="Evaluate and register that model again") from error
+    # Taken before there is a verdict: a process that is killed here has paid for a look that it did not get.
+    number = mlflow_store.next_look(config, new.test_digest, new.version)
+    return Look.of(new, champion.version, number, paired, judge(new, champion.version, paired, number))
 
 
 def _better_one(config: PipelineConfig, new: Standing, best: Standing) -> Standing | None:

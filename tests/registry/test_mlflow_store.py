@@ -1,5 +1,6 @@
 """Runs and models in real stores: our own SQLite file, and an MLflow server."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rcnn.evaluate.predictions import Part, build_table, merge_parts, write_part
 from rcnn.recipes import debug_tiny
 from rcnn.registry import mlflow_store, register
 from rcnn.registry.answers import remember_model
+from rcnn.registry.champions import promote, roll_back
 from rcnn.registry.outbox import outbox_of
 from rcnn.registry.runs import open_run
 from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
@@ -56,7 +58,7 @@ def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, 
     storage = Storage(config.storage)
     torch.manual_seed(seed)
     folder = storage.local_path(f"runs/train-{seed}")
-    (folder / "model").mkdir(parents=True)
+    (folder / "model").mkdir(parents=True, exist_ok=True)
     manifest = require_manifest(Storage(str(digits_storage)), digits.folder)
     shutil.copytree(digits_storage / digits.folder, storage.local_path(digits.folder), dirs_exist_ok=True)
     storage.write_json("digits.json", digits.model_dump(mode="json"))
@@ -70,9 +72,15 @@ def trained(config: PipelineConfig, digits_storage: Path, digits: IngestResult, 
     )  # fmt: skip
 
 
-def evaluated(config: PipelineConfig, error: float, test_digest: str = "same") -> EvaluateResult:
+def same_rows(config: PipelineConfig) -> str:
+    """The digest of a test's own rows: the looks at them are counted for all models of a server."""
+    return hashlib.sha256(config.storage.encode()).hexdigest()
+
+
+def evaluated(config: PipelineConfig, error: float, test_digest: str = "") -> EvaluateResult:
     """An evaluation of 500 rows, of which a model with fewer errors gets all right that another one does."""
-    target = StageFolder(Storage(config.storage), f"reports/{test_digest}-{error}")
+    test_digest = test_digest or same_rows(config)
+    target = StageFolder(Storage(config.storage), f"reports/{test_digest[:8]}-{error}")
     labels = np.arange(500) % 10
     answers = np.where(np.arange(500) < round(500 * error), (labels + 1) % 10, labels)
     table = build_table(
@@ -99,10 +107,10 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
 ) -> None:
     target = StageFolder(Storage(config.storage), "runs/register")
     cases = [
-        (0.5, "same", "champion"),
-        (0.6, "same", "challenger"),
-        (0.4, "same", "champion"),
-        (0.1, "x", "challenger"),
+        (0.5, "", "champion"),
+        (0.6, "", "challenger"),
+        (0.4, "", "champion"),
+        (0.1, "other rows", "challenger"),
     ]
     for version, (error, digest, alias) in enumerate(cases, start=1):
         result = registered(
@@ -380,6 +388,14 @@ def three_versions(config: PipelineConfig, digits_storage: Path, digits: IngestR
     ]
 
 
+def trained_before(config: PipelineConfig, seed: int) -> TrainResult:
+    """The model of `trained`, which is there already."""
+    return TrainResult(
+        folder=f"runs/train-{seed}", weights_sha256=str(seed), val_error=0.5, best_epoch=1, epochs=1, num_parameters=4938,
+        images_per_second=1, seconds=1,
+    )  # fmt: skip
+
+
 def registry(config: PipelineConfig, *arguments: str) -> int:
     settings = ("storage", "tracking.uri", "tracking.model_name")
     places = {"storage": config.storage, **{f"tracking.{name}": value for name, value in config.tracking}}
@@ -391,12 +407,12 @@ def test_a_verdict_can_be_read_and_changed_by_hand_and_taken_back(
 ) -> None:
     results = three_versions(config, digits_storage, digits)
     assert [result.alias for result in results] == ["champion", "challenger", "champion"]
-    assert "of 500 rows, 3 only it got right and 0 only version 1: p = 0.12, where look 1" in results[1].reason
-    assert "look 2 at these rows asks for 0.0072" in results[2].reason
+    assert "3 of 500 rows are right here and wrong there, 0 the other way round: p = 0.12 (look 1" in results[1].reason
+    assert "look 2 at these rows needs 0.0072 or less" in results[2].reason
 
     assert registry(config, "explain", "3") == 0
     explained = capsys.readouterr().out
-    for words in ("version 3 (champion)", "verdict: champion; better: 40.00 %", "2 looks", "of 0.05 spent"):
+    for words in ("version 3 (champion)", "verdict: champion. better: 40.00 %", "2 looks", "of 0.05 spent"):
         assert words in explained
     assert registry(config, "promote", "2", "--reason", "half the size") == 0
     assert "version 2 is now the champion" in capsys.readouterr().out
@@ -406,9 +422,40 @@ def test_a_verdict_can_be_read_and_changed_by_hand_and_taken_back(
         assert registry(config, "rollback", "--reason", "slower") == 0
         assert f"version {new} is the champion again, version {old} no longer" in capsys.readouterr().out
     assert registry(config, "rollback") == 2
-    assert "cannot return from version 1: it replaced no other version" in capsys.readouterr().err
+    assert "version 1 has no champion before it that still exists" in capsys.readouterr().err
     assert registry(config) == 0
-    assert "rolled back from version 3: slower" in " ".join(capsys.readouterr().out.split())
+    assert "rolled back by hand: slower" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("config", ["sqlite"], indirect=True)
+def test_what_a_person_decided_stands_when_a_model_is_registered_again(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    target = StageFolder(Storage(config.storage), "runs/register")
+    three_versions(config, digits_storage, digits)
+    roll_back(config, "slower")
+    clear, first = (trained_before(config, number) for number in (3, 1))
+    again = registered(config, clear, evaluated(config, 0.4), target)
+    assert again.alias == "challenger"
+    assert again.reason.startswith("it was rolled back by hand: slower")
+    assert registered(config, first, evaluated(config, 0.5), target).reason == "it already was the champion"
+    champion = mlflow_store.champion_of(config)
+    assert champion is not None
+    assert champion.version == 1
+    promote(config, 2, "why not")
+    assert mlflow_store.champions_so_far(config) == [1, 2]
+    assert registered(config, first, evaluated(config, 0.5), target).alias == "challenger"
+
+
+@pytest.mark.parametrize("config", ["sqlite"], indirect=True)
+def test_another_name_for_the_model_buys_no_other_budget(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    other = config.with_settings({"tracking.model_name": "other"})
+    for named in (config, other):
+        three_versions(named, digits_storage, digits)
+    assert mlflow_store.num_looks(config, same_rows(config)) == 4
+    assert mlflow_store.list_models(config) == [config.tracking.model_name, "other"]
 
 
 @pytest.mark.parametrize("config", ["sqlite"], indirect=True)
@@ -420,7 +467,7 @@ def test_a_comparison_is_made_and_paid_for_once(
     registered(config, models[0], evaluated(config, 0.5), target)
     first, second = (registered(config, models[1], evaluated(config, 0.494), target) for _ in range(2))
     assert (first.alias, first.reason) == (second.alias, second.reason)
-    assert mlflow_store.num_looks(config, "same") == 1
+    assert mlflow_store.num_looks(config, same_rows(config)) == 1
 
 
 @pytest.mark.parametrize("config", ["sqlite"], indirect=True)

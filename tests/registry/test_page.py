@@ -55,7 +55,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     storage = Storage(config.storage)
     evaluated = run_evaluate(config, data, trained, StageFolder(storage, "reports/x"), NoTracker())
     paired = Paired(3000, 400, 300)
-    verdict = judge(Standing(2, evaluated.test_error, "t"), Standing(1, 0.95, "t"), paired, 3)
+    verdict = judge(Standing(2, evaluated.test_error, "t"), 1, paired, 3)
     return Subject(
         config=config,
         manifest=require_manifest(storage, data.folder),
@@ -92,7 +92,7 @@ def test_it_is_whole_and_refers_to_nothing_outside(page: Page) -> None:
 
 
 def test_it_begins_with_the_verdict_and_has_the_test_behind_it(page: Page, subject: Subject) -> None:
-    assert page.text.index("Version 2 is the champion: better: ") < page.text.index("Figures")
+    assert page.text.index("Version 2 is the champion. Better: ") < page.text.index("Figures")
     for words in ("400", "300", "level of look 3", "+3.33 points", subject.manifest.digest, "rcnn predict --model"):
         assert words in page.text
 
