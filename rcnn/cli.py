@@ -425,11 +425,7 @@ def _registry(options: argparse.Namespace) -> int | None:
             where=options.action,
             remedy=f"Choose one, e.g. --model {next(iter(versions))}",
         )
-    [(name, rows)] = versions.items()
-    if options.version is not None and str(options.version) not in [row["version"] for row in rows]:
-        raise ConfigError(
-            f"{name} has no version {options.version}", where=options.action, remedy="`rcnn registry` lists them"
-        )
+    [name] = versions
     return _act(config.with_settings({"tracking.model_name": name}), name, options)
 
 

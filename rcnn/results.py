@@ -221,8 +221,12 @@ class TrainResult(StageResult):
 
     def figures(self) -> dict[str, str]:
         """Also the validation error."""
-        best = f"{100 * self.val_error:.2f} % (epoch {self.best_epoch:g} of {self.epochs:g})"
-        return {"validation error": best} | super().figures()
+        return {"validation error": self.written_val_error} | super().figures()
+
+    @property
+    def written_val_error(self) -> str:
+        """The validation error, and the epoch that had it."""
+        return f"{100 * self.val_error:.2f} % (epoch {self.best_epoch:g} of {self.epochs:g})"
 
     @property
     def memory(self) -> str:
@@ -251,6 +255,11 @@ class ClassFigures(BaseModel):
     """Share of the class's rows that were recognised; None without test rows."""
     f1: float | None
     """The harmonic mean of both; None where the class occurs neither in the rows nor in the answers."""
+
+    def cells(self) -> list[str]:
+        """A row of a table: test rows, then precision, recall and F1 in per cent."""
+        shares = (self.precision, self.recall, self.f1)
+        return [f"{self.num_rows:,}", *("-" if share is None else f"{100 * share:.2f}" for share in shares)]
 
 
 class EvaluateResult(StageResult):

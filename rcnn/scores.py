@@ -78,8 +78,7 @@ def written_metrics(values: Mapping[str, float], split: str) -> dict[str, str]:
     """Metrics of a split (`val` or `test`) as people read them, by label: `{"test error": "2.40 %"}`."""
     kinds = _metrics() | dict.fromkeys(SHARES_OF_TEST, Share)
     return {
-        f"{split} {name.replace('_', ' ').replace('top 5', 'top-5')}": kinds.get(name, Metric).written(value)
-        for name, value in values.items()
+        f"{split} {name.replace('_', ' ')}": kinds.get(name, Metric).written(value) for name, value in values.items()
     }
 
 

@@ -1,8 +1,7 @@
 """Trains a registered version again, from its recorded config, data and code, and compares the weights.
 
 A result is named by what makes it, and training is deterministic on one kind of machine: the same config, data and code give
-the same bits. Where a version is not reproduced, what differs from the time of its
-registration is named: commit, torch, Python, processor.
+the same bits. What differs from the time of its registration is named: commit, torch, Python, processor.
 """
 
 import json
@@ -15,6 +14,7 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import DataError
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
+from rcnn.registry.champions import tags_of
 from rcnn.registry.runs import environment
 from rcnn.results import IngestResult, TrainResult
 from rcnn.settings import config_from_json
@@ -39,16 +39,17 @@ class Reproduction:
 
 
 def verify(config: PipelineConfig, version: int) -> Reproduction:
-    """Trains a version again, in a folder of the storage with its own MLflow store, and compares the SHA-256 of the weights.
+    """Trains a version again, in a folder of its own in the storage, and compares the SHA-256 of the weights.
 
     Args:
         config: says where the registry, the storage and Ray are.
         version: of the model that the config names.
 
     Raises:
+        ConfigError: there is no such version.
         DataError: the version does not say how it was made.
     """
-    tags = mlflow_store.tags_of_versions(config)[version]
+    tags = tags_of(config, version)
     name = f"{model_name(config)} version {version}"
     if "weights_sha256" not in tags:
         raise DataError(

@@ -188,10 +188,7 @@ def _write_report(
 ) -> None:
     name = f"{config.model.title}, {manifest.name}"
     metrics = "\n".join(f"| {label} | {value} |" for label, value in result.written_metrics().items())
-    classes = "\n".join(
-        f"| {_cell(name)} | {each.num_rows:,} | {_percent(each.precision)} | {_percent(each.recall)} | {_percent(each.f1)} |"
-        for name, each in result.classes.items()
-    )
+    classes = "\n".join(f"| {' | '.join([_cell(name), *each.cells()])} |" for name, each in result.classes.items())
     ended = f"; {trained.unfinished}" if trained.unfinished else ""
     pictures = {"mistakes.png": "the surest mistakes", "least-sure.png": "right, and least sure"}
     examples = "".join(f"![{text}]({file})\n\n" for file, text in pictures.items() if (folder / file).is_file())
@@ -224,10 +221,6 @@ Every test row's label, answer, loss and logits are in `{PREDICTIONS}`; in this 
 """,
         encoding="utf-8",
     )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
 
 
 def _cell(name: str) -> str:

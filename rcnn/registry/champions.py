@@ -22,7 +22,7 @@ def promote(config: PipelineConfig, version: int, reason: str) -> None:
     Raises:
         ConfigError: the model has no such version, or it already is the champion.
     """
-    _require_version(config, version)
+    tags_of(config, version)
     champion = mlflow_store.champion_of(config)
     if champion is not None and champion.version == version:
         raise ConfigError(f"version {version} already is the champion", where=model_name(config))
@@ -73,7 +73,7 @@ def explain(config: PipelineConfig, version: int) -> Iterator[str]:
     Raises:
         ConfigError: the model has no such version.
     """
-    tags = _require_version(config, version)
+    tags = tags_of(config, version)
     looks = looks_of(tags)
     yield str(mlflow_store.find_version(config, f"{model_name(config)}/{version}"))
     for look in looks:
@@ -102,8 +102,12 @@ def _explain_look(config: PipelineConfig, look: Look) -> Iterator[str]:
     )
 
 
-def _require_version(config: PipelineConfig, version: int) -> dict[str, str]:
-    """The tags of a version."""
+def tags_of(config: PipelineConfig, version: int) -> dict[str, str]:
+    """The tags of a version.
+
+    Raises:
+        ConfigError: the model has no such version.
+    """
     versions = mlflow_store.tags_of_versions(config)
     if version not in versions:
         raise ConfigError(

@@ -610,16 +610,10 @@ def _no_model(config: PipelineConfig) -> ConfigError:
 
 def list_models(config: PipelineConfig) -> list[str]:
     """The names of the registered models: all of our own store's, and of a server's those that this project made."""
-    found: list[str] = []
     with _reachable(config):
-        token: str | None = ""
-        client = _connect(config)
-        while token is not None:
-            page = client.search_registered_models(page_token=token or None)
-            ours = [model for model in page if not config.tracking.uri or _is_ours(model)]
-            found += [model.name for model in ours if LEDGER_TAG not in model.tags]
-            token = page.token or None
-    return sorted(found)
+        found = _all_pages(_connect(config).search_registered_models)
+    ours = [model for model in found if not config.tracking.uri or _is_ours(model)]
+    return sorted(model.name for model in ours if LEDGER_TAG not in model.tags)
 
 
 def _is_ours(model: Any) -> bool:
@@ -670,14 +664,17 @@ def version_numbers(config: PipelineConfig, name: str) -> list[int]:
 
 
 def _all_versions(client: MlflowClient, name: str) -> list[Any]:
-    """The versions of a model, over all pages."""
-    found: list[Any] = []
-    token: str | None = ""
-    while token is not None:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token or None)
+    return _all_pages(lambda page_token: client.search_model_versions(f"name = '{name}'", page_token=page_token))
+
+
+def _all_pages(search: Callable[..., Any]) -> list[Any]:
+    """What one of MLflow's searches finds, on all of its pages."""
+    found, page = [], search(page_token=None)
+    while True:
         found += page
-        token = page.token or None
-    return found
+        if not page.token:
+            return found
+        page = search(page_token=page.token)
 
 
 def list_versions(config: PipelineConfig, name: str = "") -> list[dict[str, str]]:

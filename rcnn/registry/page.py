@@ -18,7 +18,7 @@ from markupsafe import Markup
 from rcnn.config import PipelineConfig
 from rcnn.config_diff import differences
 from rcnn.data.manifest import Manifest
-from rcnn.recipes import RECIPES
+from rcnn.recipes import DEFAULT_RECIPE, RECIPES
 from rcnn.registry.ledger import Look
 from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import Storage
@@ -26,7 +26,6 @@ from rcnn.text import printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 PAGE = "report.html"
-DEFAULT_RECIPE = "demo"
 OF_THE_MODEL = ("model", "train", "augment", "data", "seed", "evaluate")
 """The sections that name a result; the others say how and where it is made."""
 PICTURES = (
@@ -95,10 +94,9 @@ def _sentence(reason: str) -> str:
 
 def _figures(subject: Subject) -> dict[str, str]:
     trained = subject.trained
-    best = f"{100 * trained.val_error:.2f} % (epoch {trained.best_epoch:g} of {trained.epochs:g})"
     return {
         **subject.evaluated.written_metrics(),
-        "validation error": best,
+        "validation error": trained.written_val_error,
         "parameters": f"{trained.num_parameters:,}",
         "size of the weights": f"{4 * trained.num_parameters / 1e6:,.1f} MB",
         **({"ended early": trained.unfinished} if trained.unfinished else {}),
@@ -126,15 +124,8 @@ def _pictures(storage: Storage, folder: str) -> Any:
             yield {"title": title, "caption": caption, "base64": content}
 
 
-def _classes(evaluated: EvaluateResult) -> list[tuple[str, ...]]:
-    return [
-        (printable(name), f"{each.num_rows:,}", *map(_percent, (each.precision, each.recall, each.f1)))
-        for name, each in evaluated.classes.items()
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+def _classes(evaluated: EvaluateResult) -> list[list[str]]:
+    return [[printable(name), *each.cells()] for name, each in evaluated.classes.items()]
 
 
 def _cost(subject: Subject) -> dict[str, str]:

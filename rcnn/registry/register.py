@@ -13,7 +13,7 @@ from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
 from rcnn.registry.champions import ROLLED_BACK
 from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge, not_comparable
-from rcnn.registry.ledger import Look, earlier_look, looks_of, with_look
+from rcnn.registry.ledger import Look, earlier_look, with_look
 from rcnn.registry.outbox import wait_for_mlflow
 from rcnn.registry.page import PAGE, Subject, write_page
 from rcnn.registry.runs import environment, open_run
@@ -47,13 +47,13 @@ def run_register(
         figures = Standing(0, evaluated.test_error, evaluated.test_digest)
         answers = Path(folder, "answers.parquet")
         write_answers(replace(target, name=evaluated.folder), answers)
-        run_id = _training_run(config, trained, target)
+        run_id, made_with = _training_run(config, trained, target), environment()
         new = mlflow_store.register_model(
             config, model_folder, description,
             run_id=run_id, weights_sha256=trained.weights_sha256, figures=figures, answers=answers,
-            environment=environment(),
+            environment=made_with,
         )  # fmt: skip
-        verdict = _promote_if_better(config, new, answers)
+        verdict, look = _promote_if_better(config, new, answers)
         name = model_name(config)
         registered = RegisterResult(
             model_name=name,
@@ -63,42 +63,28 @@ def run_register(
             model_uri=f"models:/{name}/{new.version}",
             report=target.path(PAGE),
         )
-        _write_page(config, data, trained, evaluated, registered, target, Path(folder, PAGE))
-        mlflow_store.log_file(config, run_id, Path(folder, PAGE))
+        subject = Subject(
+            config=config,
+            manifest=require_manifest(target.storage, data.folder),
+            data=data,
+            trained=trained,
+            evaluated=evaluated,
+            registered=registered,
+            look=look,
+            environment=made_with,
+        )
+        page = Path(folder, PAGE)
+        write_page(subject, target.storage, page)
+        mlflow_store.log_file(config, run_id, page)
+        target.require_held()
+        target.storage.write_bytes(registered.report, page.read_bytes())
     remember_model(config, name)
     say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
     return registered
 
 
-def _write_page(
-    config: PipelineConfig,
-    data: IngestResult,
-    trained: TrainResult,
-    evaluated: EvaluateResult,
-    registered: RegisterResult,
-    target: StageFolder,
-    file: Path,
-) -> None:
-    """Writes the report, and stores it in the stage's folder."""
-    looks = looks_of(mlflow_store.tags_of_versions(config)[registered.version])
-    decisive = [look for look in looks if look.reason == registered.reason]
-    subject = Subject(
-        config=config,
-        manifest=require_manifest(target.storage, data.folder),
-        data=data,
-        trained=trained,
-        evaluated=evaluated,
-        registered=registered,
-        look=decisive[-1] if decisive else None,
-        environment=environment(),
-    )
-    write_page(subject, target.storage, file)
-    target.require_held()
-    target.storage.write_bytes(target.path(PAGE), file.read_bytes())
-
-
-def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> Verdict:
-    """Sets the alias of a registered version.
+def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> tuple[Verdict, Look | None]:
+    """Sets the alias of a registered version; returns it with its reason, and the look that it rests on, if there was one.
 
     Two pipelines that register at once may both be better than the champion that both have seen, and MLflow has no write that
     fails if another one came first. So each is registered before it looks at the champion, is marked while it takes the alias,
@@ -107,8 +93,9 @@ def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> 
     """
     champion = mlflow_store.champion_of(config)
     if champion is not None and champion.version == new.version:
-        return Verdict(CHAMPION, "it already was the champion")
-    verdict = _judged(config, new, champion, answers)
+        return Verdict(CHAMPION, "it already was the champion"), None
+    look = _judged(config, new, champion, answers)
+    verdict = look.verdict
     if verdict.alias == CHAMPION:
         with mlflow_store.promotion(config, new.version):
             mlflow_store.set_alias(config, CHAMPION, new.version)
@@ -124,26 +111,26 @@ def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> 
             mlflow_store.note_champions(config, [*mlflow_store.champions_so_far(config), new.version])
     if verdict.alias == CHALLENGER:
         mlflow_store.set_alias(config, CHALLENGER, new.version)
-    return verdict
+    return verdict, look
 
 
-def _judged(config: PipelineConfig, new: Standing, champion: Standing | None, answers: Path) -> Verdict:
+def _judged(config: PipelineConfig, new: Standing, champion: Standing | None, answers: Path) -> Look:
     """Compares a version with the champion, and notes that in the ledger. A comparison that was made before is not repeated."""
     tags = mlflow_store.tags_of_versions(config)[new.version]
-    earlier = earlier_look(tags, new.test_digest, champion.version if champion else 0)
+    rival = champion.version if champion else 0
+    earlier = earlier_look(tags, new.test_digest, rival)
     if earlier is not None:
         decided = tags.get(mlflow_store.BY_HAND_TAG, "")
         if earlier.alias == CHAMPION and decided.startswith(ROLLED_BACK):
-            return Verdict(
-                CHALLENGER, f"it was {decided}; `rcnn registry promote {new.version} --reason ...` undoes that"
-            )
-        return earlier.verdict
+            reason = f"it was {decided}; `rcnn registry promote {new.version} --reason ...` undoes that"
+            return Look.without_test(new, rival, Verdict(CHALLENGER, reason))
+        return earlier
     if champion is None:
-        look = Look.without_test(new, 0, Verdict(CHAMPION, "there was no champion"))
+        look = Look.without_test(new, rival, Verdict(CHAMPION, "there was no champion"))
     else:
         look = _compared(config, new, champion, answers)
     mlflow_store.tag_version(config, new.version, with_look(tags, look))
-    return look.verdict
+    return look
 
 
 def _compared(config: PipelineConfig, new: Standing, champion: Standing, answers: Path) -> Look:
