@@ -17,6 +17,7 @@ from rcnn.data.manifest import require_manifest
 from rcnn.data.shards import sha256_of
 from rcnn.data.sources import fingerprint
 from rcnn.errors import ClusterError, SourceError
+from rcnn.evaluate.figures import figures_of
 from rcnn.evaluate.predictions import (
     PREDICTIONS,
     build_table,
@@ -24,7 +25,6 @@ from rcnn.evaluate.predictions import (
     has_part,
     merge_parts,
     parts_of,
-    scores_of,
     write_part,
 )
 from rcnn.results import IngestResult
@@ -107,4 +107,4 @@ def test_predictions_are_merged_on_s3_and_a_failed_merge_leaves_no_file(s3_endpo
     assert merge_parts(target, parts) == sha256_of(storage, target.path(PREDICTIONS))
     delete_parts(target)
     assert list(storage.list_sizes(target.name)) == [PREDICTIONS]
-    assert scores_of(target, 3).num_rows == 600
+    assert figures_of(target, 3).num_rows == 600
