@@ -171,6 +171,8 @@ class Round:
         return max(0.0, time.time() - max(_times_of_checkpoints(self.storage), default=time.time()))
 
     def _note_the_end(self) -> None:
+        if self.server.process is None:
+            self._start_server()
         results = {stage: self._result(stage) for stage, _ in DIGESTS}
         self.certificate.digests[tuple(str(results[stage][name]) for stage, name in DIGESTS)] += 1
         config = PipelineConfig().with_settings({"storage": str(self.storage), "tracking.uri": self.server.url})
@@ -217,6 +219,7 @@ def run(seed: int, minutes: float, folder: Path) -> Certificate:
         with closing(Round(folder / str(certificate.num_rounds), certificate)) as each:
             each.finish(break_something if certificate.num_rounds else _leave_alone)
         certificate.num_rounds += 1
+        print(f"so far: {certificate}", flush=True)
     return certificate
 
 
