@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
-from rcnn.errors import DataError
+from rcnn.errors import ClusterError, DataError
 from rcnn.evaluate.predictions import compare, write_answers
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
@@ -22,6 +22,9 @@ from rcnn.storage import StageFolder
 from rcnn.tracking import NoTracker, Tracker, model_name
 from rcnn.train.checkpoint import load_model
 
+ATTEMPTS = 5
+"""A server that answers, and fails at the same place each time, has a fault that waiting does not mend."""
+
 
 def run_register(
     config: PipelineConfig,
@@ -33,13 +36,27 @@ def run_register(
 ) -> RegisterResult:
     """Registers the model under its training run, and sets the alias that `gate.py` decides. `tracker` is not used.
 
-    It is the one stage that waits for MLflow, and for all notes to be there.
+    It is the one stage that waits for MLflow, and for all notes to be there. A server that goes away meanwhile is waited for
+    too: what is registered is found again.
 
     Raises:
-        ClusterError: MLflow cannot be reached within `tracking.wait_minutes`.
+        ClusterError: MLflow cannot be reached within `tracking.wait_minutes`, or fails again and again.
         DataError: the model folder is incomplete.
     """
-    wait_for_mlflow(config)
+    for attempts_left in reversed(range(ATTEMPTS)):
+        wait_for_mlflow(config)
+        try:
+            return _register(config, data, trained, evaluated, target)
+        except ClusterError as error:
+            if not error.retryable or not attempts_left:
+                raise
+            say(f"  registering again when MLflow answers ({error.where}: {error.what})")
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _register(
+    config: PipelineConfig, data: IngestResult, trained: TrainResult, evaluated: EvaluateResult, target: StageFolder
+) -> RegisterResult:
     with tempfile.TemporaryDirectory() as folder:
         model_folder = Path(folder, mlflow_store.MODEL_FOLDER)
         target.storage.download(f"{trained.folder}/model", model_folder)

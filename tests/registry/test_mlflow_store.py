@@ -492,3 +492,31 @@ def test_what_an_action_lacks_is_named(
     registered(config, trained(config, digits_storage, digits, 1), evaluated(config, 0.5), target)
     assert registry(config, *arguments) == 2
     assert fault in capsys.readouterr().err
+
+
+def test_a_server_that_goes_away_while_it_registers_is_waited_for(
+    digits_storage: Path, digits: IngestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server")
+    server.start()
+    server.wait()
+    config = debug_tiny().with_settings({"storage": str(tmp_path), "tracking.uri": server.url})
+    model, scored = trained(config, digits_storage, digits, 1), evaluated(config, 0.5)
+    set_alias = mlflow_store.set_alias
+
+    def set_alias_of_a_server_that_is_gone(*arguments: Any) -> None:
+        monkeypatch.setattr(mlflow_store, "set_alias", set_alias)
+        server.stop()
+        try:
+            set_alias(*arguments)
+        finally:
+            server.start()
+
+    monkeypatch.setattr(mlflow_store, "set_alias", set_alias_of_a_server_that_is_gone)
+    try:
+        result = registered(config, model, scored, StageFolder(Storage(config.storage), "runs/register"))
+        assert (result.version, result.alias) == (1, "champion")
+        assert [row["aliases"] for row in mlflow_store.list_versions(config, result.model_name)] == ["champion"]
+    finally:
+        server.stop()
