@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add(commands, "plan", _plan, "what each stage would do and cost, before it runs", config=True)
     plan.add_argument("--json", action="store_true", help="for machines: bytes, seconds, and counts in full")
     plan.add_argument("--fresh", action="store_true", help="time the training steps again")
+    _add_reproduce(commands)
     predict = _add(commands, "predict", _predict, "classify image files", config=True)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or quoted globs")
     predict.add_argument(
@@ -145,6 +146,32 @@ def _parser() -> argparse.ArgumentParser:
     completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")
     completion.add_argument("shell", choices=SHELLS, help="the shell")
     return parser
+
+
+def _add_reproduce(commands: Any) -> None:
+    text = "train what a table of the paper compares, and set it beside the published figures"
+    reproduce = _add(commands, "reproduce", _reproduce, text)
+    reproduce.add_argument("table", metavar="TABLE", nargs="?", help="which one (default: list them)")
+    reproduce.add_argument(
+        "--budget",
+        choices=["full", "small"],
+        default="small",
+        help="full: trained as published, on GPUs; small (default): smaller networks or fewer epochs, on 2 CPU cores",
+    )
+    reproduce.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="trainings of each experiment (default: 5 of the full budget, 3 of the small)",
+    )
+    reproduce.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="an experiment, or a pattern: '*rcnn32'"
+    )
+    reproduce.add_argument("--parallel", type=int, metavar="N", help="trainings at a time (default: as many as fit)")
+    reproduce.add_argument("--plan", action="store_true", help="print what is left to run, and how long that takes")
+    reproduce.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting of all trainings"
+    )
 
 
 def _add_registry(commands: Any) -> None:
@@ -242,6 +269,19 @@ def _pipeline(options: argparse.Namespace) -> None:
 
 def _run_flow(config: Any, *, fresh: bool, stop_running: bool) -> Any:
     """Runs the Prefect flow; what the stages need is started while Prefect's server starts."""
+    with _prefect() as server:
+        from rcnn.stages import prepare_stages
+
+        prepare_stages(config, fresh=fresh)
+        from flows.full_pipeline import full_pipeline
+
+        server.wait()
+        return full_pipeline(config, fresh=fresh, stop_running=stop_running)
+
+
+@contextmanager
+def _prefect() -> Iterator[Any]:
+    """Starts Prefect's server, unless one is set; what needs it calls `wait` first."""
     from rcnn.progress import say
 
     say("pipeline: starting Prefect (the first start takes half a minute) ...")
@@ -251,14 +291,9 @@ def _run_flow(config: Any, *, fresh: bool, stop_running: bool) -> Any:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # our own lines and errors say it all
     from flows.server import prefect_server
-    from rcnn.stages import prepare_stages
 
     with prefect_server() as server, _prefect_answers():
-        prepare_stages(config, fresh=fresh)
-        from flows.full_pipeline import full_pipeline
-
-        server.wait()
-        return full_pipeline(config, fresh=fresh, stop_running=stop_running)
+        yield server
 
 
 @contextmanager
@@ -345,6 +380,88 @@ def _job_inputs(folder: Any) -> Any:
         fault = " ".join(str(error).split())
         raise ConfigError(f"cannot be read ({fault})", where=where, remedy=remedy) from error
     return config_from_json(config, origin=where), results, parent, code
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from rcnn.reproduce.tables import PARAMETERS, TABLES, cells_of
+
+    _check_reproduce(options)
+    if options.table is None:
+        rows = [
+            {"table": name, "what": table.title, "experiments": str(len(table.names))} for name, table in TABLES.items()
+        ]
+        rows.append({"table": PARAMETERS, "what": "Numbers of parameters, published and exact", "experiments": ""})
+        _print_table(rows, title="tables of the paper")
+        print("what one costs: rcnn reproduce TABLE --plan")
+        return 0
+    if options.table == PARAMETERS:
+        from rcnn.reproduce.cells import parameter_rows
+
+        _print_table(parameter_rows(), title="Parameters")
+        return 0
+    num_seeds = options.seeds or (5 if options.budget == "full" else 3)
+    chosen = {"budget": options.budget, "num_seeds": num_seeds, "only": options.only}
+    cells = cells_of(options.table, **chosen, overrides=options.set, environ=os.environ)
+    if options.plan:
+        return _plan_table(options, cells)
+    return _fill_table(options, cells, num_seeds)
+
+
+def _check_reproduce(options: argparse.Namespace) -> None:
+    from rcnn.reproduce.tables import TABLE_NAMES
+
+    if options.table is not None and options.table not in TABLE_NAMES:
+        raise ConfigError(
+            f"there is no table {options.table!r}", where="reproduce", remedy=f"Choose one of {', '.join(TABLE_NAMES)}"
+        )
+    for name in ("seeds", "parallel"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"is {value}", where=f"--{name}", remedy="Use 1 or more")
+
+
+def _plan_table(options: argparse.Namespace, cells: Any) -> int:
+    from rcnn.reproduce.cells import bill_of_cells
+
+    bill = bill_of_cells(cells, options.parallel or 0)
+    _print_table(bill.rows, title=f"plan: {options.table}, budget {options.budget}")
+    if not bill.num_left:
+        print("Nothing is left to run.")
+    elif bill.seconds is None:
+        print("The size of the images is known after ingest: run `rcnn ingest` with the same data settings first.")
+    else:
+        print(f"{bill.num_left} trainings are left: about {bill.time} in all, as predicted from a few timed steps")
+    return 0
+
+
+def _fill_table(options: argparse.Namespace, cells: Any, num_seeds: int) -> int:
+    """Runs what is left of a table, prints it, and returns the exit code: 1 where a training failed."""
+    from rcnn.reproduce.cells import results_of
+    from rcnn.reproduce.publish import Call, publish
+
+    words = ["rcnn", "reproduce", options.table, "--budget", options.budget, "--seeds", str(num_seeds)]
+    words += [word for pattern in options.only for word in ("--only", pattern)]
+    words += [word for text in options.set for word in ("--set", text)]
+    call, failures = Call(options.table, options.budget, shlex.join(words)), {}
+    if any(results_of(cell.config) is None for cell in cells):
+        failures = _run_reproduce_flow(options, num_seeds, call.command)
+    _, finished = publish(call, cells)
+    _print_table(finished.cells(), title=finished.title)
+    for name, error in failures.items():
+        print(f"rcnn: {name} failed: {error}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _run_reproduce_flow(options: argparse.Namespace, num_seeds: int, command: str) -> dict[str, str]:
+    with _prefect() as server:
+        from flows.reproduce import reproduce
+
+        server.wait()
+        outcome = reproduce(
+            options.table, options.budget, num_seeds, options.set, options.only, options.parallel or 0, command
+        )
+    failures: dict[str, str] = outcome["failures"]
+    return failures
 
 
 def _predict(options: argparse.Namespace) -> int:

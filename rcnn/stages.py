@@ -307,7 +307,7 @@ def finished_pipeline(config: PipelineConfig) -> Results | None:
     Raises:
         DataError: the data set is damaged.
     """
-    results = _finished_stages(config)
+    results = finished_until(config)
     return results if len(results) == len(planned(config)) else None
 
 
@@ -317,7 +317,7 @@ def prepare_stages(config: PipelineConfig, *, fresh: bool = False) -> None:
     Raises:
         ClusterError: Ray cannot be started, or the storage cannot be written.
     """
-    done = {} if fresh else _finished_stages(config)
+    done = {} if fresh else finished_until(config)
     names = planned(config)[len(done) :]
     here = [name for name in names if not (STAGES[name].on_cluster(config) and config.ray.address.startswith("http"))]
     if any(STAGES[name].on_ray(config) for name in here):
@@ -331,10 +331,14 @@ def prepare_stages(config: PipelineConfig, *, fresh: bool = False) -> None:
         import_module(STAGES[name].run.partition(":")[0])
 
 
-def _finished_stages(config: PipelineConfig) -> Results:
-    """The results of the planned stages up to the first that has none."""
+def finished_until(config: PipelineConfig, last: str = "") -> Results:
+    """The results of the planned stages up to the first that has none, or to `last`.
+
+    Raises:
+        DataError: the data set is damaged.
+    """
     results: Results = {}
-    for name in planned(config):
+    for name in planned(config, last):
         result = finished(config, name, results)
         if result is None:
             break

@@ -1,0 +1,1 @@
+"""The paper's tables: which experiments they hold, how often each is trained, and how the outcome compares with the paper."""
