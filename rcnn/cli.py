@@ -438,6 +438,7 @@ def _fill_table(options: argparse.Namespace, cells: Any, num_seeds: int) -> int:
     """Runs what is left of a table, prints it, and returns the exit code: 1 where a training failed."""
     from rcnn.reproduce.cells import results_of
     from rcnn.reproduce.publish import Call, publish
+    from rcnn.storage import Storage
 
     words = ["rcnn", "reproduce", options.table, "--budget", options.budget, "--seeds", str(num_seeds)]
     words += [word for pattern in options.only for word in ("--only", pattern)]
@@ -445,8 +446,9 @@ def _fill_table(options: argparse.Namespace, cells: Any, num_seeds: int) -> int:
     call, failures = Call(options.table, options.budget, shlex.join(words)), {}
     if any(results_of(cell.config) is None for cell in cells):
         failures = _run_reproduce_flow(options, num_seeds, call.command)
-    _, finished = publish(call, cells)
+    folder, finished = publish(call, cells)
     _print_table(finished.cells(), title=finished.title)
+    print(printable(f"as Markdown, HTML and Parquet: {Storage(cells[0].config.storage).uri(folder)}"))
     for name, error in failures.items():
         print(f"rcnn: {name} failed: {error}", file=sys.stderr)
     return 1 if failures else 0

@@ -51,7 +51,7 @@ def publish(call: Call, cells: Sequence[Cell]) -> tuple[str, report.Finished]:
         if is_news:
             storage.upload(local, folder)
             _log(call, cells, rows, folder, local)
-    say(f"  the table is in {storage.uri(folder)}")
+            say(f"  the table is in {storage.uri(folder)}")
     return folder, finished
 
 
