@@ -228,12 +228,23 @@ class TrainConfig(Section):
     one_cycle_warmup: float = Field(0.25, gt=0, lt=1, description="Share of all steps in which one_cycle rises.")
     clip_norm: float = Field(1.0, ge=0, le=1e6, description="Largest norm of the gradient; 0: no clipping.")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of the averaged weights; 0: no averaging.")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the target that is spread over all classes in the training loss; 0: none.",
+    )
     on_divergence: Literal["end", "roll_back"] = Field(
         "end",
         description="If the loss is no longer a number, end; or roll_back to the start of the epoch, with a third of the "
         "learning rate, up to five times. The history counts them (train/roll_backs).",
     )
     num_rows: int = Field(0, ge=0, le=MAX_ROWS, description="Training rows to use; 0: all of them.")
+    with_validation: bool = Field(
+        False,
+        description="Train on the validation rows too, as the paper's last run does, with settings that were found without "
+        "them. The last epoch's model is kept, and its validation error says nothing.",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Type of the arithmetic; weights are float32 always. bfloat16 is faster where the processor has "
@@ -251,6 +262,16 @@ class TrainConfig(Section):
         description="Parts of each batch whose gradients are computed one by one, each on one thread, and added in a fixed "
         "order: the same bits on any number of workers up to this; 0: 4 if deterministic, else each worker takes its slice.",
     )
+
+    @model_validator(mode="after")
+    def _validation_rows_decide_nothing(self) -> Self:
+        if self.with_validation and self.schedule == "plateau":
+            raise ValueError(
+                "with_validation leaves no rows by which schedule = 'plateau' could cut the rate; set schedule to one_cycle"
+            )
+        if self.with_validation and self.num_rows:
+            raise ValueError(f"with_validation takes all rows, and num_rows is {self.num_rows}; set num_rows to 0")
+        return self
 
     @property
     def shares(self) -> int:
@@ -349,7 +370,7 @@ class ExecutionConfig(Section):
 
 
 SEARCHED_SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "train": TrainConfig, "augment": AugmentConfig}
-NOT_SEARCHED = ("train.epochs", "train.num_rows", "train.max_minutes")  # `tune` has its own
+NOT_SEARCHED = ("train.epochs", "train.num_rows", "train.max_minutes", "train.with_validation")  # `tune` has its own
 SEARCHABLE = {
     f"{section}.{name}": field
     for section, of in SEARCHED_SECTIONS.items()

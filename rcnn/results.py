@@ -205,6 +205,8 @@ class TrainResult(StageResult):
     peak_bytes: int = 0
     """Most memory of the first worker: its process, or the tensors on its GPU."""
     predicted_peak_bytes: int = 0
+    with_validation: bool = False
+    """Whether the validation rows were learned too, so that the validation error says nothing."""
     limit_minutes: float = 0.0
     """The `train.max_minutes` that ended the training before its last epoch; 0: it was not ended by a limit."""
 
@@ -226,6 +228,8 @@ class TrainResult(StageResult):
     @property
     def written_val_error(self) -> str:
         """The validation error, and the epoch that had it."""
+        if self.with_validation:
+            return "none: trained on the validation rows too"
         return f"{100 * self.val_error:.2f} % (epoch {self.best_epoch:g} of {self.epochs:g})"
 
     @property

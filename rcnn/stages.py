@@ -144,7 +144,7 @@ STAGES: dict[str, Stage] = {
         settings=(
             "model", "train", "augment", "seed",
             "tune.space", "tune.search", "tune.early_stopping", "tune.epochs", "tune.grace_epochs",
-            "tune.reduction_factor", "tune.num_rows", "-train.epochs", "-train.max_minutes",
+            "tune.reduction_factor", "tune.num_rows", "-train.epochs", "-train.max_minutes", "-train.with_validation",
         ),
         unread=lambda config: ("train.num_rows",) if config.tune.num_rows else (),
         identity=_data_digest,

@@ -135,6 +135,8 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
             "ray.address holds credentials; give Ray's token by RAY_AUTH_MODE",
         ),
         (["data.svhn_extra=true"], "data.svhn_extra = True is for the source svhn, and source is 'mnist-sample'"),
+        (["train.with_validation=true", "train.schedule=plateau"], "with_validation leaves no rows by which schedule"),
+        (["train.with_validation=true", "train.num_rows=9"], "with_validation takes all rows, and num_rows is 9"),
         (["data.image_size=32"], "data.image_size = 32 is for the sources folder and parquet"),
         (["model.network=resnet"], "model.network is 'resnet': should be one of rcnn, recursive, wide, rcnn_bn, nin"),
         (["model.network=nin", "model.t=2"], "model.t = 2 is not read by network = 'nin'; leave it at 3"),

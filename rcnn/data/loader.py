@@ -37,6 +37,11 @@ class Rows:
         """The same rows on another device."""
         return Rows(self.images.to(device), self.labels.to(device))
 
+    def followed_by(self, others: "Rows") -> "Rows":
+        """These rows, and then the others."""
+        images = torch.cat([self.images, others.images]).contiguous(memory_format=torch.channels_last)
+        return Rows(images, torch.cat([self.labels, others.labels]))
+
     def take(self, chosen_N: np.ndarray) -> "Rows":
         """The rows of these numbers, in this order."""
         if self.images.device.type == "cpu":  # numpy copies an image at a time, torch a byte at a time
@@ -95,6 +100,7 @@ def load_training_data(
     folder: str,
     *,
     num_rows: int = 0,
+    with_validation: bool = False,
     seed: int = 0,
     engine: str = "auto",
     resident_megabytes: int = 4096,
@@ -105,6 +111,7 @@ def load_training_data(
         storage: where the data set is.
         folder: its folder.
         num_rows: keeps that many training rows, drawn by `seed`; 0: all of them.
+        with_validation: whether the validation rows are among those to learn from, behind the training rows.
         seed: see `num_rows`.
         engine: "resident", "streaming", or "auto": resident where the training rows take no more than
             `resident_megabytes`.
@@ -113,12 +120,16 @@ def load_training_data(
         DataError: the data set is missing or not what its manifest says.
     """
     manifest = require_manifest(storage, folder)
-    wanted = num_rows or manifest.splits["train"].rows
+    splits = ("train", "val") if with_validation else ("train",)
+    wanted = num_rows or sum(manifest.splits[split].rows for split in splits)
     fits = wanted * manifest.image_bytes <= resident_megabytes * 1_000_000
     if engine == "resident" or (engine == "auto" and fits):
-        train: RowSource = _load_some(storage, folder, manifest, num_rows, seed)
+        learned = _load_some(storage, folder, manifest, num_rows, seed)
+        train: RowSource = (
+            learned.followed_by(load_rows(storage, folder, manifest, "val")) if with_validation else learned
+        )
     else:
-        train = stored_rows(storage, folder, manifest, "train", num_rows=num_rows, seed=seed)
+        train = stored_rows(storage, folder, manifest, *splits, num_rows=num_rows, seed=seed)
     val = open_rows(storage, folder, manifest, "val", resident_megabytes=resident_megabytes)
     return TrainingData(manifest, train, val)
 

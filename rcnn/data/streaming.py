@@ -139,17 +139,17 @@ class StoredRows:
 
 
 def stored_rows(
-    storage: Storage, folder: str, manifest: Manifest, split: str, *, num_rows: int = 0, seed: int = 0
+    storage: Storage, folder: str, manifest: Manifest, *splits: str, num_rows: int = 0, seed: int = 0
 ) -> StoredRows:
-    """The rows of a split; `num_rows` > 0 keeps that many, equally many of each row group, drawn by `seed`."""
+    """The rows of some splits; `num_rows` > 0 keeps that many, equally many of each row group, drawn by `seed`."""
     group = rows_per_group(manifest.image_bytes)
-    shards = manifest.splits[split].shards
+    shards = tuple(shard for split in splits for shard in manifest.splits[split].shards)
     segments = [
         Segment(number, first // group, 0, min(group, shard.rows - first))
         for number, shard in enumerate(shards)
         for first in range(0, shard.rows, group)
     ]
-    if 0 < num_rows < manifest.splits[split].rows:
+    if 0 < num_rows < sum(manifest.splits[split].rows for split in splits):
         segments = _thinned(segments, num_rows, np.random.default_rng(seed))
     return StoredRows(storage, folder, shards, tuple(segments), manifest.image_shape)
 

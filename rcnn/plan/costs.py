@@ -243,7 +243,8 @@ def _seconds_allowed(config: PipelineConfig, target: Target) -> float:
 
 
 def _num_train_rows(config: PipelineConfig, size: DataSize) -> int:
-    return min(config.train.num_rows or size.num_rows["train"], size.num_rows["train"])
+    available = size.num_rows["train"] + size.num_rows["val"] * config.train.with_validation
+    return min(config.train.num_rows or available, available)
 
 
 def _steps_per_epoch(config: PipelineConfig, size: DataSize) -> int:

@@ -53,7 +53,8 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     """The metrics of each finished epoch."""
     best: dict[str, Any] = field(default_factory=dict)
-    """The epoch with the lowest validation error: its "epoch", its "val_error" and the "weights" that had it."""
+    """The epoch with the lowest validation error, or with `train.with_validation` the last one: its "epoch", its "val_error"
+    and the "weights" that had it."""
 
     @property
     def best_model(self) -> Classifier:
@@ -69,7 +70,8 @@ class TrainState:
     def note_metrics(self, metrics: dict[str, float]) -> None:
         """Adds an epoch's metrics to the history; keeps the weights if they are the best so far."""
         self.history.append(metrics)
-        if not self.best or metrics["val/error"] < self.best["val_error"]:
+        is_latest = self.config.train.with_validation  # then the error is that of rows that were learned
+        if not self.best or is_latest or metrics["val/error"] < self.best["val_error"]:
             weights = copied(self.best_model.state_dict())
             self.best = {"epoch": metrics["epoch"], "val_error": metrics["val/error"], "weights": weights}
 

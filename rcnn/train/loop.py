@@ -224,6 +224,7 @@ def training_data(config: PipelineConfig, storage: Storage, folder: str) -> Trai
         storage,
         folder,
         num_rows=config.train.num_rows,
+        with_validation=config.train.with_validation,
         seed=config.seed,
         engine=config.execution.loader,
         resident_megabytes=config.execution.resident_megabytes,

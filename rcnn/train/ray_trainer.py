@@ -74,6 +74,7 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
         folder=target.name,
         weights_sha256=trained["weights_sha256"],
         val_error=trained["val_error"],
+        with_validation=config.train.with_validation,
         best_epoch=trained["best_epoch"],
         epochs=history[-1]["epoch"],
         num_parameters=trained["num_parameters"],

@@ -86,6 +86,7 @@ class SharedSteps:
     def _step(self, batches: Mapping[int, Iterator[Batch]], epoch: int, step: int) -> Tensor:
         parameters, statistics = list(self.state.model.parameters()), statistics_of(self.state.model)
         seed, precision = self.state.config.seed, self.execution.precision
+        smoothing = self.state.config.train.label_smoothing
 
         def of_share(model: nn.Module, share: int) -> Tensors:
             position = Position(seed, epoch, step, share)
@@ -95,7 +96,7 @@ class SharedSteps:
             for own, common in zip(own_statistics, statistics, strict=True):
                 own.copy_(common)
             images_NCHW, labels_N = next(batches[share])
-            loss = loss_of(model, images_NCHW, labels_N, precision) * (len(labels_N) / self.batch_size)
+            loss = loss_of(model, images_NCHW, labels_N, precision, smoothing) * (len(labels_N) / self.batch_size)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             # In one layout: the norm of a gradient is summed in the order of memory.
             return [loss.detach(), *(each.contiguous() for each in gradients), *(own.clone() for own in own_statistics)]

@@ -25,23 +25,26 @@ def train_step(
     *,
     clip_norm: float = 0.0,
     precision: torch.dtype = torch.float32,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """One SGD step on one batch.
 
     Returns:
         The mean cross-entropy of the batch, a scalar that stays on its device.
     """
-    loss = loss_of(model, images_NCHW, labels_N, precision)
+    loss = loss_of(model, images_NCHW, labels_N, precision, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     update(model, optimizer, clip_norm)
     return loss.detach()
 
 
-def loss_of(model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, precision: torch.dtype) -> Tensor:
-    """The mean cross-entropy of a batch."""
+def loss_of(
+    model: nn.Module, images_NCHW: Tensor, labels_N: Tensor, precision: torch.dtype, label_smoothing: float = 0.0
+) -> Tensor:
+    """The mean cross-entropy of a batch, with smoothed labels where the settings ask for that (Szegedy et al. 2016)."""
     with _autocast(images_NCHW.device, precision):
-        return functional.cross_entropy(model(images_NCHW), labels_N)
+        return functional.cross_entropy(model(images_NCHW), labels_N, label_smoothing=label_smoothing)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
@@ -106,8 +109,15 @@ class PlainSteps:
             position = Position(state.config.seed, epoch, step, share=self._rank)
             set_position(state.model, position)
             self.execution.seed(position)
-            how = {"clip_norm": train.clip_norm, "precision": self.execution.precision}
-            yield train_step(self._network, state.optimizer, images_NCHW, labels_N, **how)
+            yield train_step(
+                self._network,
+                state.optimizer,
+                images_NCHW,
+                labels_N,
+                clip_norm=train.clip_norm,
+                precision=self.execution.precision,
+                label_smoothing=train.label_smoothing,
+            )
 
     def mean_loss(self, loss: Tensor) -> float:
         """The mean over all workers of what this one's losses came to; waits for the device."""

@@ -231,6 +231,7 @@ def trial_config(config: PipelineConfig, choice: Choice, *, seed: int) -> Pipeli
         "seed": seed,
         "train.epochs": tune.epochs,
         "train.num_rows": tune.num_rows or config.train.num_rows,
+        "train.with_validation": False,  # a search chooses by these rows
         "execution.num_workers": tune.workers_per_trial,
         "execution.min_workers": 0,
         "execution.cpus_per_worker": tune.cpus_per_trial,

@@ -229,6 +229,19 @@ def test_a_subset_has_as_many_rows_as_asked_for(digits_storage: Path, digits: In
         assert len(data.train) == 777
 
 
+def test_validation_rows_follow_the_training_rows_where_they_are_learned_too(
+    digits_storage: Path, digits: IngestResult, manifest: Manifest
+) -> None:
+    storage = Storage(str(digits_storage))
+    train, val = (load_rows(storage, digits.folder, manifest, split) for split in ("train", "val"))
+    for engine in ("resident", "streaming"):
+        data = load_training_data(storage, digits.folder, with_validation=True, engine=engine)
+        [(images, labels)] = data.train.batches(10_000, CPU)
+        assert torch.equal(images, torch.cat([train.images, val.images]))
+        assert torch.equal(labels, torch.cat([train.labels, val.labels]))
+        assert len(data.val) == len(val)
+
+
 def test_a_streamed_subset_is_spread_over_all_row_groups(stored: Callable[[int], StoredRows]) -> None:
     rows = stored(NUM_STORED)
     thinned = streaming._thinned(rows.segments, 99, np.random.default_rng(0))

@@ -231,6 +231,35 @@ def test_the_one_cycle_schedule_rises_and_falls(tiny_config: PipelineConfig, dat
     assert rates[3] < rates[2]
 
 
+def test_validation_rows_that_are_learned_choose_nothing(
+    tiny_config: PipelineConfig, digits: IngestResult, data: TrainingData
+) -> None:
+    settings = {"train.with_validation": True, "train.num_rows": 0, "train.schedule": "one_cycle", "train.epochs": 2}
+    config = tiny_config.with_settings(settings)
+    whole = training_data(config, Storage(config.storage), digits.folder)
+    assert len(whole.train) == digits.rows["train"] + digits.rows["val"]
+    # At a rate of nearly nothing no epoch is better than the first, which would be kept otherwise.
+    frozen = config.with_settings({"train.learning_rate": 1e-12, "train.weight_decay": 0})
+    assert fit(frozen, whole, ignore).best["epoch"] == 2
+
+
+def test_smoothed_labels_change_the_loss_that_is_learned_and_no_figure(
+    tiny_config: PipelineConfig, data: TrainingData
+) -> None:
+    from rcnn.train.step import loss_of
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 10, requires_grad=True), torch.tensor([1, 2, 3, 4])
+    found = loss_of(torch.nn.Identity(), logits, labels, torch.float32, 0.1)
+    target = torch.full((4, 10), 0.01).scatter(1, labels[:, None], 0.91)
+    assert found.item() == pytest.approx(-(target * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-6)
+    shares = tiny_config.with_settings({"train.num_shares": 4, "train.epochs": 1})
+    plain, smoothed = (
+        fit(shares.with_settings({"train.label_smoothing": value}), data, ignore).history[0] for value in (0, 0.3)
+    )
+    assert smoothed["train/loss"] != plain["train/loss"]
+
+
 def test_the_first_step_is_torchs_own_sgd(tiny_config: PipelineConfig, data: TrainingData) -> None:
     from rcnn.train.checkpoint import new_state
     from rcnn.train.step import train_step

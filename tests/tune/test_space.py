@@ -152,3 +152,11 @@ def test_a_choice_prints_short_names() -> None:
 
 def test_a_range_in_a_recipe_is_the_one_that_a_user_may_type() -> None:
     assert debug_tiny().tune.space["train.learning_rate"] == Range(min=0.005, max=0.1, log=True)
+
+
+def test_a_trial_never_learns_the_rows_by_which_it_is_chosen() -> None:
+    config = config_of(
+        {"model.k": [8, 16]}, train__with_validation=True, train__schedule="one_cycle", train__num_rows=0
+    )
+    assert not trial_config(config, Choice({"model.k": 8}), seed=0).train.with_validation
+    assert config.train.with_validation
