@@ -54,6 +54,7 @@ SMALLEST_WRONG = {
     "model.lrn_beta": -1, "train.epochs": 0, "train.batch_size": 0, "train.learning_rate": 0, "train.momentum": 1,
     "train.weight_decay": -1, "train.schedule": "cosine", "train.plateau_factor": 1, "train.plateau_patience": -1,
     "train.one_cycle_warmup": 0, "augment.max_shift": -1, "train.clip_norm": -1, "train.ema_decay": 1,
+    "train.label_smoothing": 1, "train.with_validation": "perhaps",
     "train.num_rows": -1, "execution.keep_checkpoints": 0, "execution.num_workers": 0,
     "execution.min_workers": -1, "execution.cpus_per_worker": 0,
     "execution.checkpoint_minutes": 0, "train.num_shares": -1,
