@@ -100,6 +100,18 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add(commands, "plan", _plan, "what each stage would do and cost, before it runs", config=True)
     plan.add_argument("--json", action="store_true", help="for machines: bytes, seconds, and counts in full")
     plan.add_argument("--fresh", action="store_true", help="time the training steps again")
+    compare = _add(
+        commands, "compare", _compare, "trained models side by side, or what differs between two", config=True
+    )
+    compare.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="folder (train-...), NAME/VERSION, MLflow run id or SHA-256 of the weights, or the beginning of one; of two, the "
+        "differences are shown and their answers on the same test rows compared (default: all models of the storage)",
+    )
+    compare.add_argument("--csv", metavar="FILE", help="write a row for each model, with all its settings")
+    compare.add_argument("--parquet", metavar="FILE", help="the same as Parquet")
     _add_reproduce(commands)
     predict = _add(commands, "predict", _predict, "classify image files", config=True)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or quoted globs")
@@ -380,6 +392,71 @@ def _job_inputs(folder: Any) -> Any:
         fault = " ".join(str(error).split())
         raise ConfigError(f"cannot be read ({fault})", where=where, remedy=remedy) from error
     return config_from_json(config, origin=where), results, parent, code
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.compare.models import models_of
+    from rcnn.compare.pair import find_models
+    from rcnn.compare.table import as_csv, as_parquet, as_rows, groups_of, records
+    from rcnn.storage import Storage
+
+    models = models_of(storage := Storage(config.storage))
+    wanted = [_weights_of(config, name) for name in options.models]
+    chosen = find_models(wanted, models) if wanted else models
+    if not chosen:
+        raise ConfigError("there is no trained model", where=config.storage, remedy="Run `rcnn pipeline` first")
+    if len(options.models) == 2:
+        _compare_two(storage, *chosen)
+    else:
+        groups = groups_of(chosen)
+        _print_table(as_rows(groups), title=printable(f"models in {config.storage}"))
+        print(
+            "best by size, time: no model on the same test rows has fewer errors and is smaller, or was trained in less time"
+        )
+        if not options.models:
+            print("what differs between two: rcnn compare MODEL MODEL")
+    for file, content in ((options.csv, as_csv), (options.parquet, as_parquet)):
+        if file:
+            _write_file(file, content(records(groups_of(chosen))))
+
+
+def _weights_of(config: Any, name: str) -> str:
+    """The SHA-256 of the weights of a registered version, `NAME/3`; any other name as it is."""
+    model, _, version = name.partition("/")
+    if not version.isdecimal():
+        return name
+    from rcnn.registry.mlflow_store import tags_of_versions
+
+    tags = tags_of_versions(config, model).get(int(version))
+    if tags is None:
+        raise ConfigError("there is no such version", where=f"compare {name}", remedy="`rcnn registry` lists them")
+    return tags.get("weights_sha256", name)
+
+
+def _compare_two(storage: Any, ours: Any, theirs: Any) -> None:
+    from rcnn.compare.pair import differences, figures, in_words, paired_test
+
+    found = differences(ours, theirs)
+    if found:
+        _print_table(found, title="what differs")
+    else:
+        print("settings, data, code and environment are the same")
+    _print_table(figures(ours, theirs), title="figures")
+    try:
+        print(in_words(paired_test(storage, ours, theirs), ours, theirs))
+    except DataError as error:
+        print(printable(f"no paired test: {error}"))
+        return
+    print("this is for people: only `rcnn register` decides on the champion, and pays for each look at the test rows")
+
+
+def _write_file(file: str, content: str | bytes) -> None:
+    try:
+        Path(file).write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise ConfigError(f"cannot be written ({error.strerror})", where=file, remedy="Choose another file") from error
+    print(printable(f"written: {file}"))
 
 
 def _reproduce(options: argparse.Namespace) -> int:

@@ -389,12 +389,21 @@ def _run_alone(
     say(f"{name}: {STAGES[name].purpose(config)}")
     result = _run_tracked(config, name, results, target, fresh, parent)
     target.require_held()
-    target.storage.write_json(target.path(MADE_OF), made_of(config, name, results))
+    target.storage.write_json(target.path(MADE_OF), made_of(config, name, results) | _made_in(config, name))
     target.storage.write_json(target.path(RESULT), result.model_dump(mode="json"))
     if STAGES[name].tidy:
         imported(STAGES[name].tidy)(target)
     say(f"{name}: done in {result.duration}")
     return result
+
+
+def _made_in(config: PipelineConfig, name: str) -> dict[str, Any]:
+    """Commit, versions and processor, which are in no key: for people who compare two models."""
+    if not STAGES[name].on_ray(config):
+        return {}
+    from rcnn.registry.runs import environment
+
+    return {"environment": environment()}
 
 
 def nothing_to_do(name: str, target: StageFolder) -> str:
