@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from scipy.special import betainc
 
-
 TWO_SIDED_95 = 1.959963984540054
 """The quantile of the normal distribution for an interval of 95 %."""
 

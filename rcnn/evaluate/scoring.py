@@ -33,7 +33,8 @@ from rcnn.train.checkpoint import load_model
 from rcnn.train.execution import choose_device
 from rcnn.train.shares import threads_of_one
 
-Item, Done = TypeVar("Item"), TypeVar("Done")
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)

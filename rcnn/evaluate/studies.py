@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,10 @@ SEED = 0
 """Of the sample of rows: the same rows for every model on a data set, so that studies can be compared."""
 
 
+Ask = Callable[[Tensor, Sequence[int]], Tensor]
+"""uint8 images (N, C, H, W) and a seed for each in, the predicted class (N) of each out."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """One way to ask the model.
@@ -57,13 +62,13 @@ class Condition:
     Attributes:
         study, name: see `EvaluateResult.studies` and `StudyRow.condition`.
         passes: forward passes of the whole network per image.
-        answer: uint8 images (N, C, H, W) and a seed for each in, the predicted class (N) of each out.
+        answer: asks the model.
     """
 
     study: str
     name: str
     passes: float
-    answer: Callable[[Tensor, Sequence[int]], Tensor]
+    answer: Ask
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,8 @@ class StudyRun:
         """All that are to be measured."""
         if num_steps_studied(self.config) and recurrent_layers(self.model):
             yield from self._steps()
-        for name in self.config.evaluate.views:
-            yield Condition("views", name, NUM_VIEWS[name], self._by_views(name))
+        for views in self.config.evaluate.views:
+            yield Condition("views", views, NUM_VIEWS[views], self._by_views(views))
         if self.config.evaluate.robustness:
             for name in CORRUPTIONS:
                 for strength in range(1, NUM_STRENGTHS + 1):
@@ -147,7 +152,7 @@ class StudyRun:
     def answers(self, conditions: Sequence[Condition]) -> tuple[np.ndarray, np.ndarray]:
         """The predicted classes (1 + conditions, N) and the labels (N); the first row is the model as it is."""
         seeds = self._seeds() if self.config.evaluate.robustness else [0] * len(self.sample)
-        asks = [self._plain, *(condition.answer for condition in conditions)]
+        asks: list[Ask] = [partial(_answer, self.model), *(condition.answer for condition in conditions)]
 
         @torch.inference_mode()
         def work(item: tuple[Batch, Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -169,30 +174,27 @@ class StudyRun:
         """Of the corruptions of each row: from its id, so that another sample corrupts it alike."""
         return [zlib.crc32(row_id.encode()) for row_id in self.sample.row_ids()]
 
-    def _plain(self, images_NCHW: Tensor, seeds_N: Sequence[int]) -> Tensor:
-        return self.model(images_NCHW).argmax(1)
-
     def _steps(self) -> Iterator[Condition]:
         height, width, channels = self.manifest.image_shape
         whole = count_multiply_adds(self.model, (height, width, channels))
         for num_steps in range(num_steps_studied(self.config)):
             model = shortened(self.model, num_steps)
             share = count_multiply_adds(model, (height, width, channels)) / whole
-            yield Condition("steps", str(num_steps), share, lambda images, _, model=model: model(images).argmax(1))
+            yield Condition("steps", str(num_steps), share, partial(_answer, model))
 
-    def _by_views(self, name: str) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    def _by_views(self, name: str) -> Ask:
         def answer(images_NCHW: Tensor, seeds_N: Sequence[int]) -> Tensor:
             views = views_of(name, images_NCHW, crop=self.model.crop)
             return mean_probabilities(self.model(view) for view in views).argmax(1)
 
         return answer
 
-    def _corrupted(self, name: str, strength: int) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    def _corrupted(self, name: str, strength: int) -> Ask:
         def answer(images_NCHW: Tensor, seeds_N: Sequence[int]) -> Tensor:
             images_NHWC = np.ascontiguousarray(images_NCHW.permute(0, 2, 3, 1).cpu().numpy())
             worse_NHWC = corrupted(name, strength, images_NHWC, seeds_N)
             worse_NCHW = torch.from_numpy(worse_NHWC).permute(0, 3, 1, 2).to(images_NCHW.device)
-            return self._plain(worse_NCHW, seeds_N)
+            return _answer(self.model, worse_NCHW, seeds_N)
 
         return answer
 
@@ -210,15 +212,19 @@ class StudyRun:
     ) -> None:
         over_time = [number + 1 for number, each in enumerate(conditions) if each.study == "steps"]
         rows = telling_rows(answers[[*over_time, 0]], labels_N, NUM_IMAGES_OVER_TIME)
-        images_NHWC = np.concatenate(
-            [self.sample.read(stretch(self.sample.segments, row, row + 1))[0] for row in rows]
-        )
+        images_NHWC = np.concatenate([self.sample.read(stretch(self.sample.segments, row, row + 1))[0] for row in rows])
         unrolling = unroll(self.model, _as_batch(images_NHWC, self.device))
         labels = [int(labels_N[row]) for row in rows]
         draw_states(unrolling, images_NHWC, labels, self.manifest.classes, title, folder / "states.png")
         first_NHWC, _ = self.sample.read(stretch(self.sample.segments, 0, NUM_IMAGES_OF_FIELDS))
-        fields = receptive_fields(self.model, _as_batch(first_NHWC, self.device))
-        draw_fields(fields, title, folder / "receptive-fields.png")
+        images_NCHW = _as_batch(first_NHWC, self.device)
+        times = iter(range(num_steps_studied(self.config) + 1))
+        fields = side_by_side(lambda t: receptive_fields(self.model, images_NCHW, t), times, self.num_at_once)
+        draw_fields([field for after in fields for field in after], title, folder / "receptive-fields.png")
+
+
+def _answer(model: Classifier, images_NCHW: Tensor, seeds_N: Sequence[int]) -> Tensor:
+    return torch.as_tensor(model(images_NCHW)).argmax(1)
 
 
 def _as_batch(images_NHWC: np.ndarray, device: torch.device) -> Tensor:
@@ -233,7 +239,11 @@ def telling_rows(answers_TN: np.ndarray, labels_N: np.ndarray, num_rows: int) ->
     """
     right_TN = answers_TN == labels_N
     num_changes_N = (answers_TN[1:] != answers_TN[:-1]).sum(0)
-    kinds = (~right_TN[0] & right_TN[-1], right_TN[0] & ~right_TN[-1], ~right_TN[0] & ~right_TN[-1] & (num_changes_N > 0))
+    kinds = (
+        ~right_TN[0] & right_TN[-1],
+        right_TN[0] & ~right_TN[-1],
+        ~right_TN[0] & ~right_TN[-1] & (num_changes_N > 0),
+    )
     chosen = [int(np.flatnonzero(kind)[0]) for kind in kinds if kind.any()]
     others = np.argsort(-num_changes_N, kind="stable").tolist()
     return [*chosen, *(row for row in others if row not in chosen)][:num_rows]
@@ -242,7 +252,7 @@ def telling_rows(answers_TN: np.ndarray, labels_N: np.ndarray, num_rows: int) ->
 def _studies(
     conditions: Sequence[Condition], answers: np.ndarray, labels_N: np.ndarray
 ) -> dict[str, tuple[StudyRow, ...]]:
-    plain_N, studies = answers[0] == labels_N, {}
+    plain_N, studies = answers[0] == labels_N, dict[str, list[StudyRow]]()
     for condition, answers_N in zip(conditions, answers[1:], strict=True):
         row = _row(condition.name, condition.passes, answers_N == labels_N, plain_N)
         studies.setdefault(condition.study, [_row("as it is", 1.0, plain_N, plain_N)]).append(row)

@@ -113,24 +113,23 @@ class ReceptiveField:
     box: tuple[float, float, float, float]
 
 
-def receptive_fields(model: Classifier, images_NCHW: Tensor) -> list[ReceptiveField]:
-    """The receptive field of each recurrent layer's central unit after t = 0..T steps.
+def receptive_fields(model: Classifier, images_NCHW: Tensor, num_steps: int) -> list[ReceptiveField]:
+    """The receptive field of each recurrent layer's central unit after `num_steps` steps.
 
     The gradient is that of the sum over the unit's feature maps with respect to the pixels. A max pool passes it to one unit
     of each window, and a ReLU may be closed, so that one image shows less than the whole field.
     """
+    shorter = shortened(model, num_steps).requires_grad_(False)
+    layers = _same_layers(model, shorter)
+    geometry = _geometry_of(shorter, layers, images_NCHW[:1])
+    pixels_NCHW = images_NCHW.float().requires_grad_()
+    with _states(layers) as found, torch.enable_grad():
+        shorter(pixels_NCHW)
     fields = []
-    for num_steps in range(num_steps_of(model) + 1):
-        shorter = shortened(model, num_steps).requires_grad_(False)
-        layers = _same_layers(model, shorter)
-        geometry = _geometry_of(shorter, layers, images_NCHW[:1])
-        pixels_NCHW = images_NCHW.float().requires_grad_()
-        with _states(layers) as found, torch.enable_grad():
-            shorter(pixels_NCHW)
-        for number in range(len(layers)):
-            [gradient_NCHW] = torch.autograd.grad(_central(found[number]).sum(), pixels_NCHW, retain_graph=True)
-            gradient_HW = gradient_NCHW.abs().double().mean((0, 1)).cpu()
-            fields.append(_field(number + 1, num_steps, geometry[number], gradient_HW))
+    for number in range(len(layers)):
+        [gradient_NCHW] = torch.autograd.grad(_central(found[number]).sum(), pixels_NCHW, retain_graph=True)
+        gradient_HW = gradient_NCHW.abs().double().mean((0, 1)).cpu()
+        fields.append(_field(number + 1, num_steps, geometry[number], gradient_HW))
     return fields
 
 

@@ -20,9 +20,9 @@ def views_of(name: str, images_NCHW: Tensor, *, crop: int) -> Iterator[Tensor]:
     """The views of a batch.
 
     Args:
-        name: a key of `study_size.NUM_VIEWS`. `mirrored`: the image and its mirror image; `shifted`: by -2, 0 and 2 pixels in each
-            direction; `crops`: nine windows, three by three, from corner to corner, as in the paper; `mirrored_crops`: these
-            and their mirror images.
+        name: a key of `study_size.NUM_VIEWS`. `mirrored`: the image and its mirror image; `shifted`: by -2, 0 and 2 pixels in
+            each direction; `crops`: nine windows, three by three, from corner to corner, as many as in the paper;
+            `mirrored_crops`: these and their mirror images.
         images_NCHW: uint8 images.
         crop: the model's window (`model.crop`), for crops.
     """

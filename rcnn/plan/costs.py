@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
+from rcnn.evaluate.study_size import num_passes
 from rcnn.plan.calibrate import Calibration, Job, stand_in
 from rcnn.plan.progress import ended_trials, num_trials_left, trained
 from rcnn.plan.search import expected_epochs, most_epochs, networks_of, num_repeats_left, timed_of
@@ -177,13 +178,15 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
 def cost_of_evaluate(
     config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None
 ) -> Cost:
-    """One forward pass of each test row, on Ray's workers or in this process with all cores."""
+    """One forward pass of each test row, on Ray's workers or in this process with all cores; then the studies, here."""
     if size is None:
         return UNKNOWN
     how, num_rows = config.execution, size.num_rows["test"]
     [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     num_bytes = BYTES_OF_A_REPORT + num_rows * (BYTES_OF_A_PREDICTION + 4 * size.num_classes)
-    cost = Cost(num_rows=num_rows, multiply_adds=num_rows * found.multiply_adds, disk_bytes=round(num_bytes))
+    num_more = num_passes(config, num_test=num_rows, num_val=size.num_rows["val"])
+    multiply_adds = round((num_rows + num_more) * found.multiply_adds)
+    cost = Cost(num_rows=num_rows, multiply_adds=multiply_adds, disk_bytes=round(num_bytes))
     if found.fault:
         return cost
     on_workers = config.ray.address != "" or how.num_workers > 1
@@ -193,7 +196,8 @@ def cost_of_evaluate(
         cpus = how.cpus_per_worker
         seconds += SECONDS_TO_START_SCORING
     speed_up = num_processes if on_workers or how.use_gpu else max(1.0, cpus / how.cpus_per_worker)
-    seconds += num_rows * found.score_seconds / speed_up
+    here = 1.0 if how.use_gpu else max(1.0, (os.cpu_count() or 1) / how.cpus_per_worker)
+    seconds += num_rows * found.score_seconds / speed_up + num_more * found.score_seconds / here
     gpus = float(how.use_gpu)
     return _with_times(cost, seconds, num_processes=num_processes, cpus=cpus, gpus=gpus, peak_bytes=None)
 
