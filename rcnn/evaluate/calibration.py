@@ -12,16 +12,19 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 LOWEST, HIGHEST = 0.05, 20.0
-"""Bounds of T. Without them, T of a model that gets all validation rows right would be 0, and every answer certain."""
+"""Bounds of T, which a sound model does not come near."""
 
 
 def fit_temperature(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
-    """The temperature with the least negative log-likelihood; 1 if there are no rows, or a logit is not finite.
+    """The temperature with the least negative log-likelihood.
+
+    It is 1 where there is no such temperature: without rows, with logits that are not finite, and where all answers are right,
+    so that a lower temperature always fits better.
 
     The search is over log T: the likelihood has one maximum in 1 / T, and so in log T.
     """
     logits_NC = logits_NC.astype(np.float64)
-    if not len(logits_NC) or not np.isfinite(logits_NC).all():
+    if not len(logits_NC) or not np.isfinite(logits_NC).all() or (logits_NC.argmax(1) == labels_N).all():
         return 1.0
     found = minimize_scalar(
         lambda log_t: negative_log_likelihood(logits_NC / np.exp(log_t), labels_N),

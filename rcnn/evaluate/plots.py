@@ -78,19 +78,11 @@ def plot_reliability(bins: np.ndarray, title: str, file: Path, *, calibrated: np
     if calibrated is not None:
         num_there, probability_there, right_there = calibrated[:, calibrated[0] > 0]
         shares = right_there / num_there
-        upper.plot(
-            probability_there / num_there,
-            shares,
-            color=ORANGE,
-            marker="s",
-            ms=4,
-            lw=1,
-            ls="--",
-            label="with the temperature",
-        )
+        there = probability_there / num_there
+        upper.plot(there, shares, color=ORANGE, marker="s", ms=4, ls="", label="with the temperature")
     upper.set(ylabel="share of right answers", ylim=(0, 1.02))
     upper.set_title(title, fontsize=10)
-    upper.legend(frameon=False, loc="upper left")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     lower.bar(edges[:-1], bins[0], width=np.diff(edges), align="edge", color=BLUE, edgecolor="white")
     lower.set(xlabel="probability of the answer", ylabel="rows", yscale="log", xlim=(0, 1))
     for axes in (upper, lower):

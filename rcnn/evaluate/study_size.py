@@ -11,7 +11,7 @@ CORRUPTIONS = ("noise", "blur", "contrast", "shift", "JPEG")
 NUM_STRENGTHS = 5
 MOST_ROWS_TO_CALIBRATE = 5000
 """Validation rows that the temperature, a single number, is fitted to."""
-NUM_IMAGES_OF_FIELDS = 32
+NUM_IMAGES_OF_FIELDS = 16
 """Images over which the gradients of receptive fields are averaged."""
 PASSES_OF_A_FIELD = 4
 """Forward passes that the gradients of all layers after one time step take: one forward, and up to four partial backward."""

@@ -1,6 +1,6 @@
 """The studies of an evaluation as tables of text, for the Markdown report and the HTML page."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rcnn.results import EvaluateResult, StudyRow
@@ -16,22 +16,38 @@ class StudyTable:
     rows: list[tuple[str, ...]]
 
 
-TITLES = {
-    "steps": ("Recurrent steps", "steps", "The same weights with fewer recurrent steps than they were trained with."),
-    "views": ("Views", "views", "Probabilities averaged over views of each image. All other figures are of the single view."),
-    "robustness": ("Robustness", "corruption and strength", "Corrupted images; a row is corrupted alike for every model."),
-}  # fmt: skip
-COLUMNS = ("error, % (95 %)", "gain, points (95 %)", "cost")
+COLUMNS = ("error, % (95 %)", "gain, points (95 %)", "forward passes")
+ABOUT_STEPS = "The same weights with fewer recurrent steps than they were trained with."
+ABOUT_VIEWS = "Probabilities averaged over views of each image. All other figures are of the single view."
+ABOUT_ROBUSTNESS = (
+    "Error in per cent on corrupted images, by strength (0: as they are). A row is corrupted alike for every model."
+)
 
 
 def study_tables(result: EvaluateResult) -> Iterator[StudyTable]:
     """A table for each study, after that of the temperature."""
     if result.calibrated:
         yield _calibration(result)
-    for name, (title, first, note) in TITLES.items():
+    for name, title, about in (("steps", "Recurrent steps", ABOUT_STEPS), ("views", "Views", ABOUT_VIEWS)):
         if rows := result.studies.get(name):
-            told = f"{note} {rows[0].num_rows:,} of {result.num_rows:,} test rows; gain: of error, on the same rows."
-            yield StudyTable(title, told, (first, *COLUMNS), [_cells(row) for row in rows])
+            note = f"{about} {_rows_used(result, rows)}; gain: of error, on the same rows."
+            yield StudyTable(title, note, (name, *COLUMNS), [_cells(row) for row in rows])
+    if rows := result.studies.get("robustness"):
+        yield _robustness(rows, f"{ABOUT_ROBUSTNESS} {_rows_used(result, rows)}.")
+
+
+def _rows_used(result: EvaluateResult, rows: Sequence[StudyRow]) -> str:
+    return f"{rows[0].num_rows:,} of {result.num_rows:,} test rows"
+
+
+def _robustness(rows: Sequence[StudyRow], note: str) -> StudyTable:
+    """A row for each corruption, a column for each strength."""
+    plain, *worse = rows
+    lines = {row.condition.partition("/")[0]: [f"{100 * plain.error:.2f}"] for row in worse}
+    for row in worse:
+        lines[row.condition.partition("/")[0]].append(f"{100 * row.error:.2f}")
+    strengths = map(str, range(len(next(iter(lines.values())))))
+    return StudyTable("Robustness", note, ("corruption", *strengths), [(name, *cells) for name, cells in lines.items()])
 
 
 def _calibration(result: EvaluateResult) -> StudyTable:
@@ -56,11 +72,5 @@ def _calibration(result: EvaluateResult) -> StudyTable:
 def _cells(row: StudyRow) -> tuple[str, ...]:
     low, high = (f"{100 * bound:.2f}" for bound in row.error_interval)
     least, most = (f"{100 * bound:+.2f}" for bound in row.gain_interval)
-    gain = f"{100 * row.gain:+.2f} ({least} to {most})" if row.gain or not _is_plain(row) else "-"
-    condition = row.condition.replace("/", " ").replace("_", " ")
-    return (condition, f"{100 * row.error:.2f} ({low} to {high})", gain, f"{row.passes:.2f} passes")
-
-
-def _is_plain(row: StudyRow) -> bool:
-    """Whether it is the model as it is, beside which there is no gain."""
-    return row.gain == 0 and row.passes == 1 and "/" not in row.condition
+    gain = "-" if row.passes == 1 and row.gain == 0 else f"{100 * row.gain:+.2f} ({least} to {most})"
+    return (row.condition.replace("_", " "), f"{100 * row.error:.2f} ({low} to {high})", gain, f"{row.passes:.2f}")

@@ -35,7 +35,7 @@ SECONDS_TO_START_INGEST = 2.0  # the stage of the demo, whose 5,000 rows are wri
 SECONDS_TO_REGISTER = 1.0  # the stage of the demo
 BYTES_OF_A_SEARCH = 120e3  # pictures, and a table of the trials
 BYTES_OF_A_TRIAL = 1e3  # its record, and its row of the table
-BYTES_OF_A_REPORT = 110e3  # of ten classes
+BYTES_OF_A_REPORT = 700e3  # of ten classes and four recurrent layers
 BYTES_OF_A_PREDICTION = 30  # a row of predictions, without its logits
 # Estimated: what is left of a measured stage after steps and starts that are known, rounded; or never measured by itself.
 SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
