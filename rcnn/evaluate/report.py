@@ -35,7 +35,7 @@ from rcnn.train.loop import Metrics
 
 NUM_SAMPLES = 10
 EXAMPLES_PER_ROW, PIXELS_OF_AN_EXAMPLE = 6, 112  # wide enough for two class names
-SECONDS_TO_REPORT = 1.5  # from the last row to the result: pictures, mostly; 0.7 to 1.6 on 2 busy cores
+SECONDS_TO_REPORT = 2.5  # from the last row to the result, without the passes of studies: pictures, mostly
 SUREST_MISTAKES = f'polars.read_parquet("{PREDICTIONS}").filter(correct=False).sort("loss", descending=True).head(10)'
 CALIBRATED = ("loss", "calibration_error", "brier_score")  # metrics that a temperature changes
 MOST_THREADS = 16  # of scoring in this process: each holds the activations of a batch

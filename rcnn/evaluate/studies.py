@@ -32,9 +32,9 @@ from rcnn.evaluate.study_pictures import draw_corruptions, draw_fields, draw_fil
 from rcnn.evaluate.study_size import (
     CORRUPTIONS,
     MOST_ROWS_TO_CALIBRATE,
-    NUM_IMAGES_OF_FIELDS,
     NUM_STRENGTHS,
     NUM_VIEWS,
+    num_images_of_fields,
     num_sampled,
     num_steps_studied,
 )
@@ -115,7 +115,7 @@ class StudyRun:
             return stored_rows(storage, data_folder, manifest, split, num_rows=num_rows, seed=SEED)
 
         self.val, num_test = rows_of("val", MOST_ROWS_TO_CALIBRATE), manifest.splits["test"].rows
-        self.sample = rows_of("test", num_sampled(config, num_test) or NUM_IMAGES_OF_FIELDS)
+        self.sample = rows_of("test", num_sampled(config, num_test) or 1)
 
     def run(self, folder: Path) -> Studied:
         """Measures what the settings ask for, and writes the pictures into a local folder."""
@@ -216,7 +216,8 @@ class StudyRun:
         unrolling = unroll(self.model, _as_batch(images_NHWC, self.device))
         labels = [int(labels_N[row]) for row in rows]
         draw_states(unrolling, images_NHWC, labels, self.manifest.classes, title, folder / "states.png")
-        first_NHWC, _ = self.sample.read(stretch(self.sample.segments, 0, NUM_IMAGES_OF_FIELDS))
+        num_images = num_images_of_fields(*self.manifest.image_shape[:2])
+        first_NHWC, _ = self.sample.read(stretch(self.sample.segments, 0, num_images))
         images_NCHW = _as_batch(first_NHWC, self.device)
         times = iter(range(num_steps_studied(self.config) + 1))
         fields = side_by_side(lambda t: receptive_fields(self.model, images_NCHW, t), times, self.num_at_once)

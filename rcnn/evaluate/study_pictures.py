@@ -27,7 +27,7 @@ MARKERS = "osD^vP"
 NUM_MAPS_SHOWN, MAP_COLUMNS = 8, 4
 MOST_STEPS_SHOWN = 6
 MOST_TICKS = 9
-MOST_CLASSES = 4
+MOST_CLASSES, MAX_NAME = 4, 16
 DPI = 110
 
 
@@ -110,7 +110,7 @@ def draw_states(
         figure = Figure(figsize=(width, num_images * (0.82 * num_layers + 0.45) + 0.5), layout="constrained")
         grid = figure.subplots(num_images, 3, width_ratios=(1.5, 1.5 * len(steps), 3.0), squeeze=False)
         for number, (left, middle, right) in enumerate(grid):
-            _draw_image(left, images_NHWC[number], f"true class: {_short(names[labels[number]])}")
+            _draw_image(left, images_NHWC[number], f"true class:\n{_short(names[labels[number]])}")
             _draw_maps(middle, [each[:, number].numpy() for each in unrolling.states], steps)
             _draw_probabilities(right, unrolling.probabilities[:, number].numpy(), labels[number], names)
         figure.suptitle(f"{title}: states and answers over the recurrent steps", fontsize=11)
@@ -308,7 +308,7 @@ def _with_white(name: str) -> Colormap:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def _finish(axes: Axes) -> None:

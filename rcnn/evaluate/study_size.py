@@ -12,7 +12,9 @@ NUM_STRENGTHS = 5
 MOST_ROWS_TO_CALIBRATE = 5000
 """Validation rows that the temperature, a single number, is fitted to."""
 NUM_IMAGES_OF_FIELDS = 16
-"""Images over which the gradients of receptive fields are averaged."""
+"""Images over which the gradients of receptive fields are averaged, at most."""
+PIXELS_OF_FIELDS = 16 * 64 * 64
+"""Of those images together, if there is more than one: their gradients take 60 bytes a pixel and feature map at T = 3."""
 PASSES_OF_A_FIELD = 4
 """Forward passes that the gradients of all layers after one time step take: one forward, and up to four partial backward."""
 
@@ -27,6 +29,11 @@ def num_sampled(config: PipelineConfig, num_rows: int) -> int:
     settings = config.evaluate
     is_any = settings.views or settings.robustness or num_steps_studied(config)
     return min(settings.sample_rows or num_rows, num_rows) if is_any else 0
+
+
+def num_images_of_fields(height: int, width: int) -> int:
+    """Images of a size over which the gradients of receptive fields are averaged."""
+    return max(1, min(NUM_IMAGES_OF_FIELDS, PIXELS_OF_FIELDS // (height * width)))
 
 
 def num_passes(config: PipelineConfig, *, num_test: int, num_val: int) -> float:

@@ -134,7 +134,7 @@ def receptive_fields(model: Classifier, images_NCHW: Tensor, num_steps: int) -> 
 
 
 def _by_direct_convolution(model: Classifier) -> Classifier:
-    """The model, without the compiled layer: Winograd's tiles leave rounding errors outside the receptive field, of 1e-9 of its
+    """The model, without the compiled layer: Winograd's tiles leave rounding errors outside the receptive field, 1e-7 of its
     largest gradient, and the compiled layer calls none of the modules whose sizes are counted."""
     for layer in model.modules():
         if isinstance(layer, RecurrentConvLayer):

@@ -27,7 +27,7 @@ FORWARDS_PER_STEP = 3
 
 # Starting processes is most of a short run. Measured on 2 idle cores of an AMD EPYC, with the pinned versions (seconds; bytes):
 SECONDS_TO_START_RAY = 11.0  # ray.init: 10 to 12
-SECONDS_AROUND_EVALUATION = 1.5  # model, pictures and report: the stage of the demo takes 1 to 2 for few rows
+SECONDS_AROUND_EVALUATION = 2.5  # model, pictures and report; of it, 1 for those of recurrent steps
 SECONDS_TO_START_SCORING = (
     4.0  # workers with the model loaded, on a Ray that runs: 4.1 to 4.4; 8 to 24 on a busy machine
 )

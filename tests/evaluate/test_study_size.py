@@ -3,7 +3,7 @@
 import pytest
 
 from rcnn.config import PipelineConfig
-from rcnn.evaluate.study_size import num_passes, num_sampled
+from rcnn.evaluate.study_size import num_images_of_fields, num_passes, num_sampled
 
 
 def config_of(**settings: object) -> PipelineConfig:
@@ -32,3 +32,7 @@ def test_a_network_without_steps_samples_nothing_by_default() -> None:
     config = PipelineConfig().with_settings({"model.network": "wide", "tune.enabled": False})
     assert num_sampled(config, 500) == 0
     assert num_passes(config, num_test=500, num_val=70) == 70
+
+
+def test_of_large_images_fewer_are_differentiated() -> None:
+    assert [num_images_of_fields(side, side) for side in (28, 64, 128, 512)] == [16, 16, 4, 1]
