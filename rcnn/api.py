@@ -63,7 +63,9 @@ def _readable(answer: Prediction | Unreadable) -> Prediction:
     return answer
 
 
-def load_model(name: str = "", *, storage: str = "", tracking_uri: str = "", num_top: int = 5) -> Model:
+def load_model(
+    name: str = "", *, storage: str = "", tracking_uri: str = "", num_top: int = 5, calibrated: bool = False
+) -> Model:
     """Loads a registered model, or one from a folder.
 
     Args:
@@ -72,6 +74,7 @@ def load_model(name: str = "", *, storage: str = "", tracking_uri: str = "", num
         storage: where the pipeline keeps its results (default: `RCNN_STORAGE`, or else `storage` in the working directory).
         tracking_uri: of an MLflow server (default: `RCNN_TRACKING__URI`, or else the store in the storage).
         num_top: how many classes a prediction names.
+        calibrated: whether probabilities are those with the temperature that the evaluation fitted and registered.
 
     Raises:
         ConfigError: there is no such model.
@@ -82,11 +85,12 @@ def load_model(name: str = "", *, storage: str = "", tracking_uri: str = "", num
         raise ConfigError(f"is {num_top}", where="num_top", remedy="Use 1 or more")
     folder = Path(name)
     if name and folder.is_dir():
-        return Model(name, Predictor(folder / "model" if (folder / "model").is_dir() else folder, num_top=num_top))
+        place = folder / "model" if (folder / "model").is_dir() else folder
+        return Model(name, Predictor(place, num_top=num_top, calibrated=calibrated))
     places: Sequence[tuple[str, str]] = [("storage", storage), ("tracking.uri", tracking_uri)]
     settings = [f"{setting}={value}" for setting, value in places if value]
     config = resolve_config(environ=os.environ, overrides=settings).rooted()
     from rcnn.registry.answers import fetched_model
 
     with fetched_model(config, name.removeprefix("models:/")) as (title, fetched):
-        return Model(title, Predictor(fetched, num_top=num_top))
+        return Model(title, Predictor(fetched, num_top=num_top, calibrated=calibrated))

@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="show the N most probable classes with bars (default: 3 on a terminal, else 1)",
     )
+    predict.add_argument(
+        "--calibrated", action="store_true", help="divide logits by the model's temperature; answers stay the same"
+    )
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image")
     _add_registry(commands)
     _add_data(commands)
@@ -555,7 +558,9 @@ def _predict(options: argparse.Namespace) -> int:
     files = find_images(options.images)
     num_top = options.top or (NUM_TOP if options.json else 3 if sys.stdout.isatty() else 1)
     with _model_folder(config, options.model) as (name, folder):
-        predictor = Predictor(folder, num_top=num_top)
+        predictor = Predictor(folder, num_top=num_top, calibrated=options.calibrated)
+    if options.calibrated and not predictor.has_temperature:
+        print("rcnn: this model has no temperature: probabilities are as they are", file=sys.stderr)
     if not options.json:
         print(f"model: {printable(name)}, trained on {printable(predictor.data_set)}")
     num_unreadable = 0

@@ -467,6 +467,25 @@ class EvaluateConfig(Section):
     """How the test rows are scored."""
 
     batch_size: int = Field(256, ge=1, le=MAX_BATCH, description="Images per forward pass.")
+    steps: bool = Field(
+        True,
+        description="Networks with recurrent steps: measure the error with fewer than T, and draw how states, answers and "
+        "receptive fields change from step to step.",
+    )
+    views: tuple[Literal["mirrored", "shifted", "crops", "mirrored_crops"], ...] = Field(
+        (),
+        description="Views over which probabilities are averaged, each measured beside the single view that all other figures "
+        "come from; mirrored: 2; shifted: 9, by -2, 0 and 2 pixels; crops: 9 windows of model.crop, as published.",
+    )
+    robustness: bool = Field(
+        False, description="Measure the error with noise, blur, contrast, shift and JPEG, at five strengths each."
+    )
+    sample_rows: int = Field(
+        1000,
+        ge=0,
+        le=MAX_ROWS,
+        description="Test rows, spread over all of them, on which steps, views and robustness are measured; 0: all rows.",
+    )
 
 
 class RayConfig(Section):
@@ -591,6 +610,16 @@ class PipelineConfig(Section):
             raise ValueError(
                 f"execution.min_workers = {self.execution.min_workers} needs a result that does not depend on the number of "
                 f"workers; set train.num_shares to {num_workers} or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_have_a_size(self) -> Self:
+        crops = [name for name in self.evaluate.views if name.endswith("crops")]
+        if crops and not self.model.crop:
+            raise ValueError(
+                f"evaluate.views has {crops[0]!r}, and the network sees whole images (model.crop = 0); leave it out, or set "
+                f"model.crop"
             )
         return self
 

@@ -266,6 +266,26 @@ class ClassFigures(BaseModel):
         return [f"{self.num_rows:,}", *("-" if share is None else f"{100 * share:.2f}" for share in shares)]
 
 
+class StudyRow(BaseModel):
+    """The model under one condition, beside itself as it is, on the same test rows.
+
+    A condition is a set of views (`mirrored`), a corruption with its strength (`noise/3`), or a number of steps (`1`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    condition: str
+    num_rows: int
+    error: float
+    error_interval: tuple[float, float]
+    gain: float
+    """How much lower the error is than that of the model as it is, a share of the rows."""
+    gain_interval: tuple[float, float]
+    """Of 95 %, for matched pairs."""
+    passes: float
+    """Forward passes of the whole network per image."""
+
+
 class EvaluateResult(StageResult):
     """The figures on the test rows, and the folder of the report."""
 
@@ -282,6 +302,12 @@ class EvaluateResult(StageResult):
     test_digest: str
     predictions_sha256: str = ""
     """Of `predictions.parquet` in the folder, from which the metrics were computed."""
+    temperature: float = 1.0
+    """What divides the logits for calibrated probabilities; fitted to validation rows."""
+    calibrated: dict[str, float] = {}
+    """The metrics that it changes (loss, calibration_error, brier_score), on all test rows."""
+    studies: dict[str, tuple[StudyRow, ...]] = {}
+    """What was measured besides, by name: steps, views, robustness."""
 
     @property
     def test_error(self) -> float:

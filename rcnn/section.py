@@ -300,7 +300,7 @@ def read_items(value: Any) -> Sequence[Any]:
     """
     if isinstance(value, Text) and re.fullmatch(r"\s*\[.*\]\s*", value, flags=re.DOTALL):
         inside = value.strip()[1:-1].strip().removesuffix(",")
-        return [Text(item) for item in inside.split(",")] if inside else []
+        return [Text(item.strip()) for item in inside.split(",")] if inside else []
     if not isinstance(value, list | tuple):
         raise wrong_type("a list")
     return value

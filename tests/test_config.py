@@ -66,6 +66,7 @@ SMALLEST_WRONG = {
     "tune.seeds": 0, "tune.num_finalists": 0, "tune.max_minutes": -1, "tune.trial_minutes": -1,
     "tune.workers_per_trial": 0, "tune.epochs": 0, "tune.grace_epochs": 0, "tune.reduction_factor": 1, "tune.num_rows": -1,
     "tune.max_concurrent_trials": -1, "tune.cpus_per_trial": 0, "tune.gpus_per_trial": -1, "evaluate.batch_size": 0,
+    "evaluate.steps": "perhaps", "evaluate.views": ["rotated"], "evaluate.robustness": "perhaps", "evaluate.sample_rows": -1,
     "ray.address": "ray://head:10001", "ray.num_cpus": -1, "ray.reconnect_minutes": -1, "tracking.wait_minutes": -1, "seed": -1,
     "storage": "",
 }  # fmt: skip
@@ -112,6 +113,7 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
             "tune.space has model.t, which model.network = 'wide' does not read (it reads k, dropout, lrn_alpha, lrn_beta)",
         ),
         (["tune.grace_epochs=9"], "set it to 3 or less"),
+        (["evaluate.views=[crops]"], "evaluate.views has 'crops', and the network sees whole images (model.crop = 0)"),
         (["recipe=demo"], "Use --recipe NAME"),
         (["model.k=many"], "model.k is 'many'"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),

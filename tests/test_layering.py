@@ -74,6 +74,8 @@ HOMES = {
     "scipy": [
         "rcnn/data/sources/svhn.py",
         "rcnn/evaluate/paired.py",
+        "rcnn/evaluate/calibration.py",
+        "rcnn/evaluate/corruptions.py",
         "rcnn/registry/gate.py",
         "rcnn/reproduce/outcome.py",
     ],

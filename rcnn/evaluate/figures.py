@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from rcnn.evaluate.calibration import losses_of
+from rcnn.evaluate.paired import TWO_SIDED_95
 from rcnn.evaluate.predictions import read_predictions
 from rcnn.results import ClassFigures
 from rcnn.scores import Scores
@@ -19,8 +21,6 @@ NUM_BINS = 15
 """Of equal width, as in Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017)."""
 NUM_EXAMPLES = 24
 CLASSES_FOR_TOP_5 = 100
-TWO_SIDED_95 = 1.959963984540054
-"""The quantile of the normal distribution for an interval of 95 %."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,17 @@ class Figures:
         ]
 
 
-def figures_of(target: StageFolder, num_classes: int) -> Figures:
-    """The figures of all rows of `predictions.parquet`.
+def figures_of(target: StageFolder, num_classes: int, *, temperature: float = 1.0) -> Figures:
+    """The figures of all rows of `predictions.parquet`; with a temperature, as if it had divided the logits.
 
     Raises:
         DataError: the file is missing or damaged.
     """
     found, first_row = Figures(np.zeros((num_classes, num_classes), np.int64)), 0
     for rows in read_predictions(target, ("label", "predicted", "loss", "logits")):
+        if temperature != 1:
+            rows["logits"] = rows["logits"].astype(np.float64) / temperature
+            rows["loss"] = losses_of(rows["logits"], rows["label"])
         _add(found, rows, first_row)
         first_row += len(rows["label"])
     return found

@@ -28,6 +28,12 @@ class Pace:
         """Rows scored so far by the time they took; 0 before the first ones."""
         return self._num_done / self.seconds if self.seconds else 0.0
 
+    @property
+    def warm_images_per_second(self) -> float:
+        """The same without the first piece, where there was another one: for what is computed after them."""
+        num_rows, seconds = self._num_done - self._num_first, self.seconds - self._warm
+        return num_rows / seconds if num_rows and seconds > 0 else self.images_per_second
+
     def start(self) -> None:
         """Counts from now: models are loaded, and the first pieces begin."""
         self.started = self._clock()

@@ -3,9 +3,13 @@
 The counts come from two files of predictions (see `predictions.compare`): a join, not a second evaluation.
 """
 
+import math
 from dataclasses import dataclass
 
 from scipy.special import betainc
+
+TWO_SIDED_95 = 1.959963984540054
+"""The quantile of the normal distribution for an interval of 95 %."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,17 @@ class Paired:
     def gain(self) -> float:
         """How much lower the first model's error is, as a share of the rows."""
         return (self.only_first - self.only_second) / self.num_rows
+
+    @property
+    def gain_interval(self) -> tuple[float, float]:
+        """Of 95 %, for the gain: Wald's for matched pairs, with half a row added to each of the four cells of the table.
+
+        Agresti and Min, "Simple improved confidence intervals for comparing matched proportions" (2005).
+        """
+        first, second, num_rows = self.only_first + 0.5, self.only_second + 0.5, self.num_rows + 2
+        centre = (first - second) / num_rows
+        half = TWO_SIDED_95 * math.sqrt(first + second - (first - second) ** 2 / num_rows) / num_rows
+        return centre - half, centre + half
 
     @property
     def p_value(self) -> float:

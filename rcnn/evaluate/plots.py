@@ -57,13 +57,14 @@ def _write_count(axes: Axes, row: int, column: int, count: int, darkest: float) 
     axes.text(column, row, str(count), ha="center", va="center", fontsize=9, color=color, weight=weight)
 
 
-def plot_reliability(bins: np.ndarray, title: str, file: Path) -> None:
+def plot_reliability(bins: np.ndarray, title: str, file: Path, *, calibrated: np.ndarray | None = None) -> None:
     """Draws how often answers are right against their probability, and how many answers there are of each probability.
 
     Args:
         bins: (3, bins): rows, summed probability and right answers (see `Figures`).
         title: above the picture.
         file: a PNG file.
+        calibrated: the same with the temperature.
     """
     edges, used = np.linspace(0, 1, bins.shape[1] + 1), bins[0] > 0
     num_rows, probability, right = bins[:, used]
@@ -74,8 +75,14 @@ def plot_reliability(bins: np.ndarray, title: str, file: Path) -> None:
     bounds = np.array([wilson(int(hits), int(rows)) for hits, rows in zip(right, num_rows, strict=True)]).T
     reach = np.abs(bounds - share)
     upper.errorbar(probability / num_rows, share, reach, color=BLUE, marker="o", ms=5, lw=1, label="this model, 95 %")
-    upper.set(ylabel="share of right answers", ylim=(0, 1.02), title=title)
-    upper.legend(frameon=False, loc="upper left")
+    if calibrated is not None:
+        num_there, probability_there, right_there = calibrated[:, calibrated[0] > 0]
+        shares = right_there / num_there
+        there = probability_there / num_there
+        upper.plot(there, shares, color=ORANGE, marker="s", ms=4, ls="", label="with the temperature")
+    upper.set(ylabel="share of right answers", ylim=(0, 1.02))
+    upper.set_title(title, fontsize=10)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     lower.bar(edges[:-1], bins[0], width=np.diff(edges), align="edge", color=BLUE, edgecolor="white")
     lower.set(xlabel="probability of the answer", ylabel="rows", yscale="log", xlim=(0, 1))
     for axes in (upper, lower):

@@ -18,6 +18,7 @@ import torch
 from rcnn.config import MAX_MEGAPIXELS
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, unwarned
 from rcnn.errors import ConfigError, SourceError
+from rcnn.evaluate.temperature import TEMPERATURE, temperature_of
 from rcnn.text import printable
 from rcnn.train.checkpoint import load_model
 from rcnn.train.execution import choose_device
@@ -142,16 +143,23 @@ class Predictor:
     Args:
         folder: holds `model.safetensors` and `model.json`.
         num_top: how many classes a prediction names, if there are as many.
+        calibrated: whether probabilities are those with the model's temperature; a model without one gives the same as ever.
 
     Raises:
         DataError: it does not.
     """
 
-    def __init__(self, folder: Path, *, num_top: int = NUM_TOP):
+    def __init__(self, folder: Path, *, num_top: int = NUM_TOP, calibrated: bool = False):
         self.model, self.description = load_model(folder)
         self._num_top = num_top
+        self._temperature = temperature_of(self.description) if calibrated else 1.0
         self._device = choose_device(torch.cuda.is_available())
         self.model.to(self._device)
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether one was fitted: to registered models, by their evaluation."""
+        return TEMPERATURE in self.description
 
     @property
     def data_set(self) -> str:
@@ -182,7 +190,7 @@ class Predictor:
         classes = self.description["classes"]
         images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
         with torch.inference_mode():
-            best = self.model(images_NCHW).softmax(1).topk(min(self._num_top, len(classes)))
+            best = (self.model(images_NCHW) / self._temperature).softmax(1).topk(min(self._num_top, len(classes)))
         for probabilities, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield tuple((classes[label], share) for label, share in zip(labels, probabilities, strict=True))
 

@@ -23,6 +23,9 @@ from rcnn.evaluate.predictions import (
     parts_of,
 )
 from rcnn.evaluate.scoring import ScoringJob, load_for_scoring, open_test_rows, score_parts
+from rcnn.evaluate.studies import StudyRun
+from rcnn.evaluate.study_size import num_passes
+from rcnn.evaluate.study_tables import StudyTable, study_tables
 from rcnn.progress import RowProgress, say
 from rcnn.results import EvaluateResult, IngestResult, TrainResult
 from rcnn.storage import StageFolder
@@ -32,8 +35,9 @@ from rcnn.train.loop import Metrics
 
 NUM_SAMPLES = 10
 EXAMPLES_PER_ROW, PIXELS_OF_AN_EXAMPLE = 6, 112  # wide enough for two class names
-SECONDS_TO_REPORT = 1.5  # from the last row to the result: pictures, mostly; 0.7 to 1.6 on 2 busy cores
+SECONDS_TO_REPORT = 2.5  # from the last row to the result, without the passes of studies: pictures, mostly
 SUREST_MISTAKES = f'polars.read_parquet("{PREDICTIONS}").filter(correct=False).sort("loss", descending=True).head(10)'
+CALIBRATED = ("loss", "calibration_error", "brier_score")  # metrics that a temperature changes
 MOST_THREADS = 16  # of scoring in this process: each holds the activations of a batch
 
 
@@ -56,10 +60,20 @@ def run_evaluate(
     pace = _score(config, data, trained, target, parts)
     predictions_sha256 = merge_parts(target, parts)
     figures = figures_of(target, len(manifest.classes))
+    study = StudyRun(
+        config,
+        storage=storage,
+        data_folder=data.folder,
+        manifest=manifest,
+        trained=trained,
+        num_at_once=min(torch.get_num_threads(), MOST_THREADS),
+    )
     assert figures.num_rows == data.rows["test"], f"{figures.num_rows} of {data.rows['test']} test rows were counted"
     history = storage.read_json(f"{trained.folder}/history.json")
     with tempfile.TemporaryDirectory() as folder:
-        _draw(config, figures, manifest, history, Path(folder))
+        studied = study.run(Path(folder))
+        calibrated = figures_of(target, len(manifest.classes), temperature=studied.temperature)
+        _draw(config, figures, calibrated, manifest, history, Path(folder))
         _draw_examples(data, figures, manifest.classes, target, Path(folder))
         _write_samples(data, manifest.classes, target, Path(folder))
         result = EvaluateResult(
@@ -71,8 +85,13 @@ def run_evaluate(
             images_per_second=pace.images_per_second,
             test_digest=data.test_digest,
             predictions_sha256=predictions_sha256,
+            temperature=studied.temperature,
+            calibrated={name: calibrated.metrics()[name] for name in CALIBRATED},
+            studies=studied.studies,
             seconds=round(time.perf_counter() - started, 1),
-            predicted_seconds=round(pace.started - started + pace.predicted_seconds + SECONDS_TO_REPORT, 1),
+            predicted_seconds=round(
+                pace.started - started + pace.predicted_seconds + _seconds_after(config, data, pace), 1
+            ),
         )
         _write_report(config, result, trained, manifest, Path(folder))
         tracker.log_metrics(_figures(result))
@@ -82,6 +101,12 @@ def run_evaluate(
     speed = f", {result.speed}" if result.speed else ""
     say(f"  test error {result.written_error}{speed}; report in {storage.uri(target.name)}")
     return result
+
+
+def _seconds_after(config: PipelineConfig, data: IngestResult, pace: Pace) -> float:
+    """Predicts the time from the last row to the result: studies at the pace of scoring, and pictures."""
+    num_more = num_passes(config, num_test=data.rows["test"], num_val=data.rows["val"])
+    return SECONDS_TO_REPORT + (num_more / pace.warm_images_per_second if pace.images_per_second else 0.0)
 
 
 def _score(
@@ -137,18 +162,28 @@ def _figures(result: EvaluateResult) -> dict[str, float]:
     """What MLflow gets."""
     speed = {"perf/images_per_second": result.images_per_second} if result.images_per_second else {}
     times = {"perf/seconds": result.seconds, "perf/predicted_seconds": result.predicted_seconds}
-    return {f"test/{name}": value for name, value in result.metrics.items()} | speed | times
+    studied = {f"{study}/{row.condition}/error": row.error for study, rows in result.studies.items() for row in rows}
+    calibrated = {f"calibrated/{name}": value for name, value in result.calibrated.items()}
+    of_test = result.metrics | calibrated | {"temperature": result.temperature} | studied
+    return {f"test/{name}": value for name, value in of_test.items()} | speed | times
 
 
-def _draw(config: PipelineConfig, figures: Figures, manifest: Manifest, history: list[Metrics], folder: Path) -> None:
+def _draw(
+    config: PipelineConfig,
+    figures: Figures,
+    calibrated: Figures,
+    manifest: Manifest,
+    history: list[Metrics],
+    folder: Path,
+) -> None:
     """Draws the pictures of the report."""
     name, scores = f"{config.model.title}, {manifest.name}", figures.scores
     plot_confusion(
         scores.confusion, manifest.classes, f"{name}: {100 * scores.error:.2f} % test error", folder / "confusion.png"
     )
-    plot_reliability(
-        figures.bins, f"{100 * figures.calibration_error:.2f} % calibration error", folder / "reliability.png"
-    )
+    before, after = (f"{100 * each.calibration_error:.2f} %" for each in (figures, calibrated))
+    title = f"calibration error {before}, {after} with the temperature"
+    plot_reliability(figures.bins, title, folder / "reliability.png", calibrated=calibrated.bins)
     plot_history(history, f"{name}: training", folder / "training.png")
 
 
@@ -191,7 +226,15 @@ def _write_report(
     classes = "\n".join(f"| {' | '.join([_cell(name), *each.cells()])} |" for name, each in result.classes.items())
     ended = f"; {trained.unfinished}" if trained.unfinished else ""
     pictures = {"mistakes.png": "the surest mistakes", "least-sure.png": "right, and least sure"}
+    pictures |= {
+        "steps.png": "error by recurrent steps",
+        "states.png": "states and answers over the recurrent steps",
+        "receptive-fields.png": "receptive fields",
+        "robustness.png": "robustness",
+        "filters.png": "first-layer filters",
+    }
     examples = "".join(f"![{text}]({file})\n\n" for file, text in pictures.items() if (folder / file).is_file())
+    studies = "\n".join(map(_as_markdown, study_tables(result)))
     (folder / "metrics.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(
         f"""# {name}
@@ -215,12 +258,20 @@ Every test row's label, answer, loss and logits are in `{PREDICTIONS}`; in this 
 
 ![training](training.png)
 
+{studies}
+## Classes
+
 | class | test rows | precision, % | recall, % | F1, % |
 | --- | --- | --- | --- | --- |
 {classes}
 """,
         encoding="utf-8",
     )
+
+
+def _as_markdown(table: StudyTable) -> str:
+    lines = [table.header, ("---",) * len(table.header), *table.rows]
+    return f"## {table.title}\n\n{table.note}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _cell(name: str) -> str:

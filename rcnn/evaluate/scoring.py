@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ from rcnn.storage import StageFolder, Storage
 from rcnn.train.checkpoint import load_model
 from rcnn.train.execution import choose_device
 from rcnn.train.shares import threads_of_one
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -139,15 +143,25 @@ def _scored(
     model: Classifier, batches: Iterator[tuple[Part, Batch]], num_at_once: int
 ) -> Iterator[tuple[Part, _Scored]]:
     """The batches after the model, in order; while some are computed, the next ones are read."""
-    waiting: deque[tuple[Part, Future[_Scored]]] = deque()
+    return side_by_side(lambda each: (each[0], _score_batch(model, *each[1])), batches, num_at_once)
+
+
+def side_by_side(work: Callable[[Item], Done], items: Iterator[Item], num_at_once: int) -> Iterator[Done]:
+    """What `work` makes of each item, in order: several at a time, each on one thread; meanwhile, the next ones are read."""
+    waiting: deque[Future[Done]] = deque()
     with threads_of_one(num_at_once) as pool:
-        for part, (images_NCHW, labels_N) in batches:
-            waiting.append((part, pool.submit(_score_batch, model, images_NCHW, labels_N)))
+        for item in items:
+            waiting.append(pool.submit(work, item))
             if len(waiting) > num_at_once:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for part, future in waiting:
-            yield part, future.result()
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+
+
+def logits_and_labels(model: Classifier, batches: Iterator[Batch], num_at_once: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, classes) and labels (N) of a few rows, which fit into memory; computed as those of the test rows are."""
+    scored = list(side_by_side(lambda batch: _score_batch(model, *batch), batches, num_at_once))
+    return np.concatenate([each.logits for each in scored]), np.concatenate([each.labels for each in scored])
 
 
 @torch.inference_mode()

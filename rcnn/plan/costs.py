@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
+from rcnn.evaluate.study_size import num_passes
 from rcnn.plan.calibrate import Calibration, Job, stand_in
 from rcnn.plan.progress import ended_trials, num_trials_left, trained
 from rcnn.plan.search import expected_epochs, most_epochs, networks_of, num_repeats_left, timed_of
@@ -26,7 +27,7 @@ FORWARDS_PER_STEP = 3
 
 # Starting processes is most of a short run. Measured on 2 idle cores of an AMD EPYC, with the pinned versions (seconds; bytes):
 SECONDS_TO_START_RAY = 11.0  # ray.init: 10 to 12
-SECONDS_AROUND_EVALUATION = 1.5  # model, pictures and report: the stage of the demo takes 1 to 2 for few rows
+SECONDS_AROUND_EVALUATION = 2.5  # model, pictures and report; of it, 1 for those of recurrent steps
 SECONDS_TO_START_SCORING = (
     4.0  # workers with the model loaded, on a Ray that runs: 4.1 to 4.4; 8 to 24 on a busy machine
 )
@@ -34,7 +35,7 @@ SECONDS_TO_START_INGEST = 2.0  # the stage of the demo, whose 5,000 rows are wri
 SECONDS_TO_REGISTER = 1.0  # the stage of the demo
 BYTES_OF_A_SEARCH = 120e3  # pictures, and a table of the trials
 BYTES_OF_A_TRIAL = 1e3  # its record, and its row of the table
-BYTES_OF_A_REPORT = 110e3  # of ten classes
+BYTES_OF_A_REPORT = 700e3  # of ten classes and four recurrent layers
 BYTES_OF_A_PREDICTION = 30  # a row of predictions, without its logits
 # Estimated: what is left of a measured stage after steps and starts that are known, rounded; or never measured by itself.
 SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
@@ -177,13 +178,15 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
 def cost_of_evaluate(
     config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None
 ) -> Cost:
-    """One forward pass of each test row, on Ray's workers or in this process with all cores."""
+    """One forward pass of each test row, on Ray's workers or in this process with all cores; then the studies, here."""
     if size is None:
         return UNKNOWN
     how, num_rows = config.execution, size.num_rows["test"]
     [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     num_bytes = BYTES_OF_A_REPORT + num_rows * (BYTES_OF_A_PREDICTION + 4 * size.num_classes)
-    cost = Cost(num_rows=num_rows, multiply_adds=num_rows * found.multiply_adds, disk_bytes=round(num_bytes))
+    num_more = num_passes(config, num_test=num_rows, num_val=size.num_rows["val"])
+    multiply_adds = round((num_rows + num_more) * found.multiply_adds)
+    cost = Cost(num_rows=num_rows, multiply_adds=multiply_adds, disk_bytes=round(num_bytes))
     if found.fault:
         return cost
     on_workers = config.ray.address != "" or how.num_workers > 1
@@ -193,7 +196,8 @@ def cost_of_evaluate(
         cpus = how.cpus_per_worker
         seconds += SECONDS_TO_START_SCORING
     speed_up = num_processes if on_workers or how.use_gpu else max(1.0, cpus / how.cpus_per_worker)
-    seconds += num_rows * found.score_seconds / speed_up
+    here = 1.0 if how.use_gpu else max(1.0, (os.cpu_count() or 1) / how.cpus_per_worker)
+    seconds += num_rows * found.score_seconds / speed_up + num_more * found.score_seconds / here
     gpus = float(how.use_gpu)
     return _with_times(cost, seconds, num_processes=num_processes, cpus=cpus, gpus=gpus, peak_bytes=None)
 

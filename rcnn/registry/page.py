@@ -18,6 +18,7 @@ from markupsafe import Markup
 from rcnn.config import PipelineConfig
 from rcnn.config_diff import differences
 from rcnn.data.manifest import Manifest
+from rcnn.evaluate.study_tables import study_tables
 from rcnn.recipes import DEFAULT_RECIPE, RECIPES
 from rcnn.registry.ledger import Look
 from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
@@ -38,7 +39,24 @@ PICTURES = (
         "Reliability",
         "Below the dotted line the model is too sure of itself, above it too modest. The bars show how many rows there are.",
     ),
+    ("steps.png", "Error by recurrent steps", "The same weights with fewer steps, and the share of the arithmetic."),
+    ("filters.png", "First-layer filters", "The kernels that see the image, all on one scale."),
+    (
+        "states.png",
+        "States and answers over the recurrent steps",
+        "Images whose answer changes. Eight maps of each recurrent layer after t steps, on one scale for each row, and the "
+        "probabilities of classes.",
+    ),
+    (
+        "receptive-fields.png",
+        "Receptive fields over the recurrent steps",
+        "What the central unit of each recurrent layer sees, measured by gradients, beside what convolutions and pools allow.",
+    ),
+    ("robustness.png", "Robustness", "Error by corruption and strength, and an image with each."),
 )  # fmt: skip
+
+
+WIDE_PICTURES = ("states.png", "receptive-fields.png", "robustness.png")
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,7 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
         "figures": _figures(subject),
         "comparison": _comparison(subject.look),
         "pictures": list(_pictures(storage, subject.evaluated.folder)),
+        "studies": list(study_tables(subject.evaluated)),
         "classes": _classes(subject.evaluated),
         "cost": _cost(subject),
         "recipe": _base(config),
@@ -121,7 +140,7 @@ def _pictures(storage: Storage, folder: str) -> Any:
     for name, title, caption in PICTURES:
         if storage.exists(f"{folder}/{name}"):
             content = base64.b64encode(storage.read_bytes(f"{folder}/{name}")).decode()
-            yield {"title": title, "caption": caption, "base64": content}
+            yield {"title": title, "caption": caption, "base64": content, "is_wide": name in WIDE_PICTURES}
 
 
 def _classes(evaluated: EvaluateResult) -> list[list[str]]:

@@ -8,6 +8,7 @@ from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.errors import ClusterError, DataError
 from rcnn.evaluate.predictions import compare, write_answers
+from rcnn.evaluate.temperature import add_temperature
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
@@ -60,6 +61,7 @@ def _register(
     with tempfile.TemporaryDirectory() as folder:
         model_folder = Path(folder, mlflow_store.MODEL_FOLDER)
         target.storage.download(f"{trained.folder}/model", model_folder)
+        add_temperature(model_folder, evaluated.temperature)
         _, description = load_model(model_folder)
         figures = Standing(0, evaluated.test_error, evaluated.test_digest)
         answers = Path(folder, "answers.parquet")

@@ -53,3 +53,17 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(first.read_bytes()[:-9])
     with pytest.raises(DataError, match=str(tmp_path / "b")):
         compare(first, tmp_path / "b")
+
+
+def test_the_interval_of_the_gain_is_agrestis_and_mins() -> None:
+    # By hand: 30.5 and 20.5 of 202 rows; variance (51 - 10^2 / 202) / 202^2.
+    low, high = Paired(200, 30, 20).gain_interval
+    half = 1.959964 * (51 - 100 / 202) ** 0.5 / 202
+    assert (low, high) == pytest.approx((10 / 202 - half, 10 / 202 + half), rel=1e-6)
+
+
+def test_the_interval_holds_the_true_gain_in_95_of_100_samples() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(1000, [0.03, 0.01, 0.96], size=4000)
+    bounds = [Paired(1000, int(first), int(second)).gain_interval for first, second, _ in counts]
+    assert 0.94 < np.mean([low < 0.02 < high for low, high in bounds]) < 0.96

@@ -1,6 +1,7 @@
 """Runs and models in real stores: our own SQLite file, and an MLflow server."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -184,16 +185,15 @@ def test_the_champion_can_be_fetched_and_scores(
 
     with pytest.raises(ConfigError, match=r"there is no registered model"):
         mlflow_store.find_version(config)
-    registered(
-        config,
-        trained(config, digits_storage, digits, 1),
-        evaluated(config, 0.5),
-        StageFolder(Storage(config.storage), "x"),
-    )
+    scored = evaluated(config, 0.5).model_copy(update={"temperature": 1.75})
+    model_of_training = trained(config, digits_storage, digits, 1)
+    registered(config, model_of_training, scored, StageFolder(Storage(config.storage), "x"))
     found = mlflow_store.find_version(config)
     assert str(found) == f"{config.tracking.model_name} version 1 (champion)"
     folder = mlflow_store.download_model(config, found, tmp_path / "fetched")
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "model.json"}
+    assert json.loads((folder / "model.json").read_text())["temperature"] == 1.75
+    assert "temperature" not in Storage(config.storage).read_json(f"{model_of_training.folder}/model/model.json")
     mlflow.set_tracking_uri(tracking_uri(config))
     model = mlflow.pyfunc.load_model(f"models:/{config.tracking.model_name}@champion")
     for rows in (1, 7):

@@ -16,7 +16,7 @@ from rcnn.evaluate.report import run_evaluate
 from rcnn.recipes import resolve_config
 from rcnn.registry.gate import Standing, judge
 from rcnn.registry.ledger import Look
-from rcnn.registry.page import Subject, write_page
+from rcnn.registry.page import PICTURES, Subject, write_page
 from rcnn.results import RegisterResult
 from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import NoTracker
@@ -82,7 +82,7 @@ def test_it_is_whole_and_refers_to_nothing_outside(page: Page) -> None:
     assert page.open == []
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 5
+    assert [each["alt"] for each in pictures] == [title for _, title, _ in PICTURES if title != "Robustness"]
     for attributes in pictures:
         head, _, content = str(attributes["src"]).partition(",")
         assert head == "data:image/png;base64"
@@ -94,6 +94,17 @@ def test_it_is_whole_and_refers_to_nothing_outside(page: Page) -> None:
 def test_it_begins_with_the_verdict_and_has_the_test_behind_it(page: Page, subject: Subject) -> None:
     assert page.text.index("Version 2 is the champion. Better: ") < page.text.index("Figures")
     for words in ("400", "300", "level of look 3", "+3.33 points", subject.manifest.digest, "rcnn predict --model"):
+        assert words in page.text
+
+
+def test_it_has_the_tables_of_the_studies(page: Page, subject: Subject) -> None:
+    plain = subject.evaluated.studies["steps"][-1]
+    for words in (
+        "Calibration",
+        f"temperature {subject.evaluated.temperature:.3f}",
+        "Recurrent steps",
+        f"{100 * plain.error:.2f}",
+    ):
         assert words in page.text
 
 
