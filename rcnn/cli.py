@@ -102,13 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--fresh", action="store_true", help="time the training steps again")
     predict = _add(commands, "predict", _predict, "classify image files", config=True)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or quoted globs")
-    predict.add_argument(
-        "--model",
-        metavar="MODEL",
-        default="",
-        help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
-        "(default: the only registered model)",
-    )
+    _add_model(predict)
     predict.add_argument(
         "--top",
         type=int,
@@ -116,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show the N most probable classes with bars (default: 3 on a terminal, else 1)",
     )
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image")
+    _add_export(commands)
     _add_registry(commands)
     _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
@@ -145,6 +140,23 @@ def _parser() -> argparse.ArgumentParser:
     completion = _add(commands, "completion", _completion, "print a script that makes the shell complete commands")
     completion.add_argument("shell", choices=SHELLS, help="the shell")
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        default="",
+        help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
+        "(default: the only registered model)",
+    )
+
+
+def _add_export(commands: Any) -> None:
+    export = _add(commands, "export", _export, "write a model for torch.export (pt2) or ONNX", config=True)
+    _add_model(export)
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="for model.pt2 and model.onnx")
+    export.add_argument("--format", choices=("pt2", "onnx", "all"), default="all", help="default: all")
 
 
 def _add_registry(commands: Any) -> None:
@@ -375,6 +387,15 @@ def _predict(options: argparse.Namespace) -> int:
     if num_unreadable:
         print(f"rcnn: {num_unreadable:,} of {len(files):,} files could not be read", file=sys.stderr)
     return 1 if num_unreadable else 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    with _model_folder(config, options.model) as (_, folder):
+        from rcnn.registry.export import FORMATS, export_model
+
+        for exported in export_model(folder, options.to, FORMATS if options.format == "all" else [options.format]):
+            print(printable(f"{exported.file}: {exported.summary}"))
 
 
 @contextmanager

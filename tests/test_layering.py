@@ -72,6 +72,7 @@ HOMES = {
     "scipy": ["rcnn/data/sources/svhn.py", "rcnn/evaluate/paired.py", "rcnn/registry/gate.py"],
     "pyarrow": ["rcnn/data/", "rcnn/storage.py", "rcnn/tune/ledger.py", "rcnn/evaluate/predictions.py"],
     "optuna": ["rcnn/tune/"],
+    "onnxruntime": ["rcnn/registry/export.py"],
     "torchvision": [],
     "flows": ["flows/", "rcnn/cli.py"],
     "infra": ["infra/"],

@@ -62,6 +62,7 @@ LEDGER_TEXT = (
     "would void what `rcnn registry` says of the error budget."
 )
 ANSWERS_FOLDER = "test-predictions"  # in the training run, a file for each set of test rows
+EXPORTS_FOLDER = "exports"  # in the training run
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
@@ -421,10 +422,10 @@ def fetch_answers(config: PipelineConfig, version: int, test_digest: str, folder
         return Path(client.download_artifacts(run_id, f"{ANSWERS_FOLDER}/{file}", str(folder)))
 
 
-def log_file(config: PipelineConfig, run_id: str, file: Path) -> None:
-    """Stores a file in a run."""
+def log_file(config: PipelineConfig, run_id: str, file: Path, *, folder: str = "") -> None:
+    """Stores a file in a folder of a run (default: the outermost)."""
     with _reachable(config):
-        _connect(config).log_artifact(run_id, str(file))
+        _connect(config).log_artifact(run_id, str(file), folder or None)
 
 
 def tags_of_versions(config: PipelineConfig, name: str = "") -> dict[int, dict[str, str]]:
