@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show the N most probable classes with bars (default: 3 on a terminal, else 1)",
     )
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image")
+    _add_batch_predict(commands)
     _add_export(commands)
     _add_registry(commands)
     _add_data(commands)
@@ -150,6 +151,19 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
         "(default: the only registered model)",
     )
+
+
+def _add_batch_predict(commands: Any) -> None:
+    text = "classify the images of Parquet files or folders on Ray, and write Parquet with their probabilities"
+    batch = _add(commands, "batch-predict", _batch_predict, text, config=True, fresh=True)
+    batch.add_argument(
+        "input",
+        metavar="INPUT",
+        help="Parquet files or images: a file, a folder (one with Parquet files is read as Parquet) or a quoted glob; Parquet "
+        "also as a URI",
+    )
+    batch.add_argument("--to", required=True, metavar="FOLDER", help="a new folder or URI, or one to resume")
+    _add_model(batch)
 
 
 def _add_export(commands: Any) -> None:
@@ -361,7 +375,8 @@ def _job_inputs(folder: Any) -> Any:
 
 def _predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
-    from rcnn.evaluate.predict import NUM_TOP, Predictor, Unreadable, find_images
+    from rcnn.evaluate.image_files import find_images
+    from rcnn.evaluate.predict import NUM_TOP, Predictor, Unreadable
     from rcnn.storage import Storage
 
     if Storage(config.storage).is_local and not config.tracking.uri:
@@ -387,6 +402,26 @@ def _predict(options: argparse.Namespace) -> int:
     if num_unreadable:
         print(f"rcnn: {num_unreadable:,} of {len(files):,} files could not be read", file=sys.stderr)
     return 1 if num_unreadable else 0
+
+
+def _batch_predict(options: argparse.Namespace) -> int:
+    config = _resolve(options)
+    from rcnn.evaluate.batch_predict import batch_predict
+    from rcnn.evaluate.batch_records import BAD_IMAGES
+
+    with _model_folder(config, options.model) as (name, folder):
+        done = batch_predict(
+            config, options.input, options.to, model_name=name, model_folder=folder, fresh=options.fresh
+        )
+    print(printable(f"model: {name}"))
+    print(printable(f"predictions: {options.to}"))
+    if done.bad:
+        place = f"{options.to.rstrip('/')}/{BAD_IMAGES}"
+        print(
+            printable(f"rcnn: {done.bad:,} of {done.num_rows:,} images could not be read; {place} lists them"),
+            file=sys.stderr,
+        )
+    return 1 if done.bad else 0
 
 
 def _export(options: argparse.Namespace) -> None:
