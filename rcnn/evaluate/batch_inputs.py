@@ -303,12 +303,12 @@ def _pixel_rows(piece: ParquetRows, rule: ImageRule) -> Iterator[Rows]:
     columns = [name, ID_COLUMN] if piece.has_ids else [name]
     for first, batch in _batches(piece, columns):
         column = batch.column(batch.schema.get_field_index(name))
-        ids = _ids(piece, batch, first)
-        is_good = np.asarray(column.is_valid())
         pixels = column.storage if isinstance(column, pa.ExtensionArray) else column
-        images = pixels.flatten().to_numpy().reshape(-1, *rule.image_shape)  # flatten leaves out rows that are null
-        bad = [(row_id, f"{name} is null") for row_id, good in zip(ids, is_good, strict=True) if not good]
-        yield Rows([row_id for row_id, good in zip(ids, is_good, strict=True) if good], images, bad)
+        # None is null: pyarrow refuses to read lists of a fixed size with a null among them.
+        images = (
+            pixels.flatten().to_numpy().reshape(len(batch), *rule.image_shape).copy()
+        )  # torch takes no read-only memory
+        yield Rows(_ids(piece, batch, first), images)
 
 
 @unwarned()

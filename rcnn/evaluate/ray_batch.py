@@ -70,7 +70,7 @@ def predict_on_workers(
                 yield record
         except (RayActorError, OutOfMemoryError) as death:
             num_deaths += 1
-            reason = next(iter(str(death).splitlines()), type(death).__name__)
+            reason = _reason(death)
             if num_deaths > how.max_failures:
                 raise ClusterError(
                     f"workers died more often than allowed without finishing a part; the last one with: {reason}",
@@ -92,7 +92,7 @@ def _records(how: ExecutionConfig, target: Storage, model: Any, parts: Sequence[
     """
     num_workers = min(_room(how), len(parts))
     say(f"  predicting {counted(len(parts), 'part')} on {counted(num_workers, 'worker')}")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # `say` reports the progress
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # `say` reports the progress, and the death of a worker
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.from_items([{"part": pickle.dumps(part)} for part in parts], override_num_blocks=len(parts))
     with warnings.catch_warnings():
@@ -110,6 +110,12 @@ def _records(how: ExecutionConfig, target: Storage, model: Any, parts: Sequence[
         if isinstance(outcome, RcnnError):
             raise outcome
         yield outcome
+
+
+def _reason(death: Exception) -> str:
+    """Why a worker died, in a line; if it could not start, the last line of Ray's text names the error."""
+    lines = [line.strip() for line in str(death).splitlines() if line.strip()] or [type(death).__name__]
+    return lines[-1] if "creation task" in lines[0] else lines[0]
 
 
 def _room(how: ExecutionConfig) -> int:
