@@ -44,7 +44,7 @@ def predict_on_workers(
     """Yields the record of each part when its predictions are written, in any order.
 
     Args:
-        config: `ray` says where, `execution.cpus_per_worker` and `execution.use_gpu` on what.
+        config: `ray` says where, `execution.use_gpu` whether each worker has a GPU besides its core.
         source: the input, which all nodes must see.
         target: where predictions are written, which all nodes must see too.
         model_files: the content of the model's folder by file name; nodes need not see that folder.
@@ -58,8 +58,7 @@ def predict_on_workers(
     if "://" not in source:
         require_seen(without_pattern(source), setting="INPUT")
     how = config.execution
-    settings = "execution.cpus_per_worker, execution.use_gpu"
-    require_room(config, num_cpus=how.cpus_per_worker, num_gpus=float(how.use_gpu), settings=settings)
+    require_room(config, num_cpus=1, num_gpus=float(how.use_gpu), settings="ray.num_cpus, execution.use_gpu")
     model = ray.put(dict(model_files))
     todo, num_deaths = {part.number: part for part in parts}, 0
     while todo:
@@ -99,9 +98,9 @@ def _records(how: ExecutionConfig, target: Storage, model: Any, parts: Sequence[
         warnings.simplefilter("ignore", RayDeprecationWarning)  # 2.60 has no other parameter for max_restarts
         outcomes = data.map(
             PartPredictor,
-            fn_constructor_args=(model, target.root, how.cpus_per_worker),
+            fn_constructor_args=(model, target.root),
             compute=ray.data.ActorPoolStrategy(size=num_workers),
-            num_cpus=how.cpus_per_worker,
+            num_cpus=1,  # while one worker reads and writes, the models of the others compute
             num_gpus=int(how.use_gpu),
             max_restarts=0,
         )
@@ -121,7 +120,7 @@ def _reason(death: Exception) -> str:
 def _room(how: ExecutionConfig) -> int:
     """Workers for which the cluster has cores and GPUs now."""
     there = ray.cluster_resources()
-    rooms = [int(there.get("CPU", 0)) // how.cpus_per_worker]
+    rooms = [int(there.get("CPU", 0))]
     rooms += [int(there.get("GPU", 0))] if how.use_gpu else []
     return max(1, min(rooms))
 
@@ -129,8 +128,8 @@ def _room(how: ExecutionConfig) -> int:
 class PartPredictor:
     """The actor. It returns this project's errors, since Ray would wrap a raised one in an exception of its own."""
 
-    def __init__(self, model_files: Any, root: str, num_threads: int):
-        torch.set_num_threads(num_threads)
+    def __init__(self, model_files: Any, root: str):
+        torch.set_num_threads(1)
         self._target = Storage(root)
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(model_files).items():

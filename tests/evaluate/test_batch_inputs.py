@@ -123,7 +123,7 @@ def test_encoded_images_of_any_size_are_resized_and_pixels_of_another_shape_are_
     write(tmp_path / "encoded.parquet", pa.array([as_png(large)], pa.binary()))
     _, found, _ = read_all(plan_parts(find_inputs(str(tmp_path / "encoded.parquet")), SHAPE))
     np.testing.assert_array_equal(found, np.full((1, *SHAPE), 77))
-    write(tmp_path / "pixels.parquet", pa.FixedShapeTensorArray.from_numpy_ndarray(large[None]))
+    write(tmp_path / "pixels.parquet", pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([large, large])))
     with pytest.raises(
         DataError, match=r"has uint8 of the shape \(12, 10, 3\), and the model takes uint8 of \(6, 5, 3\)"
     ):
