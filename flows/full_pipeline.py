@@ -49,7 +49,7 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_run
         config = config.placed_by(os.environ)
     config = config.rooted()
     trees: dict[str, Any] = {}
-    with looking_once(), _log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
+    with looking_once(), log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
         for name in planned(config):
             given = {"config": config, "name": name, "trees": trees, "fresh": fresh, "parent": parent}
             trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
@@ -90,7 +90,7 @@ def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
 
 
 @contextmanager
-def _log_in_prefect() -> Iterator[None]:
+def log_in_prefect() -> Iterator[None]:
     """Sends what the stages say to the log of the Prefect run too."""
     handler = APILogHandler()
     logging.getLogger("rcnn").addHandler(handler)

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import re
 import select
 import shlex
 import signal
@@ -377,6 +376,7 @@ def _predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
     from rcnn.evaluate.image_files import find_images
     from rcnn.evaluate.predict import NUM_TOP, Predictor, Unreadable
+    from rcnn.registry.answers import model_folder
     from rcnn.storage import Storage
 
     if Storage(config.storage).is_local and not config.tracking.uri:
@@ -385,7 +385,7 @@ def _predict(options: argparse.Namespace) -> int:
         raise ConfigError(f"is {options.top}", where="--top", remedy="Use 1 or more")
     files = find_images(options.images)
     num_top = options.top or (NUM_TOP if options.json else 3 if sys.stdout.isatty() else 1)
-    with _model_folder(config, options.model) as (name, folder):
+    with model_folder(config, options.model) as (name, folder):
         predictor = Predictor(folder, num_top=num_top)
     if not options.json:
         print(f"model: {printable(name)}, trained on {printable(predictor.data_set)}")
@@ -408,8 +408,9 @@ def _batch_predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
     from rcnn.evaluate.batch_predict import batch_predict
     from rcnn.evaluate.batch_records import BAD_IMAGES
+    from rcnn.registry.answers import model_folder
 
-    with _model_folder(config, options.model) as (name, folder):
+    with model_folder(config, options.model) as (name, folder):
         done = batch_predict(
             config, options.input, options.to, model_name=name, model_folder=folder, fresh=options.fresh
         )
@@ -426,24 +427,13 @@ def _batch_predict(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     config = _resolve(options)
-    with _model_folder(config, options.model) as (_, folder):
+    from rcnn.registry.answers import model_folder
+
+    with model_folder(config, options.model) as (_, folder):
         from rcnn.registry.export import FORMATS, export_model
 
         for exported in export_model(folder, options.to, FORMATS if options.format == "all" else [options.format]):
             print(printable(f"{exported.file}: {exported.summary}"))
-
-
-@contextmanager
-def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
-    """A name for people, and the folder, of a model: one that training wrote, or one from the registry."""
-    if os.path.lexists(wanted) or re.match(r"[./~]|[^/]*/[^/]*/", wanted):  # else `name`, `name@alias` or `name/3`
-        of_stage = Path(wanted, "model")  # the folder that `rcnn train` prints holds it
-        yield wanted, of_stage if of_stage.is_dir() else Path(wanted)
-        return
-    from rcnn.registry.answers import fetched_model
-
-    with fetched_model(config, wanted) as found:
-        yield found
 
 
 def _with_bar(items: Iterator[Any], num_items: int, unit: str) -> Iterator[Any]:
