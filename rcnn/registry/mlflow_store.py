@@ -32,7 +32,6 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
-import numpy as np
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -780,24 +779,15 @@ def _require_database(config: PipelineConfig, store: Path) -> None:
 
 
 def _log_pyfunc(model_folder: Path, description: Mapping[str, Any], run_id: str) -> Any:
-    """A pyfunc made of a script and safetensors, with this package's own code inside."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    height, width, channels = description["image_shape"]
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, channels, height, width))]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(description["classes"])))]),
-    )
+    """A pyfunc made of a script and safetensors, with this package's own code inside; see `served_model.py`."""
     package = Path(__file__).parents[1]
-    example = np.random.default_rng(0).integers(0, 256, (2, channels, height, width), dtype=np.uint8)
     with mlflow.start_run(run_id=run_id):
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(package / "registry" / "served_model.py"),
             artifacts={"model": str(model_folder)},
-            signature=signature,
-            input_example=example,
+            signature=False,  # it would admit either pixels or image files
+            metadata={"classes": list(description["classes"]), "image_shape": list(description["image_shape"])},
             code_paths=[str(package)],
             pip_requirements=_requirements(),  # left out, MLflow spends 15 s on guessing them
         )
@@ -806,7 +796,10 @@ def _log_pyfunc(model_folder: Path, description: Mapping[str, Any], run_id: str)
 def _requirements() -> list[str]:
     from importlib.metadata import version
 
-    return [f"{name}=={version(name)}" for name in ("torch", "numpy", "pydantic", "pyarrow", "safetensors", "tqdm")]
+    return [
+        f"{name}=={version(name)}"
+        for name in ("torch", "numpy", "pydantic", "pyarrow", "pillow", "safetensors", "tqdm")
+    ]
 
 
 def _or_none(call: Callable[[], Any]) -> Any:
