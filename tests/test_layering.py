@@ -68,6 +68,7 @@ HOMES = {
         "rcnn/tune/ray_tuner.py",
         "rcnn/tune/ray_trial.py",
         "flows/job_server.py",
+        "infra/serve/",
     ],
     "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],
     "scipy": ["rcnn/data/sources/svhn.py", "rcnn/evaluate/paired.py", "rcnn/registry/gate.py"],

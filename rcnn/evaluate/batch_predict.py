@@ -60,7 +60,7 @@ def batch_predict(
         ClusterError: Ray or the storage is out of reach.
     """
     started = time.monotonic()
-    target, model = Storage(to), _read_model(model_folder)
+    target, model = Storage(to), read_model_files(model_folder)
     from rcnn.evaluate.batch_inputs import find_inputs
 
     inputs = find_inputs(source)
@@ -89,7 +89,7 @@ def batch_predict(
     return _finish(target, batch, records, seconds=time.monotonic() - started)
 
 
-def _read_model(folder: Path) -> dict[str, bytes]:
+def read_model_files(folder: Path) -> dict[str, bytes]:
     """The files of a model, by name.
 
     Raises:

@@ -4,8 +4,9 @@ Files are decoded by threads, a batch ahead of the model; one that cannot be rea
 """
 
 import os
+import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,14 @@ class Predictor:
         self._device = choose_device(torch.cuda.is_available())
         self.model.to(self._device)
 
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes]) -> "Predictor":
+        """A model from the contents of its folder, by file name: for processes that do not see that folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            return cls(Path(folder))
+
     @property
     def data_set(self) -> str:
         """The name of the data set that the model was trained on."""
@@ -152,6 +161,13 @@ class Predictor:
     def _probabilities(self, images_NHWC: np.ndarray) -> torch.Tensor:
         images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
         return self.model(images_NCHW).softmax(1)  # type: ignore[no-any-return]
+
+
+def answer_of(classes: Sequence[str], shares: Sequence[float]) -> dict[str, Any]:
+    """What a server answers about one image: its class, the probability of that class, and those of all classes by name."""
+    best = max(range(len(classes)), key=shares.__getitem__)
+    by_name = dict(zip(classes, shares, strict=True))
+    return {"label": classes[best], "probability": shares[best], "probabilities": by_name}
 
 
 def _rule_of(description: dict[str, Any]) -> ImageRule:

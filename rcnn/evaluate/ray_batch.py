@@ -7,10 +7,8 @@ of every row through the object store.
 
 import logging
 import pickle
-import tempfile
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rcnn.ray_session import ensure_ray, require_room  # isort: skip  (sets what Ray reads)
@@ -131,10 +129,7 @@ class PartPredictor:
     def __init__(self, model_files: Any, root: str):
         torch.set_num_threads(1)
         self._target = Storage(root)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in ray.get(model_files).items():
-                Path(folder, name).write_bytes(content)
-            self._predictor = Predictor(Path(folder))
+        self._predictor = Predictor.of_files(ray.get(model_files))
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
         """Predicts a pickled part; returns its pickled record, or the error."""

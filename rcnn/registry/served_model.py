@@ -43,11 +43,13 @@ class ServedClassifier(PythonModel):
             MlflowException: an image cannot be read, or pixels have another shape or are not whole numbers from 0 to 255; a
                 server answers 400.
         """
+        from rcnn.evaluate.predict import answer_of
+
         items = model_input.iloc[:, 0].tolist() if hasattr(model_input, "iloc") else model_input
         is_encoded = len(items) > 0 and isinstance(items[0], str | bytes)
         images_NHWC = self._decoded(items) if is_encoded else self._checked(items)
         classes = self.predictor.description["classes"]
-        return [_answer(classes, shares.tolist()) for shares in self.predictor.probabilities(images_NHWC)]
+        return [answer_of(classes, shares.tolist()) for shares in self.predictor.probabilities(images_NHWC)]
 
     def _decoded(self, files: Sequence[str | bytes]) -> np.ndarray:
         from rcnn.data.sources.decode import BadImage, decode_image, unwarned
@@ -76,12 +78,6 @@ class ServedClassifier(PythonModel):
                 f"shape (N, {channels}, {height}, {width}), or image files in base64"
             )
         return found_NCHW.astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def _answer(classes: Sequence[str], shares: Sequence[float]) -> dict[str, Any]:
-    best = max(range(len(classes)), key=shares.__getitem__)
-    by_name = dict(zip(classes, shares, strict=True))
-    return {"label": classes[best], "probability": shares[best], "probabilities": by_name}
 
 
 def _refusal(what: str) -> MlflowException:
