@@ -150,7 +150,7 @@ class _Job:
 
     def run(self) -> StageResult:
         """Attaches to the job, or submits it; returns its result when it has ended."""
-        log = _Log()
+        log = JobLog()
         if self._server.is_running(self.id):
             say(f"{self._name}: attaching to Ray job {self.id}, which is running")
         elif self._fresh and "result" in (outcome := self._outcome()):
@@ -161,7 +161,7 @@ class _Job:
         status = self._follow(log)
         return self._result(status)
 
-    def _submit(self) -> "_Log":
+    def _submit(self) -> "JobLog":
         """Submits the job; returns its log, without that of an earlier job with this id, which Ray writes to the same file."""
         num_old = len(self._server.whole_log(self.id)) if self._server.status(self.id) is not None else 0
         self._forget_outcome()
@@ -176,14 +176,14 @@ class _Job:
         }
         self._folder.write_json(JOB, inputs)
         self._server.submit(self.id, self._command())
-        return _Log(num_old)
+        return JobLog(num_old)
 
     def _command(self) -> str:
         command = ["rcnn", self._name, "--job", self._folder.root]
         command += ["--fresh"] if self._fresh and STAGES[self._name].replaces_whole else []
         return shlex.join(command)
 
-    def _follow(self, log: "_Log") -> str:
+    def _follow(self, log: "JobLog") -> str:
         """Prints the job's log until the job ends, and submits it again if the cluster forgets it; returns its status."""
         while True:
             self._server.read_log(self.id, log.begin())
@@ -223,7 +223,7 @@ class _Job:
         return results_from_json({self._name: outcome["result"]})[self._name]  # type: ignore[no-any-return]
 
 
-class _Log:
+class JobLog:
     """A job's log, printed line by line; what comes again after a reconnection is skipped."""
 
     def __init__(self, num_taken: int = 0) -> None:

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import re
 import select
 import shlex
 import signal
@@ -115,13 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reproduce(commands)
     predict = _add(commands, "predict", _predict, "classify image files", config=True)
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or quoted globs")
-    predict.add_argument(
-        "--model",
-        metavar="MODEL",
-        default="",
-        help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
-        "(default: the only registered model)",
-    )
+    _add_model(predict)
     predict.add_argument(
         "--top",
         type=int,
@@ -132,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         "--calibrated", action="store_true", help="divide logits by the model's temperature; answers stay the same"
     )
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image")
+    _add_batch_predict(commands)
+    _add_export(commands)
     _add_registry(commands)
     _add_data(commands)
     show = _add(commands, "config", _config, "print the resolved config", config=True)
@@ -187,6 +182,36 @@ def _add_reproduce(commands: Any) -> None:
     reproduce.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting of all trainings"
     )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        default="",
+        help="NAME (its champion), NAME@ALIAS, NAME/VERSION, or a folder that `rcnn train` wrote "
+        "(default: the only registered model)",
+    )
+
+
+def _add_batch_predict(commands: Any) -> None:
+    text = "classify the images of Parquet files or folders on Ray, and write Parquet with their probabilities"
+    batch = _add(commands, "batch-predict", _batch_predict, text, config=True, fresh=True)
+    batch.add_argument(
+        "input",
+        metavar="INPUT",
+        help="Parquet files or images: a file, a folder (one with Parquet files is read as Parquet) or a quoted glob; Parquet "
+        "also as a URI",
+    )
+    batch.add_argument("--to", required=True, metavar="FOLDER", help="a new folder or URI, or one to resume")
+    _add_model(batch)
+
+
+def _add_export(commands: Any) -> None:
+    export = _add(commands, "export", _export, "write a model for torch.export (pt2) or ONNX", config=True)
+    _add_model(export)
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="for model.pt2 and model.onnx")
+    export.add_argument("--format", choices=("pt2", "onnx", "all"), default="all", help="default: all")
 
 
 def _add_registry(commands: Any) -> None:
@@ -548,7 +573,9 @@ def _run_reproduce_flow(options: argparse.Namespace, num_seeds: int, command: st
 
 def _predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
-    from rcnn.evaluate.predict import NUM_TOP, Predictor, Unreadable, find_images
+    from rcnn.evaluate.image_files import find_images
+    from rcnn.evaluate.predict import NUM_TOP, Predictor, Unreadable
+    from rcnn.registry.answers import model_folder
     from rcnn.storage import Storage
 
     if Storage(config.storage).is_local and not config.tracking.uri:
@@ -557,7 +584,7 @@ def _predict(options: argparse.Namespace) -> int:
         raise ConfigError(f"is {options.top}", where="--top", remedy="Use 1 or more")
     files = find_images(options.images)
     num_top = options.top or (NUM_TOP if options.json else 3 if sys.stdout.isatty() else 1)
-    with _model_folder(config, options.model) as (name, folder):
+    with model_folder(config, options.model) as (name, folder):
         predictor = Predictor(folder, num_top=num_top, calibrated=options.calibrated)
     if options.calibrated and not predictor.has_temperature:
         print("rcnn: this model has no temperature: probabilities are as they are", file=sys.stderr)
@@ -578,17 +605,36 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if num_unreadable else 0
 
 
-@contextmanager
-def _model_folder(config: Any, wanted: str) -> Iterator[tuple[str, Path]]:
-    """A name for people, and the folder, of a model: one that training wrote, or one from the registry."""
-    if os.path.lexists(wanted) or re.match(r"[./~]|[^/]*/[^/]*/", wanted):  # else `name`, `name@alias` or `name/3`
-        of_stage = Path(wanted, "model")  # the folder that `rcnn train` prints holds it
-        yield wanted, of_stage if of_stage.is_dir() else Path(wanted)
-        return
-    from rcnn.registry.answers import fetched_model
+def _batch_predict(options: argparse.Namespace) -> int:
+    config = _resolve(options)
+    from rcnn.evaluate.batch_predict import batch_predict
+    from rcnn.evaluate.batch_records import BAD_IMAGES
+    from rcnn.registry.answers import model_folder
 
-    with fetched_model(config, wanted) as found:
-        yield found
+    with model_folder(config, options.model) as (name, folder):
+        done = batch_predict(
+            config, options.input, options.to, model_name=name, model_folder=folder, fresh=options.fresh
+        )
+    print(printable(f"model: {name}"))
+    print(printable(f"predictions: {options.to}"))
+    if done.bad:
+        place = f"{options.to.rstrip('/')}/{BAD_IMAGES}"
+        print(
+            printable(f"rcnn: {done.bad:,} of {done.num_rows:,} images could not be read; {place} lists them"),
+            file=sys.stderr,
+        )
+    return 1 if done.bad else 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    config = _resolve(options)
+    from rcnn.registry.answers import model_folder
+
+    with model_folder(config, options.model) as (_, folder):
+        from rcnn.registry.export import FORMATS, export_model
+
+        for exported in export_model(folder, options.to, FORMATS if options.format == "all" else [options.format]):
+            print(printable(f"{exported.file}: {exported.summary}"))
 
 
 def _with_bar(items: Iterator[Any], num_items: int, unit: str) -> Iterator[Any]:

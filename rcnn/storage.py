@@ -202,7 +202,7 @@ class Storage:
         """The size in bytes of each file below a folder, by its path relative to it; empty if there is no such folder."""
         from pyarrow import fs
 
-        base = self.path(name)
+        base = self.path(name).rstrip("/")  # the root's own name is empty
         with self.reading(name):
             infos = self.filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == fs.FileType.File}

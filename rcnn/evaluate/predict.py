@@ -3,10 +3,10 @@
 Files are decoded by threads, a batch ahead of the model; one that cannot be read is reported, and the rest are classified.
 """
 
-import glob
 import os
+import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from rcnn.config import MAX_MEGAPIXELS
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, unwarned
-from rcnn.errors import ConfigError, SourceError
+from rcnn.errors import SourceError
 from rcnn.evaluate.temperature import TEMPERATURE, temperature_of
 from rcnn.text import printable
 from rcnn.train.checkpoint import load_model
@@ -90,53 +90,6 @@ class Unreadable:
         return {"file": str(self.file), "error": self.reason}
 
 
-def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The files that arguments name: files as they are, folders with all below them, globs. Hidden files are ignored.
-
-    A folder that cannot be searched is included, so that it is reported like an unreadable file.
-
-    Raises:
-        ConfigError: a folder or a glob holds no file.
-    """
-    found: list[Path] = []
-    for argument in arguments:
-        files = _files_of(argument)
-        if not files:
-            raise ConfigError(
-                "no image files found", where=argument or "''", remedy="Give image files, folders or globs"
-            )
-        found += files
-    return found
-
-
-def _files_of(argument: str) -> list[Path]:
-    if not argument:
-        return []
-    if os.path.isdir(argument):
-        return sorted(_files_below(argument))
-    if glob.has_magic(argument) and not os.path.lexists(argument):
-        return [file for name in sorted(glob.iglob(argument, recursive=True)) for file in _matched(argument, name)]
-    return [Path(argument)]
-
-
-def _matched(pattern: str, name: str) -> list[Path]:
-    """The files of a glob's match: a folder gives all files below it, unless `**` has matched them already."""
-    if os.path.isdir(name):
-        return [] if "**" in pattern else sorted(_files_below(name))
-    return [Path(name)]
-
-
-def _files_below(folder: str) -> Iterator[Path]:
-    unsearched: list[str] = []
-    for below, folders, files in os.walk(folder, onerror=lambda error: unsearched.append(error.filename)):
-        folders[:] = [name for name in folders if name[0] != "."]
-        yield from (Path(below, name) for name in files if name[0] != ".")
-        yield from (
-            Path(below, name) for name in folders if os.path.islink(Path(below, name))
-        )  # it may lead in circles
-    yield from map(Path, unsearched)
-
-
 class Predictor:
     """A model that was loaded once, for any number of images.
 
@@ -156,6 +109,14 @@ class Predictor:
         self._device = choose_device(torch.cuda.is_available())
         self.model.to(self._device)
 
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes]) -> "Predictor":
+        """A model from the contents of its folder, by file name: for processes that do not see that folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            return cls(Path(folder))
+
     @property
     def has_temperature(self) -> bool:
         """Whether one was fitted: to registered models, by their evaluation."""
@@ -166,18 +127,30 @@ class Predictor:
         """The name of the data set that the model was trained on."""
         return str(self.description["source"])
 
+    @property
+    def rule(self) -> ImageRule:
+        """How image files are made like those that the model was trained on."""
+        return _rule_of(self.description)
+
     def predict(self, files: Sequence[Path]) -> Iterator[Prediction | Unreadable]:
         """The class of each file, in order; images are made grey or colour and resized as ingest did (`data.resize`)."""
-        rule = _rule_of(self.description)
+        for batch in self.decode(files):
+            yield from self._classified(batch)
+
+    def decode(self, files: Sequence[Path]) -> Iterator[list[Decoded]]:
+        """Batches of files with their pixels, in order; while one is in use, the next is being read."""
         with unwarned():
-            for batch in _decoded_ahead(files, rule):
-                yield from self._classified(batch)
+            yield from _decoded_ahead(files, self.rule)
 
     def predict_pixels(self, images_NHWC: np.ndarray) -> Iterator[Prediction]:
         """The classes of uint8 images (N, H, W, C) of the shape that the model was trained on."""
         for start in range(0, len(images_NHWC), BATCH_SIZE):
             for top in self._tops(images_NHWC[start : start + BATCH_SIZE]):
                 yield Prediction(None, top)
+
+    def probabilities(self, images_NHWC: np.ndarray) -> np.ndarray:
+        """The probabilities (N, classes), float32, of one batch of uint8 images (N, H, W, C)."""
+        return self._probabilities(images_NHWC).cpu().numpy()  # type: ignore[no-any-return]
 
     def _classified(self, batch: Sequence[Decoded]) -> Iterator[Prediction | Unreadable]:
         images = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
@@ -188,11 +161,21 @@ class Predictor:
     def _tops(self, images_NHWC: np.ndarray) -> Iterator[tuple[tuple[str, float], ...]]:
         """The most probable classes of each image of one batch."""
         classes = self.description["classes"]
-        images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
-        with torch.inference_mode():
-            best = (self.model(images_NCHW) / self._temperature).softmax(1).topk(min(self._num_top, len(classes)))
+        best = self._probabilities(images_NHWC).topk(min(self._num_top, len(classes)))
         for probabilities, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield tuple((classes[label], share) for label, share in zip(labels, probabilities, strict=True))
+
+    @torch.inference_mode()
+    def _probabilities(self, images_NHWC: np.ndarray) -> torch.Tensor:
+        images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
+        return (self.model(images_NCHW) / self._temperature).softmax(1)  # type: ignore[no-any-return]
+
+
+def answer_of(classes: Sequence[str], shares: Sequence[float]) -> dict[str, Any]:
+    """What a server answers about one image: its class, the probability of that class, and those of all classes by name."""
+    best = max(range(len(classes)), key=shares.__getitem__)
+    by_name = dict(zip(classes, shares, strict=True))
+    return {"label": classes[best], "probability": shares[best], "probabilities": by_name}
 
 
 def _rule_of(description: dict[str, Any]) -> ImageRule:

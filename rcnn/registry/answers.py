@@ -4,6 +4,8 @@ Asked and answered by `rcnn predict`. Every write to the store (a run, a promoti
 answers void, since they name the state of the database file that they hold for. A server is asked each time.
 """
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,21 @@ from rcnn.tracking import STORE, has_store
 ANSWERS = "registry-answers.json"
 CHANGE_COUNTER = slice(24, 28)
 """Bytes of the header of a SQLite file that differ after every transaction."""
+
+
+@contextmanager
+def model_folder(config: PipelineConfig, wanted: str) -> Iterator[tuple[str, Path]]:
+    """A name for people, and the folder, of a model: one that training wrote, or one from the registry.
+
+    Raises:
+        ConfigError, DataError, ClusterError: as `fetched_model`; whether a folder holds a model is for the caller to find out.
+    """
+    if os.path.lexists(wanted) or re.match(r"[./~]|[^/]*/[^/]*/", wanted):  # else `name`, `name@alias` or `name/3`
+        of_stage = Path(wanted, "model")  # the folder that `rcnn train` prints holds it
+        yield wanted, of_stage if of_stage.is_dir() else Path(wanted)
+        return
+    with fetched_model(config, wanted) as found:
+        yield found
 
 
 @contextmanager

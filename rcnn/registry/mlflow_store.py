@@ -32,7 +32,6 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
-import numpy as np
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -62,6 +61,7 @@ LEDGER_TEXT = (
     "would void what `rcnn registry` says of the error budget."
 )
 ANSWERS_FOLDER = "test-predictions"  # in the training run, a file for each set of test rows
+EXPORTS_FOLDER = "exports"  # in the training run
 MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stores
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
@@ -421,10 +421,10 @@ def fetch_answers(config: PipelineConfig, version: int, test_digest: str, folder
         return Path(client.download_artifacts(run_id, f"{ANSWERS_FOLDER}/{file}", str(folder)))
 
 
-def log_file(config: PipelineConfig, run_id: str, file: Path) -> None:
-    """Stores a file in a run."""
+def log_file(config: PipelineConfig, run_id: str, file: Path, *, folder: str = "") -> None:
+    """Stores a file in a folder of a run (default: the outermost)."""
     with _reachable(config):
-        _connect(config).log_artifact(run_id, str(file))
+        _connect(config).log_artifact(run_id, str(file), folder or None)
 
 
 def tags_of_versions(config: PipelineConfig, name: str = "") -> dict[int, dict[str, str]]:
@@ -779,24 +779,15 @@ def _require_database(config: PipelineConfig, store: Path) -> None:
 
 
 def _log_pyfunc(model_folder: Path, description: Mapping[str, Any], run_id: str) -> Any:
-    """A pyfunc made of a script and safetensors, with this package's own code inside."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    height, width, channels = description["image_shape"]
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, channels, height, width))]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(description["classes"])))]),
-    )
+    """A pyfunc made of a script and safetensors, with this package's own code inside; see `served_model.py`."""
     package = Path(__file__).parents[1]
-    example = np.random.default_rng(0).integers(0, 256, (2, channels, height, width), dtype=np.uint8)
     with mlflow.start_run(run_id=run_id):
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(package / "registry" / "served_model.py"),
             artifacts={"model": str(model_folder)},
-            signature=signature,
-            input_example=example,
+            signature=False,  # it would admit either pixels or image files
+            metadata={"classes": list(description["classes"]), "image_shape": list(description["image_shape"])},
             code_paths=[str(package)],
             pip_requirements=_requirements(),  # left out, MLflow spends 15 s on guessing them
         )
@@ -805,7 +796,10 @@ def _log_pyfunc(model_folder: Path, description: Mapping[str, Any], run_id: str)
 def _requirements() -> list[str]:
     from importlib.metadata import version
 
-    return [f"{name}=={version(name)}" for name in ("torch", "numpy", "pydantic", "pyarrow", "safetensors", "tqdm")]
+    return [
+        f"{name}=={version(name)}"
+        for name in ("torch", "numpy", "pydantic", "pyarrow", "pillow", "safetensors", "tqdm")
+    ]
 
 
 def _or_none(call: Callable[[], Any]) -> Any:

@@ -72,6 +72,7 @@ def _register(
             run_id=run_id, weights_sha256=trained.weights_sha256, figures=figures, answers=answers,
             environment=made_with,
         )  # fmt: skip
+        _log_exports(config, model_folder, run_id)
         verdict, look = _promote_if_better(config, new, answers)
         name = model_name(config)
         registered = RegisterResult(
@@ -100,6 +101,19 @@ def _register(
     remember_model(config, name)
     say(f"  {name} version {new.version} is {verdict.alias}: {verdict.reason}")
     return registered
+
+
+def _log_exports(config: PipelineConfig, model_folder: Path, run_id: str) -> None:
+    """Stores the formats of `tracking.export` in the training run."""
+    wanted = config.tracking.export
+    if wanted == "none":
+        return
+    from rcnn.registry.export import FORMATS, export_model  # late: torch's exporters take seconds to import
+
+    with tempfile.TemporaryDirectory() as folder:
+        for exported in export_model(model_folder, Path(folder), FORMATS if wanted == "all" else [wanted]):
+            say(f"  exported {exported.file.name}: {exported.summary}")
+            mlflow_store.log_file(config, run_id, exported.file, folder=mlflow_store.EXPORTS_FOLDER)
 
 
 def _promote_if_better(config: PipelineConfig, new: Standing, answers: Path) -> tuple[Verdict, Look | None]:

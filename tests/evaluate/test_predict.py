@@ -13,7 +13,8 @@ from rcnn.config import PipelineConfig
 from rcnn.data.loader import load_training_data
 from rcnn.errors import ConfigError, DataError
 from rcnn.evaluate import predict
-from rcnn.evaluate.predict import Prediction, Predictor, Unreadable, find_images
+from rcnn.evaluate.image_files import find_images
+from rcnn.evaluate.predict import Prediction, Predictor, Unreadable
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import load_model

@@ -94,11 +94,13 @@ def test_the_registered_champion_scores_batches_of_1_and_7(config: PipelineConfi
     mlflow.set_tracking_uri(tracking_uri(config))
     model = mlflow.pyfunc.load_model("models:/rcnn-mnist-sample@champion")
     images = np.random.default_rng(0).integers(0, 256, (7, 1, 28, 28), dtype=np.uint8)
-    seven, one = model.predict(images), model.predict(images[:1])
-    assert seven.shape == (7, 10)
-    np.testing.assert_allclose(seven.sum(1), 1, rtol=1e-5)
+    seven, one = (
+        [list(each["probabilities"].values()) for each in model.predict(some)] for some in (images, images[:1])
+    )
+    assert np.shape(seven) == (7, 10)
+    np.testing.assert_allclose(np.sum(seven, 1), 1, rtol=1e-5)
     np.testing.assert_allclose(one, seven[:1], rtol=1e-4)
-    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 1, 28, 28)
+    assert model.metadata.metadata == {"classes": [str(digit) for digit in range(10)], "image_shape": [28, 28, 1]}
     registered = results_from_json(trees)["register"]
     assert isinstance(registered, RegisterResult)
     version = MlflowClient(tracking_uri(config)).get_model_version_by_alias("rcnn-mnist-sample", "champion")

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rcnn.cli import main
 from rcnn.config import PipelineConfig
@@ -332,3 +334,30 @@ def test_a_cluster_that_does_not_answer_is_named(said: list[str]) -> None:
     assert not caught.value.retryable  # it has been waited for
     refused = "[Errno 111] Connection refused"
     assert said == [f"  no answer from the Ray cluster at http://127.0.0.1:9 ({refused}); trying for 3 s more"]
+
+
+def test_batch_prediction_runs_as_a_job_and_bad_images_do_not_fail_it(
+    head: Head, tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import batch_predict as flow
+    from rcnn.data.manifest import require_manifest
+    from rcnn.storage import Storage
+    from rcnn.train.checkpoint import build_classifier, save_model
+
+    for folder in ("model", "in"):
+        (tmp_path / folder).mkdir()
+    manifest = require_manifest(Storage(tiny_config.storage), digits.folder)
+    save_model(build_classifier(tiny_config, manifest).state_dict(), tiny_config, manifest, tmp_path / "model")
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    environment = {"RCNN_RAY__ADDRESS": head.address, "RCNN_STORAGE": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    monkeypatch.setattr(flow, "say", said.append)
+    monkeypatch.setattr("flows.jobs.say", said.append)
+    done = flow.batch_predict.fn(str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "model"))
+    assert (done["rows"], done["bad"]) == (1, 1)
+    assert any("1 of 2 images could not be read" in line for line in said)
+    with pytest.raises(ClusterError, match=r"ended as FAILED\."):
+        flow.batch_predict.fn(str(tmp_path / "absent"), str(tmp_path / "out"), str(tmp_path / "model"))

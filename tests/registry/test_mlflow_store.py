@@ -127,6 +127,16 @@ def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
     ]  # fmt: skip
 
 
+def test_exports_that_are_asked_for_are_in_the_training_run(
+    config: PipelineConfig, digits_storage: Path, digits: IngestResult
+) -> None:
+    run = trained(config, digits_storage, digits, 1)
+    asking = config.with_settings({"tracking.export": "onnx"})
+    registered(asking, run, evaluated(config, 0.5), StageFolder(Storage(config.storage), "runs/register"))
+    client = MlflowClient(tracking_uri(config))
+    assert [each.path for each in client.list_artifacts(run.mlflow_run_id, "exports")] == ["exports/model.onnx"]
+
+
 @pytest.mark.parametrize("meets", ["_judged", "set_alias", "promoted_since"])
 @pytest.mark.parametrize(("errors", "best"), [((0.4, 0.3), 2), ((0.3, 0.4), 1)])
 def test_of_two_that_register_at_once_the_better_one_is_champion(
@@ -197,8 +207,8 @@ def test_the_champion_can_be_fetched_and_scores(
     mlflow.set_tracking_uri(tracking_uri(config))
     model = mlflow.pyfunc.load_model(f"models:/{config.tracking.model_name}@champion")
     for rows in (1, 7):
-        probabilities = model.predict(np.zeros((rows, 1, 28, 28), np.uint8))
-        assert probabilities.shape == (rows, 10)
+        answers = model.predict(np.zeros((rows, 1, 28, 28), np.uint8))
+        assert [list(answer["probabilities"]) for answer in answers] == [[str(digit) for digit in range(10)]] * rows
 
 
 def test_a_model_is_named_by_itself_an_alias_or_a_version(
