@@ -448,6 +448,17 @@ class EvaluateConfig(Section):
     batch_size: int = Field(256, ge=1, le=MAX_BATCH, description="Images per forward pass.")
 
 
+class AuditConfig(Section):
+    """The search for rows whose labels look wrong."""
+
+    enabled: bool = Field(True, description="Whether to search at all.")
+    train_rows: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether training rows are scored too; auto: where that costs at most 3 % of the training's arithmetic, "
+        "from 12 epochs of all rows on.",
+    )
+
+
 class RayConfig(Section):
     """Where the heavy stages run."""
 
@@ -523,6 +534,7 @@ class PipelineConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    audit: AuditConfig = AuditConfig()
     execution: ExecutionConfig = ExecutionConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
+from rcnn.evaluate.audited_rows import reason_to_skip
 from rcnn.plan.calibrate import Calibration, Job, stand_in
 from rcnn.plan.progress import ended_trials, num_trials_left, trained
 from rcnn.plan.search import expected_epochs, most_epochs, networks_of, num_repeats_left, timed_of
@@ -30,11 +31,14 @@ SECONDS_AROUND_EVALUATION = 1.5  # model, pictures and report: the stage of the 
 SECONDS_TO_START_SCORING = (
     4.0  # workers with the model loaded, on a Ray that runs: 4.1 to 4.4; 8 to 24 on a busy machine
 )
+SECONDS_AROUND_AUDIT = 1.0  # model, table and pictures
 SECONDS_TO_START_INGEST = 2.0  # the stage of the demo, whose 5,000 rows are written in 0.1 s
 SECONDS_TO_REGISTER = 1.0  # the stage of the demo
 BYTES_OF_A_SEARCH = 120e3  # pictures, and a table of the trials
 BYTES_OF_A_TRIAL = 1e3  # its record, and its row of the table
 BYTES_OF_A_REPORT = 110e3  # of ten classes
+BYTES_OF_AN_AUDIT = 120e3  # contact sheets
+BYTES_OF_A_SUSPECT = 45  # a row of suspects.parquet
 BYTES_OF_A_PREDICTION = 30  # a row of predictions, without its logits
 # Estimated: what is left of a measured stage after steps and starts that are known, rounded; or never measured by itself.
 SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
@@ -180,14 +184,33 @@ def cost_of_evaluate(
     """One forward pass of each test row, on Ray's workers or in this process with all cores."""
     if size is None:
         return UNKNOWN
-    how, num_rows = config.execution, size.num_rows["test"]
-    [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
+    num_rows = size.num_rows["test"]
     num_bytes = BYTES_OF_A_REPORT + num_rows * (BYTES_OF_A_PREDICTION + 4 * size.num_classes)
+    return _cost_of_scoring(config, size, calibrate, num_rows, SECONDS_AROUND_EVALUATION, num_bytes)
+
+
+def cost_of_audit(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None) -> Cost:
+    """One forward pass of each validation row, and of each training row unless that is skipped."""
+    if size is None:
+        return UNKNOWN
+    skipped = reason_to_skip(config, size.num_rows["train"])
+    num_rows = size.num_rows["val"] + (0 if skipped else size.num_rows["train"])
+    num_bytes = BYTES_OF_AN_AUDIT + (num_rows + size.num_rows["test"]) * BYTES_OF_A_SUSPECT
+    cost = _cost_of_scoring(config, size, calibrate, num_rows, SECONDS_AROUND_AUDIT, num_bytes)
+    return replace(cost, notes=(*cost.notes, f"training rows are not scored: {skipped}")) if skipped else cost
+
+
+def _cost_of_scoring(
+    config: PipelineConfig, size: DataSize, calibrate: Calibrate, num_rows: int, seconds: float, num_bytes: float
+) -> Cost:
+    """One forward pass of some rows, and `seconds` around it."""
+    how = config.execution
+    [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     cost = Cost(num_rows=num_rows, multiply_adds=num_rows * found.multiply_adds, disk_bytes=round(num_bytes))
     if found.fault:
         return cost
     on_workers = config.ray.address != "" or how.num_workers > 1
-    num_processes, cpus, seconds = 1, os.cpu_count() or 1, SECONDS_AROUND_EVALUATION
+    num_processes, cpus = 1, os.cpu_count() or 1
     if on_workers:
         num_processes = how.num_workers if config.ray.address or how.use_gpu else _num_train_copies(config)
         cpus = how.cpus_per_worker

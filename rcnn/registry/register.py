@@ -17,7 +17,7 @@ from rcnn.registry.ledger import Look, earlier_look, with_look
 from rcnn.registry.outbox import wait_for_mlflow
 from rcnn.registry.page import PAGE, Subject, write_page
 from rcnn.registry.runs import environment, open_run
-from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
+from rcnn.results import AuditResult, EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import NoTracker, Tracker, model_name
 from rcnn.train.checkpoint import load_model
@@ -28,6 +28,7 @@ def run_register(
     data: IngestResult,
     trained: TrainResult,
     evaluated: EvaluateResult,
+    audited: AuditResult | None,
     target: StageFolder,
     tracker: Tracker = NoTracker(),
 ) -> RegisterResult:
@@ -72,6 +73,7 @@ def run_register(
             registered=registered,
             look=look,
             environment=made_with,
+            audited=audited,
         )
         page = Path(folder, PAGE)
         write_page(subject, target.storage, page)
