@@ -1,4 +1,4 @@
-"""The flow "rcnn": ingest -> tune -> train -> evaluate -> register.
+"""The flow "rcnn": ingest -> tune -> train -> evaluate -> audit -> register.
 
 In: a config, the flow's typed parameter, which the Prefect UI draws as a form. Out: the result of each stage, as JSON.
 """

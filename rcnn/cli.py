@@ -830,18 +830,20 @@ def _data_set(options: argparse.Namespace) -> Any:
 
 def _data_show(options: argparse.Namespace) -> None:
     storage, folder = _data_set(options)
-    from rcnn.data.show import OVERVIEW, count_rows, write_sheets
+    from rcnn.data.show import OVERVIEW, PAIRS, count_rows, describe_near_duplicates, write_sheets
 
     name = os.path.basename(folder)
     rows = count_rows(storage, folder)
     _print_table(rows, title=name)
     files = write_sheets(storage, folder, f"reports/data-{name}", classes=options.classes)
-    num_drawn = len(files) - 1
+    num_drawn = sum(os.path.basename(file) not in (OVERVIEW, PAIRS) for file in files)
     some = (
         "" if num_drawn == len(rows) else f" of {num_drawn} of {len(rows):,} classes (choose others with --class NAME)"
     )
     place = storage.uri(f"reports/data-{name}")
     print(printable(f"contact sheets{some} in {place}; {OVERVIEW} has a row of each class drawn"))
+    if found := describe_near_duplicates(storage, folder):
+        print(printable(found))
 
 
 def _data_verify(options: argparse.Namespace) -> None:

@@ -488,6 +488,17 @@ class EvaluateConfig(Section):
     )
 
 
+class AuditConfig(Section):
+    """The search for rows whose labels look wrong."""
+
+    enabled: bool = Field(True, description="Whether to search at all.")
+    train_rows: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether training rows are scored too; auto: where that costs at most 3 % of the training's arithmetic, "
+        "from 12 epochs of all rows on.",
+    )
+
+
 class RayConfig(Section):
     """Where the heavy stages run."""
 
@@ -568,6 +579,7 @@ class PipelineConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    audit: AuditConfig = AuditConfig()
     execution: ExecutionConfig = ExecutionConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -350,6 +350,39 @@ class EvaluateResult(StageResult):
         }
 
 
+class AuditResult(StageResult):
+    """The rows whose labels look wrong, by split, and the folder with the list of all rows."""
+
+    folder: str
+    """Holds `suspects.parquet` (all rows that were scored, ranked) and contact sheets of the first ones."""
+    num_rows: dict[str, int]
+    """Rows that were scored, by split."""
+    suspects: dict[str, int]
+    """Those whose label the model contradicts, by split."""
+    skipped: str = ""
+    """Why the training rows were not scored; empty where they were."""
+    near_duplicates: int | None = None
+    """Test rows that are among the training rows, nearly or exactly; None: ingest did not look for them."""
+
+    @property
+    def written_suspects(self) -> str:
+        """The suspects of each split."""
+        names = {"train": "training rows (seen in training)", "val": "validation rows", "test": "test rows"}
+        counts = (f"{count:,} of {self.num_rows[split]:,} {names[split]}" for split, count in self.suspects.items())
+        return ", ".join(counts)
+
+    def highlights(self, locate: Locate) -> dict[str, str]:
+        """How many rows look wrong, and where they are listed."""
+        found = {"suspect labels": self.written_suspects}
+        if self.near_duplicates:
+            found["near-duplicates"] = f"{self.near_duplicates:,} test rows are among the training rows"
+        return found | {"suspects": locate(f"{self.folder}/suspects.png")}
+
+    def figures(self) -> dict[str, str]:
+        """Also why training rows were left out."""
+        return super().figures() | ({"training rows": self.skipped} if self.skipped else {})
+
+
 class RegisterResult(StageResult):
     """A version in the model registry, and why it is the champion or not."""
 

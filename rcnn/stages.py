@@ -39,7 +39,7 @@ class Stage:
         help: what the stage does, for `rcnn --help`.
         run: `module:function`, called with the config, the results that `takes` names, the stage's folder and a tracker.
         result: `module:class` of what it hands on, a `StageResult`.
-        takes: the earlier stages whose results it is given.
+        takes: the earlier stages whose results it is given; None for one that the pipeline does not include.
         settings: sections and settings that its result depends on; those after a minus do not count.
         unread: those of them that another setting overrides in this config.
         identity: what its result depends on besides, as text: the digests of what it reads.
@@ -191,15 +191,35 @@ STAGES: dict[str, Stage] = {
         tidy="rcnn.evaluate.predictions:delete_parts",
         on_ray=lambda config: config.execution.num_workers > 1,
     ),
+    "audit": Stage(
+        help="rank the rows whose labels look wrong (after evaluate)",
+        run="rcnn.evaluate.audit:run_audit",
+        result="rcnn.results:AuditResult",
+        takes=("ingest", "train", "evaluate"),
+        cost="rcnn.plan.costs:cost_of_audit",
+        settings=("audit.train_rows", "evaluate"),
+        identity=lambda config, results: [
+            results["evaluate"].folder, results["train"].weights_sha256, results["ingest"].digest
+        ],
+        purpose=lambda config: "looking for wrong labels",
+        folder="reports",
+        label=lambda config: "audit",
+        modules=_network_module,
+        whole=("suspects.parquet",),
+        tidy="rcnn.evaluate.audit:delete_predictions",
+        on_ray=lambda config: config.execution.num_workers > 1,
+        is_planned=lambda config: config.audit.enabled,
+    ),
     "register": Stage(
-        help="register a measured model in MLflow (after evaluate)",
+        help="register a measured model in MLflow (after evaluate, and audit if it is on)",
         run="rcnn.registry.register:run_register",
         result="rcnn.results:RegisterResult",
-        takes=("ingest", "train", "evaluate"),
+        takes=("ingest", "train", "evaluate", "audit"),
         cost="rcnn.plan.costs:cost_of_register",
         settings=(),
         identity=lambda config, results: [
-            results["evaluate"].folder, config.tracking.uri, config.tracking.model_name
+            results["evaluate"].folder, config.tracking.uri, config.tracking.model_name,
+            *([results["audit"].folder] if "audit" in results else []),
         ],
         purpose=lambda config: "logging the model to MLflow",
         folder="runs",
@@ -451,7 +471,7 @@ def pipeline_key(config: PipelineConfig) -> str:
 def _check_inputs(config: PipelineConfig, name: str, results: Results) -> None:
     """Checks that what the stage reads still stands, before anything long starts; see `Stage.check`."""
     for taken in STAGES[name].takes:
-        if STAGES[taken].check:
+        if STAGES[taken].check and STAGES[taken].is_planned(config):
             imported(STAGES[taken].check)(config, results[taken], stage_folder(config, taken, results))
 
 
@@ -487,7 +507,8 @@ def _run_timed(
     stage = STAGES[name]
     run, predicted = imported(stage.run), imported(FORECAST)(config, name, results, target)
     started = time.perf_counter()
-    result: StageResult = run(config, *(results[taken] for taken in stage.takes), target, tracker)
+    taken = (results[each] if STAGES[each].is_planned(config) else results.get(each) for each in stage.takes)
+    result: StageResult = run(config, *taken, target, tracker)
     times = {"seconds": time.perf_counter() - started, "predicted_seconds": predicted}
     if not result.seconds:
         tracker.log_metrics({f"perf/{each}": value for each, value in times.items() if value})

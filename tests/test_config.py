@@ -47,7 +47,7 @@ SMALLEST_WRONG = {
     "data.source": "imagenet", "data.val_fraction": 1.0, "data.test_fraction": 0, "data.split_seed": -1,
     "data.shard_megabytes": 0, "data.name": "a/b", "data.svhn_extra": "perhaps", "data.image_size": -1,
     "data.resize": "squeeze", "data.color": "blue", "data.max_megapixels": 0, "data.on_error": "ignore",
-    "data.follow_links": "perhaps",
+    "data.follow_links": "perhaps", "audit.enabled": "perhaps", "audit.train_rows": "sometimes",
     "model.network": "resnet", "model.normalise": "whiten", "model.crop": -1,
     "augment.flip": "perhaps", "augment.cutout": -1, "execution.loader": "lazy",
     "execution.resident_megabytes": 0, "model.k": 0, "model.t": -1, "model.dropout": 1.0, "model.lrn_alpha": -0.1,

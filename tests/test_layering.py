@@ -89,6 +89,7 @@ HOMES = {
         "rcnn/reproduce/report.py",
         "rcnn/compare/table.py",
         "rcnn/evaluate/batch_",
+        "rcnn/evaluate/audit.py",
     ],
     "optuna": ["rcnn/tune/"],
     "onnxruntime": ["rcnn/registry/export.py"],

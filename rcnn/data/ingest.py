@@ -17,15 +17,18 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from rcnn.config import DataConfig, PipelineConfig
+from rcnn.data.duplicates import find_near_duplicates, write_near_duplicates
+from rcnn.data.hashes import NUM_WAVES, SIDE
 from rcnn.data.manifest import MANIFEST, Manifest, Split, read_manifest, require_whole
 from rcnn.data.schema import SCHEMA_VERSION
-from rcnn.data.shards import ShardJob, ShardRecord, rows_per_group, write_shard, written_shard
+from rcnn.data.shards import ShardJob, ShardRecord, copies_of, rows_per_group, write_shard, written_shard
 from rcnn.data.sources import open_source
 from rcnn.data.sources.origin import Origin
 from rcnn.errors import ClusterError, DataError, RcnnError, SourceError
@@ -33,7 +36,7 @@ from rcnn.lease import is_held
 from rcnn.progress import say
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
-from rcnn.text import printable
+from rcnn.text import counted, printable
 from rcnn.tracking import Tracker
 
 SPLITS = ("train", "val", "test")
@@ -84,7 +87,7 @@ def _ingest(config: PipelineConfig, target: StageFolder) -> Manifest:
         plan = split_rows(origin, config.data)
         jobs = list(_plan_shards(origin, plan, config.data, draft))
         tally = _write_shards(config, origin, jobs)
-        manifest = _describe(config.data, origin, tally)
+        manifest = _with_near_duplicates(_describe(config.data, origin, tally), draft, jobs, tally)
         draft.publish(manifest, target, tally.records)
     except (SourceError, DataError) as error:
         if not error.retryable:
@@ -229,6 +232,7 @@ class _Tally:
         self._found: dict[str, ShardRecord] = {}
         self.sums = np.zeros((2, num_pixels), np.int64)
         """Of the training rows and of their squares, for each pixel: integers, so their order does not matter."""
+        self._hashes: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._found)
@@ -240,7 +244,17 @@ class _Tally:
         """Takes the record of one more shard."""
         if record.shard.file.startswith("train/"):
             self.sums += (record.pixel_sums, record.square_sums)
-        self._found[record.shard.file] = record.model_copy(update={"pixel_sums": (), "square_sums": ()})
+        self._hashes[record.shard.file] = record.read_hashes()
+        self._found[record.shard.file] = record.model_copy(update={"pixel_sums": (), "square_sums": (), "hashes": ""})
+
+    def num_rows_of(self, file: str) -> int:
+        """The rows of a shard."""
+        return self._found[file].shard.rows
+
+    def hashes_of(self, split: str) -> np.ndarray:
+        """The hashes (N, V) of a split's rows, in the order of its shards."""
+        files = [file for file in self._order if file.startswith(f"{split}/") and len(self._hashes[file])]
+        return np.concatenate([self._hashes[file] for file in files])
 
     @property
     def records(self) -> list[ShardRecord]:
@@ -306,6 +320,41 @@ def _describe(data: DataConfig, origin: Origin, tally: _Tally) -> Manifest:
         skipped=skipped,
         **_statistics(tally.sums / splits["train"].rows, origin.image_shape[2]),
     ).with_digest()
+
+
+def _with_near_duplicates(manifest: Manifest, draft: "_Draft", jobs: Sequence[ShardJob], tally: _Tally) -> Manifest:
+    """The manifest with the near-duplicates across splits, which are written into the data set's folder.
+
+    It is returned as it is where images are too small to tell one picture from another.
+    """
+    if min(manifest.image_shape[:2]) < NUM_WAVES:
+        return manifest
+    hashes = {split: tally.hashes_of(split) for split in SPLITS}
+    copies = partial(_read_copies, draft.storage, jobs, tally, [min(side, SIDE) for side in manifest.image_shape[:2]])
+    table, found = find_near_duplicates(draft.storage, draft.data, manifest, hashes, copies)
+    write_near_duplicates(draft.storage, draft.data, table)
+    if num_rows := found.rows["test-train"]:
+        share = 100 * num_rows / manifest.splits["test"].rows
+        say(
+            f"  {counted(num_rows, 'test row')} ({share:.2f} %) look like training rows: `rcnn data show` draws the closest "
+            f"pairs, and {found.file} lists them"
+        )
+    return manifest.model_copy(update={"near_duplicates": found})
+
+
+def _read_copies(
+    storage: Storage, jobs: Sequence[ShardJob], tally: _Tally, sides: Sequence[int], split: str, numbers: np.ndarray
+) -> np.ndarray:
+    """Grey copies (n, h, w) of some rows of a split, by ascending number; a shard's copies are in memory at a time."""
+    found, start = [np.empty((0, *sides), np.uint8)], 0
+    for job in jobs:
+        if job.file.startswith(f"{split}/"):
+            stop = start + tally.num_rows_of(job.file)
+            here = numbers[(numbers >= start) & (numbers < stop)] - start
+            if len(here):
+                found.append(np.frombuffer(storage.read_bytes(copies_of(job)), np.uint8).reshape(-1, *sides)[here])
+            start = stop
+    return np.concatenate(found)
 
 
 def _say_missing_classes(name: str, split: Split, classes: Sequence[str]) -> None:

@@ -60,6 +60,33 @@ class Skipped(Part):
     reason: str
 
 
+class NearDuplicate(Part):
+    """Two rows of different splits that show the same picture, see `duplicates.py`."""
+
+    split: str
+    row_id: str
+    label: int
+    other_split: str
+    other_row_id: str
+    other_label: int
+    difference: float
+    """Mean absolute difference of the pixels in grey levels, after shift, mirroring and brightness are taken out."""
+    correlation: float
+
+
+class NearDuplicates(Part):
+    """How many rows of one split show the same picture as a row of another. Counts by pair of splits, e.g. `test-train`."""
+
+    file: str
+    """In the data set's folder: all pairs, the most alike first."""
+    pairs: dict[str, int]
+    rows: dict[str, int]
+    """Rows of the first split that are in such a pair."""
+    other_label: int
+    """Pairs whose labels differ."""
+    first: tuple[NearDuplicate, ...]
+
+
 class Manifest(Part):
     """A complete data set. Images are uint8 of `image_shape` (H, W, C)."""
 
@@ -78,6 +105,8 @@ class Manifest(Part):
     """Standard deviation of all pixels about that mean."""
     channel_std: tuple[float, ...]
     """Standard deviation of each channel about the channel's own mean."""
+    near_duplicates: NearDuplicates | None = None
+    """None: ingested before rcnn looked for them. It follows from the rows, so the digest, their identity, leaves it out."""
     digest: str = ""
 
     @property
@@ -100,8 +129,8 @@ class Manifest(Part):
         }
 
     def with_digest(self) -> "Manifest":
-        """A copy with `digest` set to the hash of all other fields."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        """A copy with `digest` set to the hash of all other fields but `near_duplicates`."""
+        content = json.dumps(self.model_dump(mode="json", exclude={"digest", "near_duplicates"}), sort_keys=True)
         return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
 
 

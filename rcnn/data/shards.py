@@ -4,6 +4,7 @@ Row groups are small (about 3 MB), so that readers can read them in any order, a
 detects altered bytes.
 """
 
+import base64
 import hashlib
 import io
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rcnn.data.hashes import grey_copies, hash_copies
 from rcnn.data.manifest import Part, Shard, Skipped
 from rcnn.data.schema import Block, build_table, content_sum, table_schema
 from rcnn.data.sources.origin import Chunk, bad_row
@@ -37,6 +39,7 @@ class ShardRecord(Part):
         plan: hash of the requested rows; a shard with another plan is not reused.
         content: see `content_sum`; hexadecimal, since not every JSON reader keeps 256-bit integers.
         pixel_sums, square_sums: over the rows, for each pixel in (H, W, C) order.
+        hashes: perceptual hashes of the rows, in order, see `hashes.py`: little-endian uint64 as base64.
     """
 
     shard: Shard
@@ -45,7 +48,13 @@ class ShardRecord(Part):
     content: str
     pixel_sums: tuple[int, ...]
     square_sums: tuple[int, ...]
+    hashes: str
     skipped: tuple[Skipped, ...]
+
+    def read_hashes(self) -> np.ndarray:
+        """The hashes (N, V) of the rows in V views."""
+        found = np.frombuffer(base64.b64decode(self.hashes), "<u8").astype(np.uint64)
+        return found.reshape(self.shard.rows, -1) if self.shard.rows else found.reshape(0, 1)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ def _write_once(job: ShardJob) -> ShardRecord | RcnnError:
             content=f"{content_sum(block):064x}",
             pixel_sums=tuple(sums.tolist()),
             square_sums=tuple(squares.tolist()),
+            hashes=_look_at(storage, job, block),
             skipped=tuple(skipped),
         )
         storage.write_text(job.record, record.model_dump_json())
@@ -113,12 +123,32 @@ def _write_once(job: ShardJob) -> ShardRecord | RcnnError:
         return error
 
 
+def _look_at(storage: Storage, job: ShardJob, block: Block) -> str:
+    """Writes small grey copies of the rows beside the record; returns their hashes as text.
+
+    Held-out rows are hashed in all views: they are looked up among the training rows.
+    """
+    grey_Nhw = grey_copies(block.images)
+    storage.write_bytes(copies_of(job), grey_Nhw.tobytes())
+    hashes = hash_copies(grey_Nhw, is_shifted=not job.file.startswith("train/"))
+    return base64.b64encode(hashes.astype("<u8").tobytes()).decode()
+
+
+def copies_of(job: ShardJob) -> str:
+    """The file with the grey copies of a shard's rows, uint8 (N, h, w), until the data set is published."""
+    return f"{job.record.removesuffix('.json')}.grey"
+
+
 def written_shard(job: ShardJob) -> ShardRecord | None:
     """The record of a shard that an earlier run finished; None if the shard is missing or has changed."""
     storage = Storage(job.storage)
     try:
         record = ShardRecord.model_validate(storage.read_json(job.record))
-        is_sound = record.plan == job.plan and sha256_of(storage, f"{job.folder}/{job.file}") == record.shard.sha256
+        is_sound = (
+            record.plan == job.plan
+            and storage.exists(copies_of(job))
+            and sha256_of(storage, f"{job.folder}/{job.file}") == record.shard.sha256
+        )
     except (OSError, ValueError):
         return None
     return record if is_sound else None

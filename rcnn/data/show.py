@@ -1,4 +1,4 @@
-"""Shows a data set: the number of rows per class, and contact sheets of training images."""
+"""Shows a data set: the number of rows per class, and contact sheets of training images and of near-duplicates."""
 
 import tempfile
 import unicodedata
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rcnn.data.duplicates import closest_pairs
 from rcnn.data.fonts import readable
 from rcnn.data.manifest import Manifest, require_whole
 from rcnn.data.pictures import contact_sheet
-from rcnn.data.streaming import stored_rows
+from rcnn.data.streaming import stored_rows, stretch
 from rcnn.errors import ConfigError
 from rcnn.storage import Storage
 from rcnn.text import file_stem
@@ -19,6 +20,8 @@ IMAGES_PER_CLASS = 40
 IMAGES_PER_ROW = 10
 ROWS_PER_READ = 1000
 OVERVIEW = "all.png"
+PAIRS = "near-duplicates.png"
+MOST_PAIRS, PAIRS_PER_ROW, PIXELS_OF_A_PAIR = 24, 4, 96
 MAX_CLASSES = 100
 """Classes to draw by default: 10,000 sheets are too many to look at."""
 
@@ -31,6 +34,16 @@ def count_rows(storage: Storage, folder: str) -> list[dict[str, str]]:
         | {split: f"{part.rows_per_class[label]:,}" for split, part in manifest.splits.items()}
         for label, name in enumerate(manifest.classes)
     ]
+
+
+def describe_near_duplicates(storage: Storage, folder: str) -> str:
+    """How many rows of one split show the same picture as a row of another, in a line; empty where ingest did not look."""
+    found = require_whole(storage, folder).near_duplicates
+    if found is None:
+        return ""
+    counts = ", ".join(f"{found.rows[pair]:,} {pair.replace('-', ' rows in ')}" for pair in found.rows)
+    labels = f"; {found.other_label:,} pairs have two labels" if found.other_label else ""
+    return f"near-duplicates across splits: {counts}{labels} ({storage.uri(f'{folder}/{found.file}')})"
 
 
 def write_sheets(storage: Storage, folder: str, target: str, *, classes: Sequence[str] = ()) -> list[str]:
@@ -53,6 +66,7 @@ def write_sheets(storage: Storage, folder: str, target: str, *, classes: Sequenc
     found = _first_of_each_class(storage, folder, manifest, _labels_of(manifest, classes))
     with tempfile.TemporaryDirectory() as draft:
         _draw(manifest, {label: images for label, images in found.items() if images}, Path(draft))
+        _draw_pairs(storage, folder, manifest, Path(draft, PAIRS))
         storage.delete(target)
         storage.upload(Path(draft), target)
         return [f"{target}/{file.name}" for file in sorted(Path(draft).iterdir())]
@@ -78,6 +92,25 @@ def _draw(manifest: Manifest, found: dict[int, list[np.ndarray]], draft: Path) -
         rows += _row_of(images)
         captions += [name] + [""] * (IMAGES_PER_ROW - 1)
     contact_sheet(manifest.name, rows, captions, num_columns=IMAGES_PER_ROW).save(draft / OVERVIEW)
+
+
+def _draw_pairs(storage: Storage, folder: str, manifest: Manifest, file: Path) -> None:
+    """Draws the closest near-duplicates side by side; nothing where there are none."""
+    pairs = closest_pairs(storage, folder, MOST_PAIRS) if manifest.near_duplicates else []
+    if not pairs:
+        return
+    images, captions = [], []
+    for pair in pairs:
+        for split, row, label in (
+            (pair["split"], pair["row"], pair["label"]),
+            (pair["other_split"], pair["other_row"], pair["other_label"]),
+        ):
+            rows = stored_rows(storage, folder, manifest, split)
+            images.append(rows.read(stretch(rows.segments, row, row + 1))[0][0])
+            captions.append(f"{split}: {readable(manifest.classes[label], label)}")
+    title = f"{manifest.name}: the closest near-duplicates across splits"
+    sheet = contact_sheet(title, images, captions, num_columns=2 * PAIRS_PER_ROW, tile_pixels=PIXELS_OF_A_PAIR)
+    sheet.save(file)
 
 
 def _row_of(images: list[np.ndarray]) -> list[np.ndarray]:

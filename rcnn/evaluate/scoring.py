@@ -1,4 +1,4 @@
-"""Scores test rows, in any process: a model and parts of the rows in, files of predictions out.
+"""Scores the rows of a split, in any process: a model and parts of the rows in, files of predictions out.
 
 A row's logits depend, in their last bits, on how its batch is put together and on the number of threads that compute it
 (measured: the RCNN at K = 32 gives other bits in batches of 64 than of 256; NIN in batches of 100 gives other ones on one
@@ -39,7 +39,7 @@ Done = TypeVar("Done")
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """Everything that a process needs to score parts of the test rows.
+    """Everything that a process needs to score parts of a split's rows.
 
     Attributes:
         storage: root of the storage.
@@ -50,6 +50,7 @@ class ScoringJob:
         use_gpu: whether the model is on the GPU.
         num_threads: batches at a time on a CPU, a thread each.
         token: of the lease on that folder; empty if there is no lease.
+        split: whose rows are scored.
     """
 
     storage: str
@@ -60,6 +61,7 @@ class ScoringJob:
     use_gpu: bool
     num_threads: int
     token: str = ""
+    split: str = "test"
 
     @property
     def target(self) -> StageFolder:
@@ -83,12 +85,17 @@ class _Scored:
 
 
 def open_test_rows(storage: Storage, data_folder: str) -> StoredRows:
-    """The test rows in the order of the data set; read as they are needed.
+    """The test rows, see `open_rows`."""
+    return open_rows(storage, data_folder, "test")
+
+
+def open_rows(storage: Storage, data_folder: str, split: str) -> StoredRows:
+    """The rows of a split in the order of the data set; read as they are needed.
 
     Raises:
         DataError: the data set is missing or incomplete.
     """
-    return stored_rows(storage, data_folder, require_manifest(storage, data_folder), "test")
+    return stored_rows(storage, data_folder, require_manifest(storage, data_folder), split)
 
 
 def load_for_scoring(job: ScoringJob) -> Classifier:
@@ -126,7 +133,7 @@ def score_parts(
         ClusterError: the storage cannot be written.
     """
     target = job.target
-    rows = open_test_rows(target.storage, job.data_folder)
+    rows = open_rows(target.storage, job.data_folder, job.split)
     device = next(model.parameters()).device
     of_part = {part: replace(rows, segments=stretch(rows.segments, part.start, part.stop)) for part in parts}
     batches = ((part, batch) for part in parts for batch in of_part[part].batches(job.batch_size, device))
@@ -170,7 +177,7 @@ def _score_batch(model: Classifier, images_NCHW: Tensor, labels_N: Tensor) -> _S
         logits_NC = model(images_NCHW).float()
     except torch.OutOfMemoryError as error:
         raise ClusterError(
-            "the GPU's memory is too small for a batch of that many test rows",
+            "the GPU's memory is too small for a batch of that many rows",
             where=f"evaluate.batch_size = {len(images_NCHW)}",
             remedy="Lower it",
         ) from error

@@ -121,7 +121,9 @@ class StudyRun:
         """Measures what the settings ask for, and writes the pictures into a local folder."""
         title = f"{self.config.model.title}, {self.manifest.name}"
         batches = self.val.batches(self.config.evaluate.batch_size, self.device)
-        temperature = fit_temperature(*logits_and_labels(self.model, batches, self.num_at_once))
+        temperature = 1.0  # also where no row is left that the model has not learned
+        if not self.config.train.with_validation:
+            temperature = fit_temperature(*logits_and_labels(self.model, batches, self.num_at_once))
         filters_KCHW = first_filters(self.model)
         if filters_KCHW is not None:
             draw_filters(filters_KCHW.numpy(), f"{title}: first-layer filters", folder / "filters.png")

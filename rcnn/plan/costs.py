@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rcnn.config import IMAGE_FILE_SOURCES, PipelineConfig
+from rcnn.evaluate.audited_rows import reason_to_skip
 from rcnn.evaluate.study_size import num_passes
 from rcnn.plan.calibrate import Calibration, Job, stand_in
 from rcnn.plan.progress import ended_trials, num_trials_left, trained
@@ -31,11 +32,14 @@ SECONDS_AROUND_EVALUATION = 2.5  # model, pictures and report; of it, 1 for thos
 SECONDS_TO_START_SCORING = (
     4.0  # workers with the model loaded, on a Ray that runs: 4.1 to 4.4; 8 to 24 on a busy machine
 )
+SECONDS_AROUND_AUDIT = 1.0  # model, table and pictures
 SECONDS_TO_START_INGEST = 2.0  # the stage of the demo, whose 5,000 rows are written in 0.1 s
 SECONDS_TO_REGISTER = 1.0  # the stage of the demo
 BYTES_OF_A_SEARCH = 120e3  # pictures, and a table of the trials
 BYTES_OF_A_TRIAL = 1e3  # its record, and its row of the table
 BYTES_OF_A_REPORT = 700e3  # of ten classes and four recurrent layers
+BYTES_OF_AN_AUDIT = 120e3  # contact sheets
+BYTES_OF_A_SUSPECT = 45  # a row of suspects.parquet
 BYTES_OF_A_PREDICTION = 30  # a row of predictions, without its logits
 # Estimated: what is left of a measured stage after steps and starts that are known, rounded; or never measured by itself.
 SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
@@ -181,16 +185,42 @@ def cost_of_evaluate(
     """One forward pass of each test row, on Ray's workers or in this process with all cores; then the studies, here."""
     if size is None:
         return UNKNOWN
-    how, num_rows = config.execution, size.num_rows["test"]
-    [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
+    num_rows = size.num_rows["test"]
     num_bytes = BYTES_OF_A_REPORT + num_rows * (BYTES_OF_A_PREDICTION + 4 * size.num_classes)
     num_more = num_passes(config, num_test=num_rows, num_val=size.num_rows["val"])
+    return _cost_of_scoring(config, size, calibrate, num_rows, SECONDS_AROUND_EVALUATION, num_bytes, num_more=num_more)
+
+
+def cost_of_audit(config: PipelineConfig, size: DataSize | None, calibrate: Calibrate, target: Target = None) -> Cost:
+    """One forward pass of each validation row, and of each training row unless that is skipped."""
+    if size is None:
+        return UNKNOWN
+    skipped = reason_to_skip(config, size.num_rows["train"])
+    num_rows = size.num_rows["val"] + (0 if skipped else size.num_rows["train"])
+    num_bytes = BYTES_OF_AN_AUDIT + (num_rows + size.num_rows["test"]) * BYTES_OF_A_SUSPECT
+    cost = _cost_of_scoring(config, size, calibrate, num_rows, SECONDS_AROUND_AUDIT, num_bytes)
+    return replace(cost, notes=(*cost.notes, f"training rows are not scored: {skipped}")) if skipped else cost
+
+
+def _cost_of_scoring(
+    config: PipelineConfig,
+    size: DataSize,
+    calibrate: Calibrate,
+    num_rows: int,
+    seconds: float,
+    num_bytes: float,
+    *,
+    num_more: float = 0,
+) -> Cost:
+    """One forward pass of some rows, `num_more` passes in this process, and `seconds` around them."""
+    how = config.execution
+    [found] = calibrate([_job(config, size)], how.cpus_per_worker, _num_train_copies(config))
     multiply_adds = round((num_rows + num_more) * found.multiply_adds)
     cost = Cost(num_rows=num_rows, multiply_adds=multiply_adds, disk_bytes=round(num_bytes))
     if found.fault:
         return cost
     on_workers = config.ray.address != "" or how.num_workers > 1
-    num_processes, cpus, seconds = 1, os.cpu_count() or 1, SECONDS_AROUND_EVALUATION
+    num_processes, cpus = 1, os.cpu_count() or 1
     if on_workers:
         num_processes = how.num_workers if config.ray.address or how.use_gpu else _num_train_copies(config)
         cpus = how.cpus_per_worker

@@ -21,7 +21,7 @@ from rcnn.data.manifest import Manifest
 from rcnn.evaluate.study_tables import study_tables
 from rcnn.recipes import DEFAULT_RECIPE, RECIPES
 from rcnn.registry.ledger import Look
-from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
+from rcnn.results import AuditResult, EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import Storage
 from rcnn.text import printable
 
@@ -55,6 +55,21 @@ PICTURES = (
     ("robustness.png", "Robustness", "Error by corruption and strength, and an image with each."),
 )  # fmt: skip
 
+SUSPECTS = (
+    (
+        "suspects.png",
+        "Test rows whose label looks wrong",
+        "Probability of the suggestion, and label > suggestion. The mistakes of a poor model look the same: judge by eye.",
+    ),
+    (
+        "suspects-train.png",
+        "Training rows whose label looks wrong",
+        "By loss. The model has learned these labels, so more may be wrong than it contradicts.",
+    ),
+)  # fmt: skip
+Pictures = tuple[tuple[str, str, str], ...]
+"""File, title and caption of each."""
+
 
 WIDE_PICTURES = ("states.png", "receptive-fields.png", "robustness.png")
 
@@ -71,6 +86,7 @@ class Subject:
     registered: RegisterResult
     look: Look | None
     environment: Mapping[str, str]
+    audited: AuditResult | None = None
 
 
 def write_page(subject: Subject, storage: Storage, file: Path) -> None:
@@ -90,8 +106,10 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
         "verdict": f"Version {registered.version} is {_with_article(registered.alias)}. {_sentence(registered.reason)}",
         "figures": _figures(subject),
         "comparison": _comparison(subject.look),
-        "pictures": list(_pictures(storage, subject.evaluated.folder)),
+        "pictures": list(_pictures(storage, subject.evaluated.folder, PICTURES)),
         "studies": list(study_tables(subject.evaluated)),
+        "audit": _audit(subject),
+        "suspects": list(_pictures(storage, subject.audited.folder, SUSPECTS)) if subject.audited else [],
         "classes": _classes(subject.evaluated),
         "cost": _cost(subject),
         "recipe": _base(config),
@@ -136,8 +154,25 @@ def _comparison(look: Look | None) -> dict[str, str]:
     }
 
 
-def _pictures(storage: Storage, folder: str) -> Any:
-    for name, title, caption in PICTURES:
+def _audit(subject: Subject) -> dict[str, str]:
+    """Suspect labels and near-duplicates, as far as they were looked for."""
+    found, audited = subject.manifest.near_duplicates, subject.audited
+    rows: dict[str, str] = {}
+    if audited is not None:
+        rows["rows whose label looks wrong"] = audited.written_suspects
+        if audited.skipped:
+            rows["training rows"] = f"not scored: {audited.skipped}"
+        rows["all rows, ranked"] = f"{audited.folder}/suspects.parquet"
+    if found is not None:
+        num_test = subject.manifest.splits["test"].rows
+        share = f"{100 * found.rows['test-train'] / num_test:.2f} %"
+        rows["test rows with a near-duplicate in the training rows"] = f"{found.rows['test-train']:,} ({share})"
+        rows["all pairs"] = f"{subject.data.folder}/{found.file}"
+    return rows
+
+
+def _pictures(storage: Storage, folder: str, pictures: Pictures) -> Any:
+    for name, title, caption in pictures:
         if storage.exists(f"{folder}/{name}"):
             content = base64.b64encode(storage.read_bytes(f"{folder}/{name}")).decode()
             yield {"title": title, "caption": caption, "base64": content, "is_wide": name in WIDE_PICTURES}

@@ -18,7 +18,7 @@ from rcnn.registry.ledger import Look, earlier_look, with_look
 from rcnn.registry.outbox import wait_for_mlflow
 from rcnn.registry.page import PAGE, Subject, write_page
 from rcnn.registry.runs import environment, open_run
-from rcnn.results import EvaluateResult, IngestResult, RegisterResult, TrainResult
+from rcnn.results import AuditResult, EvaluateResult, IngestResult, RegisterResult, TrainResult
 from rcnn.storage import StageFolder
 from rcnn.tracking import NoTracker, Tracker, model_name
 from rcnn.train.checkpoint import load_model
@@ -32,6 +32,7 @@ def run_register(
     data: IngestResult,
     trained: TrainResult,
     evaluated: EvaluateResult,
+    audited: AuditResult | None,
     target: StageFolder,
     tracker: Tracker = NoTracker(),
 ) -> RegisterResult:
@@ -47,7 +48,7 @@ def run_register(
     for attempts_left in reversed(range(ATTEMPTS)):
         wait_for_mlflow(config)
         try:
-            return _register(config, data, trained, evaluated, target)
+            return _register(config, data, trained, evaluated, audited, target)
         except ClusterError as error:
             if not error.retryable or not attempts_left:
                 raise
@@ -56,7 +57,12 @@ def run_register(
 
 
 def _register(
-    config: PipelineConfig, data: IngestResult, trained: TrainResult, evaluated: EvaluateResult, target: StageFolder
+    config: PipelineConfig,
+    data: IngestResult,
+    trained: TrainResult,
+    evaluated: EvaluateResult,
+    audited: AuditResult | None,
+    target: StageFolder,
 ) -> RegisterResult:
     with tempfile.TemporaryDirectory() as folder:
         model_folder = Path(folder, mlflow_store.MODEL_FOLDER)
@@ -92,6 +98,7 @@ def _register(
             registered=registered,
             look=look,
             environment=made_with,
+            audited=audited,
         )
         page = Path(folder, PAGE)
         write_page(subject, target.storage, page)

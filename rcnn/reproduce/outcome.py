@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from scipy.stats import t as student_t
 
-from rcnn.evaluate.figures import TWO_SIDED_95
+from rcnn.evaluate.paired import TWO_SIDED_95
 
 NOT_RUN, NOT_COMPARABLE, REPRODUCED, BETTER, WORSE = "not run", "not comparable", "reproduced", "better", "worse"
 UNPUBLISHED = "not published"

@@ -100,7 +100,7 @@ def registered(
 ) -> RegisterResult:
     """What the stage returns; the data set is the one that `trained` used."""
     data = IngestResult.model_validate(Storage(config.storage).read_json("digits.json"))
-    return register.run_register(config, data, model, scored, target)
+    return register.run_register(config, data, model, scored, None, target)
 
 
 def test_a_better_model_takes_the_alias_and_a_worse_one_does_not(
