@@ -89,10 +89,10 @@ def test_comments_layout_and_what_a_stage_does_not_import_change_no_key(
     assert changed_stages(package, replace_in(package / file, old, new)) == []
 
 
-TRAINED = ["tune", "train", "evaluate", "register"]
+TRAINED = ["tune", "train", "evaluate", "audit", "register"]
 CHANGE = [
     ("data/sources/digits.py", "SIDE = 28", "SIDE = 29", ["ingest"]),
-    ("data/augment.py", "BLACK = 0", "BLACK = 1", ["tune", "train", "evaluate"]),
+    ("data/augment.py", "BLACK = 0", "BLACK = 1", ["tune", "train", "evaluate", "audit"]),
     ("model/lrn_cpu.c", "return", "return 0 +", TRAINED),
     ("train/optim.py", "threshold=0.0", "threshold=0.1", TRAINED),
     ("evaluate/report.py", "NUM_SAMPLES = 10", "NUM_SAMPLES = 9", ["evaluate"]),
@@ -104,7 +104,7 @@ CHANGE = [
         "new: int = Field(3, ge=0, le=9)\n    epochs: int = Field(10,",
         ["tune", "train"],
     ),
-    ("config.py", "batch_size: int = Field(256,", "batch_size: int = Field(128,", ["evaluate"]),
+    ("config.py", "batch_size: int = Field(256,", "batch_size: int = Field(128,", ["evaluate", "audit"]),
 ]
 
 

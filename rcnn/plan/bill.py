@@ -182,9 +182,8 @@ def _notes_on_choices(items: Sequence[Item]) -> Iterator[str]:
         chooses = imported(STAGES[item.name].result).applied_to is not StageResult.applied_to
         later = [each.name for each in items[number + 1 :] if each.cost.multiply_adds is not None]
         if chooses and later and item.status.state != "done":
-            yield (
-                f"{' and '.join(later)} are predicted for the network of the config; {item.name} may choose another one"
-            )
+            several = " and ".join(filter(None, [", ".join(later[:-1]), later[-1]]))
+            yield f"{several} are predicted for the network of the config; {item.name} may choose another one"
 
 
 def _sum(values: Any) -> Any:

@@ -47,7 +47,7 @@ def test_rows_are_ranked_by_margin_and_seen_rows_by_loss() -> None:
     assert (np.diff(found.loss[found.order(is_seen=True)]) <= 0).all()
 
 
-def test_a_class_without_rows_is_suggested_but_makes_nobody_suspect() -> None:
+def test_a_class_without_rows_is_suggested_but_makes_no_row_suspect() -> None:
     rows = {
         "label": np.array([0, 0, 1]),
         "logits": np.array([[1, 0, 9], [5, 0, 0], [0, 5, 0]], np.float32),

@@ -218,6 +218,6 @@ def test_a_flow_goes_on_without_prefects_server_and_shows_everything_when_it_is_
         assert "what it shows of ingest is sent later" in flow.output()
         server.start()
         assert flow.process.wait(timeout=600) == 0, flow.output()
-        assert server.artifacts() == {f"rcnn-{name}" for name in ("ingest", "train", "evaluate", "register")}
+        assert server.artifacts() == {f"rcnn-{name}" for name in ("ingest", "train", "evaluate", "audit", "register")}
     finally:
         server.stop()

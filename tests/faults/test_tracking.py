@@ -81,7 +81,7 @@ def test_a_server_that_goes_away_in_a_search_misses_nothing_and_only_register_wa
     said = command.finish()
     assert "notes sent" in said
     runs = runs_of(server)
-    assert set(runs) == {"ingest", "tune", "trial-00", "trial-01", "train", "evaluate"}
+    assert set(runs) == {"ingest", "tune", "trial-00", "trial-01", "train", "evaluate", "audit"}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert steps(server, runs["train"], "val/error") == [1, 2, 3, 4]
     for trial in ("trial-00", "trial-01"):
@@ -96,7 +96,7 @@ def test_a_server_that_goes_away_in_a_search_misses_nothing_and_only_register_wa
     assert {"report.md", "confusion.png"} <= pictures
     assert client.get_model_version("rcnn-mnist-sample", "1").run_id == runs["train"].info.run_id
     assert list((tmp_path / "outbox").iterdir()) == []
-    assert Command(tmp_path, "register", **settings).finish().count("nothing to do") == 5
+    assert Command(tmp_path, "register", **settings).finish().count("nothing to do") == 6
 
 
 def test_a_driver_that_is_killed_while_mlflow_is_away_leaves_a_whole_curve(tmp_path: Path, server: Server) -> None:

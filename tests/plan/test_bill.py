@@ -56,7 +56,7 @@ def test_the_first_stage_that_needs_ray_starts_it(config: PipelineConfig, digits
 
 
 def test_a_stage_behind_a_search_that_runs_is_billed_with_a_note(config: PipelineConfig) -> None:
-    note = "train and evaluate are predicted for the network of the config; tune may choose another one"
+    note = "train, evaluate and audit are predicted for the network of the config; tune may choose another one"
     assert note in bill_of(config).lines()
     assert not any("may choose" in line for line in bill_of(config.with_settings({"tune.enabled": False})).lines())
 
