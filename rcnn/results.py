@@ -225,6 +225,10 @@ class TrainResult(StageResult):
         """Also the validation error."""
         return {"validation error": self.written_val_error} | super().figures()
 
+    def tags(self) -> dict[str, str]:
+        """The training that later stages are about."""
+        return {"rcnn.train": self.folder}
+
     @property
     def written_val_error(self) -> str:
         """The validation error, and the epoch that had it."""

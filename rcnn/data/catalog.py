@@ -73,6 +73,7 @@ def find_faults(storage: Storage, folder: str) -> Iterator[str]:
         RESULT,
         OLD_RESULT,
         MADE_OF,
+        *([manifest.near_duplicates.file] if manifest.near_duplicates else []),
         *(shard.file for split in manifest.splits.values() for shard in split.shards),
     }
     for file in sorted(set(storage.list_sizes(folder)) - known):

@@ -1,7 +1,7 @@
 """Near-duplicates across splits: a test image that is among the training rows too makes the test error look better than it is.
 
 In: what the writers of the shards noted of each row, a hash and a small grey copy, and the shards. Out:
-`_near_duplicates.parquet`, a row per pair, and what the manifest says of them. Hashes propose pairs (`hashes.py`), and pixels
+`_near_duplicates.jsonl`, a line per pair, and what the manifest says of them. Hashes propose pairs (`hashes.py`), and pixels
 decide: grey copies of 32 x 32 pixels at most, shifted by up to a pixel, for colour images mirrored as well, and without their
 brightness.
 
@@ -11,7 +11,7 @@ above 0.95 none. Handwritten digits resemble each other more: at 0.95, 5 to 8 % 
 two rows. A digit that is re-encoded as JPEG has 0.99.
 """
 
-import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +20,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rcnn.data.hashes import SHIFTS, Candidates, find_candidates
 from rcnn.data.manifest import Manifest, NearDuplicate, NearDuplicates
 from rcnn.data.shards import open_shard, unreadable_shard
 from rcnn.storage import Storage
 
-DUPLICATES = "_near_duplicates.parquet"
-"""Its name begins with _, so that readers of a folder of Parquet files skip it."""
+DUPLICATES = "_near_duplicates.jsonl"
+"""Not Parquet: a glob over the folder, as DuckDB takes it, would read it as a shard."""
 PAIRS_OF_SPLITS = (("test", "train"), ("test", "val"), ("val", "train"))
 LEAST_CORRELATION = {1: 0.985, 3: 0.93}
 """Of the grey pixels, by number of channels."""
@@ -99,9 +98,7 @@ def find_near_duplicates(
 
 def write_near_duplicates(storage: Storage, folder: str, table: pa.Table) -> None:
     """Writes the table into the data set's folder."""
-    packed = io.BytesIO()
-    pq.write_table(table, packed, write_page_checksum=True)
-    storage.write_bytes(f"{folder}/{DUPLICATES}", packed.getbuffer())
+    storage.write_text(f"{folder}/{DUPLICATES}", "".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
 
 
 def closest_pairs(storage: Storage, folder: str, num_pairs: int) -> list[dict[str, Any]]:
@@ -112,11 +109,10 @@ def closest_pairs(storage: Storage, folder: str, num_pairs: int) -> list[dict[st
     """
     where = storage.uri(f"{folder}/{DUPLICATES}")
     try:
-        content = pa.BufferReader(storage.read_bytes(f"{folder}/{DUPLICATES}"))
-        table = pq.ParquetFile(content, page_checksum_verification=True).read(use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+        lines = storage.read_text(f"{folder}/{DUPLICATES}").splitlines()
+        return [json.loads(line) for line in lines[:num_pairs]]
+    except (OSError, ValueError) as error:
         raise unreadable_shard(where, error) from error
-    return list(table.slice(0, num_pairs).to_pylist())
 
 
 def decide(

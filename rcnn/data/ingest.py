@@ -432,7 +432,7 @@ class _Draft:
 
     def has_records(self) -> bool:
         """Whether a shard is finished."""
-        return bool(self.storage.list_sizes(self.records))
+        return any(file.endswith(".json") for file in self.storage.list_sizes(self.records))
 
     def delete(self) -> None:
         """Deletes the draft. On an object store the shards stay, since a concurrent run may have written them; the next run

@@ -105,7 +105,7 @@ def run_evaluate(
 
 def _seconds_after(config: PipelineConfig, data: IngestResult, pace: Pace) -> float:
     """Predicts the time from the last row to the result: studies at the pace of scoring, and pictures."""
-    num_more = num_passes(config, num_test=data.rows["test"], num_val=data.rows["val"])
+    num_more = num_passes(config, num_test=data.rows["test"], num_val=data.rows.get("val", 0))
     return SECONDS_TO_REPORT + (num_more / pace.warm_images_per_second if pace.images_per_second else 0.0)
 
 

@@ -70,6 +70,8 @@ def run_train(config: PipelineConfig, data: IngestResult, target: StageFolder, t
     target.storage.write_json(target.path("history.json"), history)
     tracker.log_history(history)
     tracker.log_params({"num_parameters": trained["num_parameters"]})
+    # MLflow's table of runs shows the last point of each curve, which is the last epoch's, not the best one's.
+    tracker.log_metrics({"best/val/error": trained["val_error"], "best/epoch": trained["best_epoch"]})
     result = TrainResult(
         folder=target.name,
         weights_sha256=trained["weights_sha256"],

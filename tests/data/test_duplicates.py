@@ -1,11 +1,11 @@
 """Near-duplicates across splits: injected ones are found, and others are not."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -72,7 +72,8 @@ def ingested(monkeypatch: pytest.MonkeyPatch, folder: Path, train: np.ndarray, t
 
 
 def found_pairs(storage: Storage, folder: str) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = pq.read_table(storage.local_path(f"{folder}/{DUPLICATES}")).to_pylist()
+    lines = storage.read_text(f"{folder}/{DUPLICATES}").splitlines()
+    rows: list[dict[str, object]] = [json.loads(line) for line in lines]
     return rows
 
 
