@@ -26,7 +26,7 @@ from rcnn.train.loop import fit, training_data
 from tests.evaluate.scene import ingested, many_test_rows, untrained
 
 QUICK = {
-    "model.k": 16, "model.t": 1, "model.dropout": 0.2, "train.epochs": 5, "train.batch_size": 32,
+    "model.k": 16, "model.t": 1, "model.dropout": 0.2, "train.epochs": 8, "train.batch_size": 32,
     "train.learning_rate": 0.03, "train.schedule": "one_cycle", "train.num_rows": 0, "data.test_fraction": 0.2,
     "tune.enabled": False, "audit.train_rows": "always",
 }  # fmt: skip

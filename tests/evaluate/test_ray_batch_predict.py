@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from rcnn.train.checkpoint import build_classifier, load_model, save_model
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 NUM_ROWS = 600
+SECONDS_TO_END = 20
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,16 @@ def images(tmp_path: Path) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_inputs, "ROWS_PER_PART", 100)
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left(ray_session: object) -> Iterator[None]:
+    """A worker that outlives its run keeps a core, for which the next user of the cluster waits."""
+    yield
+    deadline = time.monotonic() + SECONDS_TO_END
+    while workers():
+        assert time.monotonic() < deadline, f"{len(workers())} workers are left"
+        time.sleep(0.1)
 
 
 def run(model: Path, *arguments: str) -> int:
@@ -207,6 +220,8 @@ def test_a_killed_worker_is_replaced(
         killer.join()
     assert len(pl.read_parquet("out/part-*.parquet")) == NUM_ROWS
     assert "a worker died" in capsys.readouterr().err
+    for each in workers():  # Ray Data keeps the pool's other worker until this process ends
+        each.kill()
 
 
 def test_workers_that_always_die_end_the_run(

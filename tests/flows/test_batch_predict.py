@@ -57,7 +57,7 @@ def test_a_fault_of_the_input_is_the_flows_error(model: str, tmp_path: Path) -> 
 def test_each_deployment_names_a_flow() -> None:
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     found = {each["name"]: each["entrypoint"] for each in deployments}
-    assert set(found) == {"full-pipeline", "batch-predict"}
+    assert set(found) == {"full-pipeline", "reproduce", "batch-predict"}
     for entrypoint in found.values():
         file, _, name = entrypoint.partition(":")
         flow = getattr(import_module(file.removesuffix(".py").replace("/", ".")), name)

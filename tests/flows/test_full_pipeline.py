@@ -64,10 +64,10 @@ def test_the_hint_asks_the_model_that_was_registered(
 
 def test_mlflow_holds_the_runs_nested_with_metrics_by_epoch(config: PipelineConfig, trees: dict[str, Any]) -> None:
     runs = runs_by_name(config)
-    assert set(runs) == {"pipeline", "ingest", "tune", "trial-00", "trial-01", "train", "evaluate"}
+    assert set(runs) == {"pipeline", "ingest", "tune", "trial-00", "trial-01", "train", "evaluate", "audit"}
     parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
     pipeline, tune = runs["pipeline"].info.run_id, runs["tune"].info.run_id
-    assert parents == dict.fromkeys(("ingest", "tune", "train", "evaluate"), pipeline) | dict.fromkeys(
+    assert parents == dict.fromkeys(("ingest", "tune", "train", "evaluate", "audit"), pipeline) | dict.fromkeys(
         ("trial-00", "trial-01"), tune
     ) | {"pipeline": None}
     assert all(run.info.status == "FINISHED" for run in runs.values())
