@@ -782,9 +782,9 @@ def _require_database(config: PipelineConfig, store: Path) -> None:
 def _log_pyfunc(model_folder: Path, description: Mapping[str, Any], run_id: str) -> Any:
     """A pyfunc made of a script and safetensors, with this package's own code inside; see `served_model.py`."""
     package = Path(__file__).parents[1]
-    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        # MLflow warns of type hints that are no list, and of a method without any; no list admits arrays and files.
-        warnings.filterwarnings("ignore", ".*[Tt]ype hint", UserWarning)
+    # MLflow warns of type hints that are no list, and of a method without any; no list admits both arrays and files. A filter
+    # does not help, since MLflow sets its own.
+    with mlflow.start_run(run_id=run_id), warnings.catch_warnings(record=True):
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(package / "registry" / "served_model.py"),
