@@ -57,7 +57,7 @@ def reproduce(
     with log_in_prefect():
         failures = _run_cells(cells, parallel or num_parallel(cells[0].config))
         command = command or f"prefect deployment run rcnn/reproduce ({deployment.name or table})"
-        folder, _ = publish(Call(table, budget, command), cells)
+        folder = publish(Call(table, budget, command), cells)
     return {"folder": folder, "failures": failures}
 
 

@@ -542,16 +542,18 @@ def _plan_table(options: argparse.Namespace, cells: Any) -> int:
 def _fill_table(options: argparse.Namespace, cells: Any, num_seeds: int) -> int:
     """Runs what is left of a table, prints it, and returns the exit code: 1 where a training failed."""
     from rcnn.reproduce.cells import results_of
-    from rcnn.reproduce.publish import Call, publish
+    from rcnn.reproduce.publish import Call, publish, table_of
     from rcnn.storage import Storage
 
     words = ["rcnn", "reproduce", options.table, "--budget", options.budget, "--seeds", str(num_seeds)]
     words += [word for pattern in options.only for word in ("--only", pattern)]
     words += [word for text in options.set for word in ("--set", text)]
-    call, failures = Call(options.table, options.budget, shlex.join(words)), {}
+    call, failures = Call(options.table, options.budget, shlex.join(words)), dict[str, str]()
     if any(results_of(cell.config) is None for cell in cells):
-        failures = _run_reproduce_flow(options, num_seeds, call.command)
-    folder, finished = publish(call, cells)
+        folder, failures = _run_reproduce_flow(options, num_seeds, call.command)
+    else:
+        folder = publish(call, cells)
+    finished = table_of(call, cells)
     _print_table(finished.cells(), title=finished.title)
     print(printable(f"as Markdown, HTML and Parquet: {Storage(cells[0].config.storage).uri(folder)}"))
     for name, error in failures.items():
@@ -559,7 +561,8 @@ def _fill_table(options: argparse.Namespace, cells: Any, num_seeds: int) -> int:
     return 1 if failures else 0
 
 
-def _run_reproduce_flow(options: argparse.Namespace, num_seeds: int, command: str) -> dict[str, str]:
+def _run_reproduce_flow(options: argparse.Namespace, num_seeds: int, command: str) -> tuple[str, dict[str, str]]:
+    """Runs the flow; returns the folder of the report, and the errors by cell."""
     with _prefect() as server:
         from flows.reproduce import reproduce
 
@@ -567,8 +570,7 @@ def _run_reproduce_flow(options: argparse.Namespace, num_seeds: int, command: st
         outcome = reproduce(
             options.table, options.budget, num_seeds, options.set, options.only, options.parallel or 0, command
         )
-    failures: dict[str, str] = outcome["failures"]
-    return failures
+    return outcome["folder"], outcome["failures"]
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -334,6 +334,7 @@ OLD_RESULT = "result.json"  # until version 0.1
 class Held(Protocol):
     """A lease, as those who write see it (see `rcnn/lease.py`)."""
 
+    name: str
     token: str
     on_lost: Callable[[LeaseLost], None]
 

@@ -113,7 +113,7 @@ FIGURES: dict[str, Callable[[Model], str]] = {
 
 
 def paired_test(storage: Storage, ours: Model, theirs: Model) -> Paired:
-    """Both models' answers on the same test rows. It is no look of the gate: nothing is promoted by it.
+    """Compares both models' answers on the same test rows. This does not count as a look of the gate: it promotes nothing.
 
     Raises:
         DataError: a model was not evaluated, or the two on other rows.

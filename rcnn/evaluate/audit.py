@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
 from rcnn.config import PipelineConfig
@@ -23,8 +22,9 @@ from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.data.pictures import contact_sheet
 from rcnn.data.streaming import stretch
 from rcnn.evaluate.audited_rows import reason_to_skip
-from rcnn.evaluate.predictions import has_part, merge_parts, parts_of, read_predictions
-from rcnn.evaluate.scoring import ScoringJob, load_for_scoring, open_rows, score_parts
+from rcnn.evaluate.predictions import read_predictions
+from rcnn.evaluate.scored_split import score_split
+from rcnn.evaluate.scoring import open_rows
 from rcnn.evaluate.suspects import Suspicion, find_suspects
 from rcnn.progress import say
 from rcnn.results import AuditResult, EvaluateResult, IngestResult, TrainResult
@@ -36,7 +36,6 @@ SUSPECTS = "suspects.parquet"
 SHEETS = {"test": "suspects.png", "val": "suspects-val.png", "train": "suspects-train.png"}
 SPLIT_NAMES = {"test": "test", "val": "validation", "train": "training"}
 NUM_DRAWN, NUM_COLUMNS, TILE_PIXELS = 24, 6, 112
-MOST_THREADS = 16  # of scoring in this process: each holds the activations of a batch
 
 
 def run_audit(
@@ -91,28 +90,9 @@ def delete_predictions(target: StageFolder) -> None:
 def _scored(
     config: PipelineConfig, data: IngestResult, trained: TrainResult, target: StageFolder, split: str
 ) -> StageFolder:
-    """The folder with the predictions of a split; parts that an earlier attempt scored are kept."""
-    place, how = replace(target, name=target.path(split)), config.execution
-    parts = parts_of(data.rows[split], config.evaluate.batch_size)
-    todo = [part for part in parts if not has_part(place, part)]
-    on_workers = config.ray.address != "" or min(len(todo), how.num_workers) > 1
-    job = ScoringJob(
-        storage=target.storage.root,
-        folder=place.name,
-        data_folder=data.folder,
-        model_folder=f"{trained.folder}/model",
-        batch_size=config.evaluate.batch_size,
-        use_gpu=how.use_gpu,
-        num_threads=how.cpus_per_worker if on_workers else min(torch.get_num_threads(), MOST_THREADS),
-        split=split,
-    )
-    if todo and on_workers:
-        from rcnn.evaluate.ray_scoring import score_on_workers  # late: with Ray, it takes seconds
-
-        score_on_workers(config, job, todo, on_start=lambda: None, on_part=lambda part: None)
-    elif todo:
-        score_parts(job, load_for_scoring(job), todo)
-    merge_parts(place, parts)
+    """The folder with the predictions of a split."""
+    place = replace(target, name=target.path(split))
+    score_split(config, data, trained, place, split)
     return place
 
 

@@ -4,8 +4,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from rcnn.config import PipelineConfig
 from rcnn.data.fonts import readable
 from rcnn.data.manifest import Manifest, require_manifest
@@ -14,22 +12,16 @@ from rcnn.data.streaming import stretch
 from rcnn.evaluate.figures import Example, Figures, figures_of, wilson
 from rcnn.evaluate.pace import Pace
 from rcnn.evaluate.plots import plot_confusion, plot_history, plot_reliability
-from rcnn.evaluate.predictions import (
-    PREDICTIONS,
-    Part,
-    first_rows,
-    has_part,
-    merge_parts,
-    parts_of,
-)
-from rcnn.evaluate.scoring import ScoringJob, load_for_scoring, open_test_rows, score_parts
+from rcnn.evaluate.predictions import PREDICTIONS, first_rows
+from rcnn.evaluate.scored_split import score_split, threads_here
+from rcnn.evaluate.scoring import open_rows
 from rcnn.evaluate.studies import StudyRun
 from rcnn.evaluate.study_size import num_passes
 from rcnn.evaluate.study_tables import StudyTable, study_tables
-from rcnn.progress import RowProgress, say
+from rcnn.progress import say
 from rcnn.results import EvaluateResult, IngestResult, TrainResult
 from rcnn.storage import StageFolder
-from rcnn.text import counted, file_stem, printable
+from rcnn.text import file_stem, printable
 from rcnn.tracking import Tracker
 from rcnn.train.loop import Metrics
 
@@ -38,7 +30,6 @@ EXAMPLES_PER_ROW, PIXELS_OF_AN_EXAMPLE = 6, 112  # wide enough for two class nam
 SECONDS_TO_REPORT = 2.5  # from the last row to the result, without the passes of studies: pictures, mostly
 SUREST_MISTAKES = f'polars.read_parquet("{PREDICTIONS}").filter(correct=False).sort("loss", descending=True).head(10)'
 CALIBRATED = ("loss", "calibration_error", "brier_score")  # metrics that a temperature changes
-MOST_THREADS = 16  # of scoring in this process: each holds the activations of a batch
 
 
 def run_evaluate(
@@ -56,9 +47,7 @@ def run_evaluate(
     started = time.perf_counter()
     manifest = require_manifest(storage, data.folder)
     tracker.log_data(manifest.summary(), storage.uri(data.folder), context="testing")
-    parts = parts_of(data.rows["test"], config.evaluate.batch_size)
-    pace = _score(config, data, trained, target, parts)
-    predictions_sha256 = merge_parts(target, parts)
+    pace, predictions_sha256 = score_split(config, data, trained, target, "test")
     figures = figures_of(target, len(manifest.classes))
     study = StudyRun(
         config,
@@ -66,7 +55,7 @@ def run_evaluate(
         data_folder=data.folder,
         manifest=manifest,
         trained=trained,
-        num_at_once=min(torch.get_num_threads(), MOST_THREADS),
+        num_at_once=threads_here(),
     )
     assert figures.num_rows == data.rows["test"], f"{figures.num_rows} of {data.rows['test']} test rows were counted"
     history = storage.read_json(f"{trained.folder}/history.json")
@@ -109,55 +98,6 @@ def _seconds_after(config: PipelineConfig, data: IngestResult, pace: Pace) -> fl
     return SECONDS_TO_REPORT + (num_more / pace.warm_images_per_second if pace.images_per_second else 0.0)
 
 
-def _score(
-    config: PipelineConfig, data: IngestResult, trained: TrainResult, target: StageFolder, parts: list[Part]
-) -> Pace:
-    """Scores the parts that no earlier attempt has scored; returns how fast."""
-    todo = [part for part in parts if not has_part(target, part)]
-    num_rows, num_left = sum(map(len, parts)), sum(map(len, todo))
-    if num_left < num_rows:
-        say(f"  resuming: {num_rows - num_left:,} of {num_rows:,} rows are scored, {counted(len(todo), 'part')} left")
-    how, on_workers = config.execution, _needs_workers(config, todo)
-    job = ScoringJob(
-        storage=target.storage.root,
-        folder=target.name,
-        data_folder=data.folder,
-        model_folder=f"{trained.folder}/model",
-        batch_size=config.evaluate.batch_size,
-        use_gpu=how.use_gpu,
-        num_threads=how.cpus_per_worker if on_workers else min(torch.get_num_threads(), MOST_THREADS),
-        token=target.lease.token if target.lease else "",
-    )
-    pace = Pace(num_left, num_at_once=min(how.num_workers, len(todo)) if on_workers else job.num_at_once)
-    progress = RowProgress(num_rows, num_done=num_rows - num_left)
-
-    def advance(num_rows: int) -> None:
-        pace.advance(num_rows)
-        progress.advance(num_rows)
-
-    try:
-        if on_workers:
-            from rcnn.evaluate.ray_scoring import score_on_workers  # late: with Ray, it takes seconds
-
-            score_on_workers(config, job, todo, on_start=pace.start, on_part=lambda part: advance(len(part)))
-        elif todo:
-            model = load_for_scoring(job)
-            pace.start()
-            score_parts(job, model, todo, on_batch=advance)
-    finally:
-        progress.close()
-    return pace
-
-
-def _needs_workers(config: PipelineConfig, todo: list[Part]) -> bool:
-    """Whether Ray's workers score: on a cluster, whose head should do nothing heavy, or where several can share the work.
-
-    A single worker on this machine would do what this process can do, after a start of 10 s and more.
-    """
-    on_cluster = config.ray.address != ""
-    return bool(todo) and (on_cluster or min(len(todo), config.execution.num_workers) > 1)
-
-
 def _figures(result: EvaluateResult) -> dict[str, float]:
     """What MLflow gets."""
     speed = {"perf/images_per_second": result.images_per_second} if result.images_per_second else {}
@@ -191,7 +131,7 @@ def _draw_examples(
     data: IngestResult, figures: Figures, classes: tuple[str, ...], target: StageFolder, folder: Path
 ) -> None:
     """Draws contact sheets of the surest mistakes and of the least sure hits: true class, answer and probability below each."""
-    rows = open_test_rows(target.storage, data.folder)
+    rows = open_rows(target.storage, data.folder, "test")
     sheets = (
         ("mistakes.png", "the surest mistakes (true class > answer)", figures.surest_mistakes),
         ("least-sure.png", "right, and least sure", figures.least_sure_hits),
@@ -282,7 +222,7 @@ def _cell(name: str) -> str:
 def _write_samples(data: IngestResult, classes: tuple[str, ...], target: StageFolder, folder: Path) -> None:
     """Writes a test image of each of the first classes, named after it, for `rcnn predict` to be tried on."""
     (folder / "samples").mkdir()
-    rows = open_test_rows(target.storage, data.folder)
+    rows = open_rows(target.storage, data.folder, "test")
     for label, row in sorted(first_rows(target, range(min(NUM_SAMPLES, len(classes)))).items()):
         images_NHWC, _ = rows.read(stretch(rows.segments, row, row + 1))
         as_picture(images_NHWC[0]).save(folder / "samples" / f"{file_stem(label, classes[label])}.png")

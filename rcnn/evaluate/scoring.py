@@ -43,13 +43,14 @@ class ScoringJob:
 
     Attributes:
         storage: root of the storage.
-        folder: the stage's folder, where predictions are written.
+        folder: where predictions are written: a stage's folder, or one in it.
         data_folder: the data set.
         model_folder: the finished model.
         batch_size: images per forward pass.
         use_gpu: whether the model is on the GPU.
         num_threads: batches at a time on a CPU, a thread each.
-        token: of the lease on that folder; empty if there is no lease.
+        token: of the lease on the stage's folder; empty if there is no lease.
+        leased: the stage's folder; empty if there is no lease.
         split: whose rows are scored.
     """
 
@@ -61,13 +62,14 @@ class ScoringJob:
     use_gpu: bool
     num_threads: int
     token: str = ""
+    leased: str = ""
     split: str = "test"
 
     @property
     def target(self) -> StageFolder:
-        """The stage's folder, with its lease."""
+        """The folder of the predictions, with the stage's lease."""
         storage = Storage(self.storage)
-        return StageFolder(storage, self.folder, lease=Lease(storage, self.folder, self.token) if self.token else None)
+        return StageFolder(storage, self.folder, lease=Lease(storage, self.leased, self.token) if self.token else None)
 
     @property
     def num_at_once(self) -> int:
@@ -82,11 +84,6 @@ class _Scored:
     labels: np.ndarray
     logits: np.ndarray
     losses: np.ndarray
-
-
-def open_test_rows(storage: Storage, data_folder: str) -> StoredRows:
-    """The test rows, see `open_rows`."""
-    return open_rows(storage, data_folder, "test")
 
 
 def open_rows(storage: Storage, data_folder: str, split: str) -> StoredRows:

@@ -30,14 +30,19 @@ class Call:
     command: str
 
 
-def publish(call: Call, cells: Sequence[Cell]) -> tuple[str, report.Finished]:
-    """Writes the table as it stands, cells that were not run included; returns its folder and what it says.
+def table_of(call: Call, cells: Sequence[Cell]) -> report.Finished:
+    """The table as it stands, cells that were not run included."""
+    title, data_set = TABLES[call.table].title, cells[0].config.data.dataset
+    return report.Finished(title, data_set, rows_of(cells), call.command, git_commit())
+
+
+def publish(call: Call, cells: Sequence[Cell]) -> str:
+    """Writes the table as it stands, and logs it; returns its folder.
 
     Raises:
         ClusterError: the storage cannot be written.
     """
-    rows, config = rows_of(cells), cells[0].config
-    finished = report.Finished(TABLES[call.table].title, config.data.dataset, rows, call.command, git_commit())
+    finished, config = table_of(call, cells), cells[0].config
     storage, folder = Storage(config.storage), _folder_of(call, cells)
     table = report.as_parquet(finished)
     is_news = not (storage.exists(f"{folder}/{report.PARQUET}") and _same(storage, folder, table))
@@ -50,9 +55,9 @@ def publish(call: Call, cells: Sequence[Cell]) -> tuple[str, report.Finished]:
         (local / report.PARQUET).write_bytes(table)
         if is_news:
             storage.upload(local, folder)
-            _log(call, cells, rows, folder, local)
+            _log(call, cells, finished.rows, folder, local)
             say(f"  the table is in {storage.uri(folder)}")
-    return folder, finished
+    return folder
 
 
 def _same(storage: Storage, folder: str, table: bytes) -> bool:

@@ -16,7 +16,14 @@ from rcnn.settings import build_config
 
 EVERY = {each.name: each for group in EXPERIMENTS.values() for each in group}
 BUDGETS = ("full", "small")
-ON_CPU = {"execution.use_gpu": False, "execution.cpus_per_worker": 2}
+SMALL = {
+    "execution.use_gpu": False,
+    "execution.cpus_per_worker": 2,
+    "train.schedule": "one_cycle",
+    "train.weight_decay": 5e-4,
+    "train.clip_norm": 2.0,
+}
+"""Settings that small budgets share."""
 NOT_OF_THE_CELL = ("model.", "seed", "recipe")
 """What a cell is about: `--set` must not change it."""
 
@@ -45,23 +52,17 @@ class Table:
 
 
 # What 2 CPU cores train in minutes a cell: a third of the maps, 10,000 images, the same schedule for all networks.
-_SMALL_CIFAR: dict[str, Any] = ON_CPU | {
+_SMALL_CIFAR: dict[str, Any] = SMALL | {
     "data.val_fraction": 0.1,
     "train.num_rows": 10_000,
     "train.epochs": 10,
-    "train.schedule": "one_cycle",
     "train.learning_rate": 0.03,
-    "train.weight_decay": 5e-4,
-    "train.clip_norm": 2.0,
     "train.nesterov": False,
 }
-_SMALL_MNIST: dict[str, Any] = ON_CPU | {
+_SMALL_MNIST: dict[str, Any] = SMALL | {
     "data.val_fraction": 1 / 12,
     "train.epochs": 14,
-    "train.schedule": "one_cycle",
     "train.learning_rate": 0.04,
-    "train.weight_decay": 5e-4,
-    "train.clip_norm": 2.0,
     "train.ema_decay": 0.999,
 }
 

@@ -22,7 +22,7 @@ from rcnn.config import PipelineConfig
 from rcnn.data.loader import Rows, load_rows
 from rcnn.data.manifest import Manifest, require_manifest
 from rcnn.errors import ClusterError, DataError, LeaseLost
-from rcnn.evaluate import report, scoring
+from rcnn.evaluate import scored_split, scoring
 from rcnn.evaluate.figures import figures_of
 from rcnn.evaluate.predictions import MOST_PARTS, PARTS, PREDICTIONS, has_part, merge_parts, parts_of
 from rcnn.evaluate.report import run_evaluate
@@ -159,7 +159,7 @@ def test_what_is_missing_or_damaged_is_named_and_only_that_is_scored_again(
         scored.extend(part.number for part in todo)
         score_parts(job, model, todo, **options)
 
-    monkeypatch.setattr(report, "score_parts", remember)
+    monkeypatch.setattr(scored_split, "score_parts", remember)
     with caplog.at_level(logging.INFO, logger="rcnn"):
         result = scene.evaluate(interrupted)
     assert scored == [3, 5, 7, 9]
@@ -176,7 +176,7 @@ def test_what_is_missing_or_damaged_is_named_and_only_that_is_scored_again(
 def test_an_evaluation_that_was_killed_before_its_report_scores_nothing_again(
     scene: Scene, interrupted: StageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(report, "load_for_scoring")
+    monkeypatch.delattr(scored_split, "load_for_scoring")
     result = scene.evaluate(interrupted)
     assert bytes_of(interrupted) == scene.file.read_bytes()
     assert result.images_per_second == 0

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,10 +63,8 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_worker_is_left(ray_session: object) -> Iterator[None]:
     """A worker that outlives its run keeps a core, for which the next user of the cluster waits."""
     yield
-    deadline = time.monotonic() + SECONDS_TO_END
-    while workers():
-        assert time.monotonic() < deadline, f"{len(workers())} workers are left"
-        time.sleep(0.1)
+    _, left = psutil.wait_procs(workers(), SECONDS_TO_END)
+    assert not left
 
 
 def run(model: Path, *arguments: str) -> int:
