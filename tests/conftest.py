@@ -161,6 +161,22 @@ def digits(tiny_config: PipelineConfig) -> IngestResult:
     return result
 
 
+@pytest.fixture(scope="session")
+def model(tiny_config: PipelineConfig, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model of the digits with initial weights; to be read only."""
+    import torch  # late: many tests need no torch
+
+    from rcnn.data.manifest import require_manifest
+    from rcnn.storage import Storage
+    from rcnn.train.checkpoint import build_classifier, save_model
+
+    folder = tmp_path_factory.mktemp("model")
+    manifest = require_manifest(Storage(tiny_config.storage), digits.folder)
+    torch.manual_seed(0)
+    save_model(build_classifier(tiny_config, manifest).state_dict(), tiny_config, manifest, folder)
+    return folder
+
+
 @pytest.fixture
 def random_arrays() -> Arrays:
     """60 random colour images of 6x5 pixels in 3 classes."""

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -132,7 +133,8 @@ def run_command(rows: Path, model: Path, out: Path) -> dict[str, Any]:
     while process.poll() is None:
         used = memory_of(process.pid)
         peak, largest = max(peak, sum(used)), max(largest, *used, 0)
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_BETWEEN_LOOKS)
     seconds = time.monotonic() - started
     assert process.returncode == 0, f"exit code {process.returncode}"
     batch = json.loads((out / "_batch.json").read_text())

@@ -7,12 +7,10 @@ import duckdb
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
-import pytest
 import torch
 from PIL import Image
 
 from rcnn.config import PipelineConfig
-from rcnn.data.manifest import require_manifest
 from rcnn.data.schema import read_block
 from rcnn.evaluate.batch_inputs import find_inputs, plan_parts
 from rcnn.evaluate.batch_parts import predict_part
@@ -20,17 +18,7 @@ from rcnn.evaluate.batch_records import PartRecord, part_file, record_file
 from rcnn.evaluate.predict import Predictor
 from rcnn.results import IngestResult
 from rcnn.storage import Storage
-from rcnn.train.checkpoint import build_classifier, load_model, save_model
-
-
-@pytest.fixture(scope="module")
-def model(tiny_config: PipelineConfig, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with initial weights."""
-    folder = tmp_path_factory.mktemp("model")
-    manifest = require_manifest(Storage(tiny_config.storage), digits.folder)
-    torch.manual_seed(0)
-    save_model(build_classifier(tiny_config, manifest).state_dict(), tiny_config, manifest, folder)
-    return folder
+from rcnn.train.checkpoint import load_model
 
 
 def live(model: Path, images_NHWC: np.ndarray) -> np.ndarray:

@@ -21,28 +21,16 @@ from PIL import Image
 
 from rcnn.cli import main
 from rcnn.config import PipelineConfig
-from rcnn.data.manifest import require_manifest
 from rcnn.errors import ClusterError
 from rcnn.evaluate import batch_inputs
 from rcnn.evaluate.batch_predict import batch_predict
 from rcnn.evaluate.batch_records import BAD_IMAGES, BATCH, Batch
-from rcnn.results import IngestResult
-from rcnn.storage import Storage
-from rcnn.train.checkpoint import build_classifier, load_model, save_model
+from rcnn.train.checkpoint import load_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 NUM_ROWS = 600
 SECONDS_TO_END = 20
-
-
-@pytest.fixture(scope="module")
-def model(tiny_config: PipelineConfig, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    manifest = require_manifest(Storage(tiny_config.storage), digits.folder)
-    torch.manual_seed(0)
-    save_model(build_classifier(tiny_config, manifest).state_dict(), tiny_config, manifest, folder)
-    return folder
 
 
 @pytest.fixture

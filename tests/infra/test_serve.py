@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rcnn.config import PipelineConfig
-from rcnn.data.manifest import require_manifest
-from rcnn.results import IngestResult
-from rcnn.storage import Storage
-from rcnn.train.checkpoint import build_classifier, load_model, save_model
+from rcnn.train.checkpoint import load_model
 from tests.registry.server import free_port
 
 pytestmark = pytest.mark.slow
@@ -33,28 +30,18 @@ SECONDS_TO_START = 300
 
 
 @pytest.fixture(scope="module")
-def model(tiny_config: PipelineConfig, digits: IngestResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "model"
-    folder.mkdir()
-    manifest = require_manifest(Storage(tiny_config.storage), digits.folder)
-    torch.manual_seed(0)
-    save_model(build_classifier(tiny_config, manifest).state_dict(), tiny_config, manifest, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(model: Path) -> Iterator[str]:
-    port = free_port()
+def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port, folder = free_port(), tmp_path_factory.mktemp("served")
     command = [sys.executable, "-m", "infra.serve", "--model", str(model), "--port", str(port)]
-    log = model.parent / "log"
-    environment = os.environ | {"RCNN_STORAGE": str(model.parent / "storage"), "PYTHONPATH": str(ROOT)}
+    log = folder / "log"
+    environment = os.environ | {"RCNN_STORAGE": str(folder / "storage"), "PYTHONPATH": str(ROOT)}
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
     deadline = time.monotonic() + SECONDS_TO_START
     while "serving " not in log.read_text():
-        assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.3)
+        with suppress(subprocess.TimeoutExpired):
+            raise AssertionError(f"exit code {process.wait(0.3)}: {log.read_text()}")
     yield f"http://127.0.0.1:{port}/"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except OSError:
-            assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.3)
+            with suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"exit code {process.wait(0.3)}: {log.read_text()}")
         else:
             return
 
