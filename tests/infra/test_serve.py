@@ -41,7 +41,7 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     while "serving " not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()
         with suppress(subprocess.TimeoutExpired):
-            raise AssertionError(f"exit code {process.wait(0.3)}: {log.read_text()}")
+            pytest.fail(f"exit code {process.wait(0.3)}: {log.read_text()}")
     yield f"http://127.0.0.1:{port}/"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0

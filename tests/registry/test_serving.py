@@ -77,7 +77,7 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         except OSError:
             assert time.monotonic() < deadline, log.read_text()
             with suppress(subprocess.TimeoutExpired):
-                raise AssertionError(f"exit code {process.wait(0.3)}: {log.read_text()}")
+                pytest.fail(f"exit code {process.wait(0.3)}: {log.read_text()}")
         else:
             return
 
