@@ -120,3 +120,10 @@ def test_a_reader_that_leaves_early_sees_no_traceback(option: str, exit_code: in
 def test_stop_running_is_refused_without_fresh(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline", "--stop-running"]) == 2
     assert "--stop-running: needs --fresh" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_command_that_loads_triton_ends_without_reports_of_leaks() -> None:
+    code = "import sys, triton; from rcnn.cli import main; sys.exit(main(['sources']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "nanobind" not in done.stderr + done.stdout

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rcnn.compare.models import Model
+from rcnn.compare.models import TRAIN, Model
 from rcnn.progress import as_duration
 
 SHORT = 12  # characters of a digest
@@ -95,7 +95,7 @@ def as_rows(groups: Sequence[Group]) -> list[dict[str, str]]:
     """The table for people."""
     return [
         {
-            "model": group.first.name if len(group.models) == 1 else f"{group.first.name} +{len(group.models) - 1}",
+            "model": _name(group),
             "data set": group.first.data_set or group.first.data_digest[:SHORT],
             "network": group.first.title,
             "parameters": _written(group.num_parameters, "{:,.0f}"),
@@ -108,6 +108,12 @@ def as_rows(groups: Sequence[Group]) -> list[dict[str, str]]:
         }
         for group in groups
     ]
+
+
+def _name(group: Group) -> str:
+    """The key of its first model, which `rcnn compare` takes too, and how many others there are."""
+    key = group.first.name.removeprefix(TRAIN)
+    return key if len(group.models) == 1 else f"{key} +{len(group.models) - 1}"
 
 
 def _written(value: float, pattern: str) -> str:
