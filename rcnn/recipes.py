@@ -212,6 +212,7 @@ def _modern_training(network: str, num_epochs: int) -> TrainConfig:
         schedule="one_cycle",
         clip_norm=2.0,
         ema_decay=0.999,
+        with_validation=True,
     )
 
 
