@@ -199,6 +199,8 @@ class ModelConfig(Section):
 
 
 DEFAULT_SHARES = 4
+SHARE_OF_ALL_STEPS = 0.5
+"""Of the training steps with `train.any_t`, those that do all T recurrent steps. Not tuned."""
 
 
 class TrainConfig(Section):
@@ -213,7 +215,15 @@ class TrainConfig(Section):
         "with a higher limit, a run that it ended resumes; a learning rate of one_cycle stays on its way to the last epoch.",
     )
     batch_size: int = Field(64, ge=1, le=MAX_BATCH, description="Images per step, all workers together.")
+    optimizer: Literal["sgd", "muon"] = Field(
+        "sgd",
+        description="sgd: as published; muon: the kernels of the convolutions by torch's Muon, whose updates are orthogonal "
+        "matrices (Jordan 2024), and the rest by SGD.",
+    )
     learning_rate: float = Field(0.01, gt=0, le=10, description="Initial rate (plateau) or peak rate (one-cycle).")
+    kernel_rate: float = Field(
+        0.02, gt=0, le=10, description="With muon, the rate of the kernels; learning_rate is that of the rest."
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the SGD step.")
     nesterov: bool = Field(False, description="Whether the momentum is Nesterov's.")
     weight_decay: float = Field(1e-4, ge=0, le=1000, description="L2 penalty on all weights.")
@@ -244,6 +254,11 @@ class TrainConfig(Section):
         False,
         description="Train on the validation rows too, as the paper's last run does, with settings that were found without "
         "them. The last epoch's model is kept, and its validation error says nothing.",
+    )
+    any_t: bool = Field(
+        False,
+        description="Draw the number of recurrent steps anew at each training step, T in half of them and fewer in the others, "
+        "so that one network serves any number up to T.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -286,7 +301,18 @@ class AugmentConfig(Section):
         0, ge=0, le=16, description="Black pixels put around images before a window is cut; 0: none."
     )
     flip: bool = Field(False, description="Mirror left to right, half of all images, drawn again each epoch.")
+    alternate_flips: bool = Field(
+        False,
+        description="With flip: in every second epoch, mirror exactly those images that were not mirrored in the one before, "
+        "so that two epochs show both (Jordan 2024).",
+    )
     cutout: int = Field(0, ge=0, le=MAX_SIDE, description="Side of a square that is blackened, pixels; 0: none.")
+
+    @model_validator(mode="after")
+    def _flips_alternate_where_there_are_any(self) -> Self:
+        if self.alternate_flips and not self.flip:
+            raise ValueError("alternate_flips is on and flip is off; set flip to true, or alternate_flips to false")
+        return self
 
 
 class ExecutionConfig(Section):
@@ -637,6 +663,17 @@ class PipelineConfig(Section):
             raise ValueError(
                 f"evaluate.views has {crops[0]!r}, and the network sees whole images (model.crop = 0); leave it out, or set "
                 f"model.crop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_can_be_drawn(self) -> Self:
+        if self.train.any_t and not (NETWORKS[self.model.network].shares_steps and self.model.t):
+            those = " or ".join(name for name, network in NETWORKS.items() if network.shares_steps)
+            raise ValueError(
+                f"train.any_t draws the number of recurrent steps, and model.network = {self.model.network!r} with "
+                f"model.t = {self.model.t} has none that share their weights; choose {those} with model.t of 1 or more, or "
+                f"set train.any_t to false"
             )
         return self
 

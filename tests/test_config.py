@@ -27,7 +27,9 @@ def test_hash_follows_what_matters_and_nothing_else() -> None:
 def test_values_are_named_by_section_or_one_by_one_and_some_are_left_out() -> None:
     config = demo()
     assert config.values_of("seed", "model.k") == {"seed": 0, "model.k": 32}
-    assert config.values_of("augment") == {"augment.max_shift": 2, "augment.flip": False, "augment.cutout": 0}
+    assert config.values_of("augment") == {
+        "augment.max_shift": 2, "augment.flip": False, "augment.alternate_flips": False, "augment.cutout": 0
+    }  # fmt: skip
     assert "data.mirror" not in config.values_of("data", "-data.mirror")
 
 
@@ -55,6 +57,7 @@ SMALLEST_WRONG = {
     "train.weight_decay": -1, "train.schedule": "cosine", "train.plateau_factor": 1, "train.plateau_patience": -1,
     "train.one_cycle_warmup": 0, "augment.max_shift": -1, "train.clip_norm": -1, "train.ema_decay": 1,
     "train.label_smoothing": 1, "train.with_validation": "perhaps",
+    "train.any_t": "perhaps", "train.optimizer": "adam", "train.kernel_rate": 0, "augment.alternate_flips": "perhaps",
     "train.num_rows": -1, "execution.keep_checkpoints": 0, "execution.num_workers": 0,
     "execution.min_workers": -1, "execution.cpus_per_worker": 0,
     "execution.checkpoint_minutes": 0, "train.num_shares": -1,
@@ -114,6 +117,15 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         ),
         (["tune.grace_epochs=9"], "set it to 3 or less"),
         (["evaluate.views=[crops]"], "evaluate.views has 'crops', and the network sees whole images (model.crop = 0)"),
+        (
+            ["train.any_t=true", "model.network=rcnn_bn"],
+            "model.network = 'rcnn_bn' with model.t = 1 has none that share their weights; choose rcnn or recursive",
+        ),
+        (
+            ["train.any_t=true", "model.t=0"],
+            "model.network = 'rcnn' with model.t = 0 has none that share their weights",
+        ),
+        (["augment.alternate_flips=true"], "alternate_flips is on and flip is off; set flip to true"),
         (["recipe=demo"], "Use --recipe NAME"),
         (["model.k=many"], "model.k is 'many'"),
         (["train.learning_rate=nan"], "train.learning_rate is nan"),

@@ -4,7 +4,7 @@ In and out: uint8 (N, C, H, W), preferably channels last in memory. Drawing is s
 drawn on the host, from a generator that the loader seeds, so that every device and any number of workers gets the same images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ class Augmentation:
         max_shift: pixels of black padding on each side, before a window is cropped at a random position.
         crop: side of the window in pixels (24 in the paper); 0: the image size.
         flip: mirror left to right with probability 1/2.
+        alternate_flips: an image is mirrored in exactly one of two epochs, 0 and 1, 2 and 3, and so on (Jordan 2024, "94% on
+            CIFAR-10 in 3.29 seconds on a single GPU").
         cutout: side in pixels of a black square with its centre anywhere in the image; 0: none. DeVries and Taylor (2017) fill
             it with the mean instead of black.
     """
@@ -50,6 +52,7 @@ class Augmentation:
     max_shift: int = 0
     crop: int = 0
     flip: bool = False
+    alternate_flips: bool = False
     cutout: int = 0
 
     def window(self, image_shape: tuple[int, int]) -> tuple[int, int]:
@@ -68,6 +71,17 @@ class Augmentation:
         )
         return Draws(offsets, flips, cutouts)
 
+    def alternated(self, draws: Draws, rows_N: np.ndarray, *, seed: int, epoch: int) -> Draws:
+        """The draws with flips that follow from each image's row, if they are to alternate.
+
+        Args:
+            draws: of N images.
+            rows_N: a number for each of these images, the same one in every epoch.
+            seed: of the run.
+            epoch: from 0.
+        """
+        return replace(draws, flips=alternate_flips(rows_N, seed, epoch)) if self.alternate_flips else draws
+
     def apply(self, images_NCHW: Tensor, draws: Draws) -> Tensor:
         """The augmented images. The input is not modified."""
         height, width = images_NCHW.shape[2:]
@@ -81,6 +95,16 @@ class Augmentation:
         if self.cutout:
             cut_out(images_NCHW, draws.cutouts, self.cutout)
         return images_NCHW
+
+
+def alternate_flips(rows_N: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """bool (N): of epochs 2n and 2n + 1, a row is true in exactly one, which a hash of (seed, n, row) decides."""
+    key = np.random.default_rng((seed, epoch // 2)).integers(2**64, dtype=np.uint64)
+    mixed_N = rows_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finalizer of SplitMix64
+        mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)
+    is_first_N = (mixed_N >> np.uint64(63)).astype(bool)
+    return is_first_N if epoch % 2 == 0 else ~is_first_N
 
 
 def cut_windows(images_NCHW: Tensor, offsets_N2: np.ndarray, window: tuple[int, int], *, max_shift: int) -> Tensor:

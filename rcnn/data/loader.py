@@ -79,6 +79,7 @@ class ResidentLoader(Loader):
         order_N = rng.permutation(self.num_rows)
         height, width = self.rows.images.shape[2:]
         draws = self.augmentation.draw(rng, self.num_rows, (height, width))
+        draws = self.augmentation.alternated(draws, order_N, seed=self.order.seed, epoch=epoch)
         for step in range(first_step, self.num_steps):
             start = step * self.order.batch_size + self.order.rank * self.order.share
             mine = slice(start, start + self.order.share)

@@ -210,6 +210,8 @@ class StreamingLoader(Loader):
             rng = np.random.default_rng((order.seed, epoch, rank, order.num_ranks, number))
             shuffled = rng.permutation(len(labels_N))
             draws = self.augmentation.draw(rng, len(labels_N), self.rows.image_shape[:2])
+            rows_N = _numbers_of(windows[number])[shuffled]
+            draws = self.augmentation.alternated(draws, rows_N, seed=order.seed, epoch=epoch)
             window = _Window(images_NHWC, labels_N, shuffled, draws)
             return window.after(skipped - first_rows[number]) if number == first else window
 
@@ -248,6 +250,14 @@ class _Window:
         """Some of the rows."""
         chosen = self.order[rows]
         return _Piece(self.images[chosen], self.labels[chosen], self.draws[rows])
+
+
+def _numbers_of(segments: Sequence[Segment]) -> np.ndarray:
+    """A number for each row, the same one in every epoch."""
+    parts = [
+        (segment.shard << 40) + (segment.group << 20) + np.arange(segment.start, segment.stop) for segment in segments
+    ]
+    return np.concatenate(parts)
 
 
 def _windows(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:

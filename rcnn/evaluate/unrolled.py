@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rcnn.model.classifier import Classifier
-from rcnn.model.layers import RecurrentConvLayer
+from rcnn.model.layers import RecurrentConvLayer, set_active_steps
 
 SHARE_OF_GRADIENT = 0.95
 
@@ -32,10 +32,7 @@ def num_steps_of(model: nn.Module) -> int:
 def shortened(model: Classifier, num_steps: int) -> Classifier:
     """A copy with the same weights, whose recurrent layers end after `num_steps` steps; with T steps, it is the model."""
     copied = copy.deepcopy(model)
-    for layer in recurrent_layers(copied):
-        layer.num_steps = min(layer.num_steps, num_steps)
-        layer.norms = nn.ModuleList(list(layer.norms)[: layer.num_steps + 1])
-        layer.recurrent = layer.recurrent if layer.num_steps else None
+    set_active_steps(copied, num_steps)
     return copied
 
 
@@ -75,18 +72,11 @@ def unroll(model: Classifier, images_NCHW: Tensor) -> Unrolling:
     probabilities = []
     for num_steps in range(num_steps_of(model) + 1):
         shorter = shortened(model, num_steps)
-        with _states(_same_layers(model, shorter)) as found:
+        with _states(recurrent_layers(shorter)) as found:
             probabilities.append(shorter(images_NCHW).float().softmax(1).cpu())
         for number in range(num_layers):
             states[number].append(found[number].float().cpu())
     return Unrolling([torch.stack(each) for each in states], torch.stack(probabilities))
-
-
-def _same_layers(model: nn.Module, shorter: nn.Module) -> list[nn.Module]:
-    """The layers of a shortened copy that are the model's recurrent ones; with 0 steps, they are not recurrent any more."""
-    modules = dict(shorter.named_modules())
-    ours = recurrent_layers(model)
-    return [modules[name] for name, each in model.named_modules() if any(each is layer for layer in ours)]
 
 
 @dataclass(frozen=True)
@@ -120,7 +110,7 @@ def receptive_fields(model: Classifier, images_NCHW: Tensor, num_steps: int) -> 
     of each window, and a ReLU may be closed, so that one image shows less than the whole field.
     """
     shorter = _by_direct_convolution(shortened(model, num_steps)).requires_grad_(False)
-    layers = _same_layers(model, shorter)
+    layers = recurrent_layers(shorter)
     geometry = _geometry_of(shorter, layers, images_NCHW[:1])
     pixels_NCHW = images_NCHW.float().requires_grad_()
     with _states(layers) as found, torch.enable_grad():

@@ -56,6 +56,7 @@ class RecurrentConvLayer(nn.Module):
     ):
         super().__init__()
         self.num_steps, self.convolution, self.recompute = num_steps, convolution, recompute
+        self.active_steps = num_steps
         self.feed_forward = nn.Conv2d(in_maps, num_maps, kernel_size=3, padding=1)
         # An unused kernel would count as parameters, and DDP would wait for a gradient that never arrives.
         self.recurrent = nn.Conv2d(num_maps, num_maps, kernel_size=3, padding=1, bias=False) if num_steps else None
@@ -73,14 +74,19 @@ class RecurrentConvLayer(nn.Module):
                 self.recurrent.weight.mul_(self.RECURRENT_GAIN)
 
     def forward(self, u_NCHW: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, K, H, W)."""
-        if self._is_compiled(u_NCHW):
-            return self._compiled(u_NCHW)
+        """(N, C, H, W) -> (N, K, H, W), after `active_steps` recurrent steps: T unless `set_active_steps` says otherwise."""
+        x_NKHW = self._compiled(u_NCHW) if self._is_compiled(u_NCHW) else self._by_modules(u_NCHW)
+        if self.recurrent is not None and not self.active_steps and torch.is_grad_enabled():
+            # A gradient of zeros, since DDP and the shares of a batch wait for one of every parameter.
+            x_NKHW = x_NKHW + 0 * self.recurrent.weight.sum()
+        return x_NKHW
+
+    def _by_modules(self, u_NCHW: Tensor) -> Tensor:
         first, *later = self.norms
         z0_NKHW = self.feed_forward(u_NCHW)
         x_NKHW = first.rectified(z0_NKHW)
         plus_NKHW = self._static_input(z0_NKHW)
-        for norm in later:
+        for norm in later[: self.active_steps]:
             if self.recompute and torch.is_grad_enabled():
                 x_NKHW = checkpoint(self._step, norm, x_NKHW, plus_NKHW, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -103,7 +109,7 @@ class RecurrentConvLayer(nn.Module):
         norm = self.norms[0]
         drops = self.dropout.is_active
         step = rcl_cpu.Step(
-            num_steps=self.num_steps,
+            num_steps=self.active_steps,
             window=norm.window,
             scale=norm.alpha / norm.window,
             adds_input=self.ADDS_INPUT,
@@ -111,7 +117,7 @@ class RecurrentConvLayer(nn.Module):
             name=self.dropout.next_name() if drops else (0, 0, 0, 0),
             rate=self.dropout.rate_in_65536ths if drops else 0,
         )
-        recurrent = None if self.recurrent is None else self.recurrent.weight
+        recurrent = self.recurrent.weight if self.recurrent is not None and self.active_steps else None
         feed = self.feed_forward
         return rcl_cpu.CompiledLayer.apply(u_NCHW, feed.weight, feed.bias, recurrent, step)
 
@@ -126,3 +132,10 @@ class RecurrentConvLayer(nn.Module):
     def _step(self, norm: nn.Module, x_NKHW: Tensor, plus_NKHW: Tensor) -> Tensor:
         assert self.recurrent is not None, "a layer with num_steps = 0 has no recurrent kernel"
         return norm.rectified(self.recurrent(x_NKHW), plus_NKHW)
+
+
+def set_active_steps(model: nn.Module, num_steps: int) -> None:
+    """Ends the recurrent layers of a model after `num_steps` steps, or after T where that is less, from the next pass on."""
+    for layer in model.modules():
+        if isinstance(layer, RecurrentConvLayer):
+            layer.active_steps = min(layer.num_steps, num_steps)

@@ -25,11 +25,14 @@ class Network:
         title: its name in reports, with settings of `model` in braces.
         reads: the keyword arguments of `build`: settings of `model`, and settings that change only how the network is
             computed (`convolution`, `recompute`).
+        shares_steps: whether its time steps share all their weights, so that one training can serve any number of them
+            (`train.any_t`).
     """
 
     build: str
     title: str
     reads: tuple[str, ...] = ()
+    shares_steps: bool = False
 
     @property
     def module(self) -> str:
@@ -38,9 +41,10 @@ class Network:
 
 
 _LRN = ("lrn_alpha", "lrn_beta", "convolution")
+_RECURRENT = ("k", "t", "dropout", *_LRN, "recompute")
 NETWORKS: dict[str, Network] = {
-    "rcnn": Network("rcnn.model.rcnn:build", "RCNN-{k}, T = {t}", ("k", "t", "dropout", *_LRN, "recompute")),
-    "recursive": Network("rcnn.model.recursive:build", "rCNN-{k}, T = {t}", ("k", "t", "dropout", *_LRN, "recompute")),
+    "rcnn": Network("rcnn.model.rcnn:build", "RCNN-{k}, T = {t}", _RECURRENT, shares_steps=True),
+    "recursive": Network("rcnn.model.recursive:build", "rCNN-{k}, T = {t}", _RECURRENT, shares_steps=True),
     "wide": Network("rcnn.model.wide:build", "WCNN-{k}", ("k", "dropout", *_LRN)),
     "rcnn_bn": Network("rcnn.model.rcnn_bn:build", "RCNN-{k} with batch norm, T = {t}", ("k", "t", "dropout")),
     "nin": Network("rcnn.model.nin:build", "NIN"),

@@ -255,6 +255,7 @@ def _of_one_worker(config: PipelineConfig) -> PipelineConfig:
         "execution.num_workers": 1,
         "execution.min_workers": 0,
         "train.batch_size": config.train.batch_size // config.execution.num_workers,
+        "train.any_t": False,  # a few steps with drawn numbers would not be the mean of many
         "train.learning_rate": 1e-6,  # random images teach nothing, and must not diverge
     }
     if config.train.shares:

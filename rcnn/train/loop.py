@@ -234,7 +234,7 @@ def training_data(config: PipelineConfig, storage: Storage, folder: str) -> Trai
 def augmentation_of(config: PipelineConfig) -> Augmentation:
     """What the settings ask for."""
     augment = config.augment
-    return Augmentation(max_shift=augment.max_shift, crop=config.model.crop, flip=augment.flip, cutout=augment.cutout)
+    return Augmentation(**augment.model_dump(), crop=config.model.crop)
 
 
 def train_epoch(

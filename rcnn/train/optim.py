@@ -1,10 +1,11 @@
-"""SGD with momentum, and its two learning-rate schedules."""
+"""The optimizers, SGD with momentum and Muon, and the two learning-rate schedules."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from rcnn.config import TrainConfig
@@ -24,16 +25,71 @@ class SGD(torch.optim.SGD):
     load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
 
 
+class Muon(SGD):
+    """Muon for the kernels of convolutions, and SGD for all other parameters, as one optimizer with two groups.
+
+    Torch's own Muon updates matrices alone. It is given each kernel (K, C, H, W) as a matrix (K, C * H * W) in the same memory,
+    so its update is orthogonal in the space of a map's inputs (Jordan et al., "Muon", 2024). SGD's group comes first.
+
+    Args:
+        model: whose parameters are trained.
+        kernel_rate: of Muon.
+        options: those of SGD.
+    """
+
+    def __init__(self, model: nn.Module, *, kernel_rate: float, **options: Any):
+        self._kernels = [each for each in model.parameters() if each.dim() == 4]
+        super().__init__([each for each in model.parameters() if each.dim() != 4], **options)
+        matrices = [nn.Parameter(_as_matrix(kernel, like=kernel)) for kernel in self._kernels]
+        how = {"momentum": options["momentum"], "weight_decay": options["weight_decay"], "nesterov": True}
+        self._muon = torch.optim.Muon(matrices, lr=kernel_rate, **how)
+        self.add_param_group(self._muon.param_groups[0])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates the kernels by Muon, and the rest by SGD."""
+        assert closure is None, "no schedule or step here has a closure"
+        *_, of_kernels = self.param_groups
+        for matrix, kernel in zip(of_kernels["params"], self._kernels, strict=True):
+            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad, like=kernel)
+        # The state and the rates are this optimizer's: checkpoints and schedules know no other.
+        self._muon.param_groups, self._muon.state = [of_kernels], self.state
+        self._muon.step()
+        for matrix in of_kernels["params"]:
+            matrix.grad = None  # SGD passes over what has no gradient
+        super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients."""
+        super().zero_grad(set_to_none)
+        for kernel in self._kernels:
+            kernel.grad = None
+
+
+def _as_matrix(tensor_KCHW: Tensor, *, like: Tensor) -> Tensor:
+    """(K, C * H * W), with the inputs of a map in the order in which `like` has them in memory: a view of `like` itself."""
+    is_maps_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return (tensor_KCHW.detach().permute(0, 2, 3, 1) if is_maps_last else tensor_KCHW.detach()).flatten(1)
+
+
 def build_optimizer(model: nn.Module, train: TrainConfig, *, fused: bool = False) -> torch.optim.SGD:
-    """SGD over all parameters (paper section 4). `fused`: one kernel updates all parameters, on a GPU (not measured)."""
-    return SGD(
-        model.parameters(),
-        lr=train.learning_rate,
-        momentum=train.momentum,
-        nesterov=train.nesterov and train.momentum > 0,
-        weight_decay=train.weight_decay,
-        fused=fused,
-    )
+    """SGD over all parameters (paper section 4), or with Muon over the kernels.
+
+    Args:
+        model: whose parameters are trained.
+        train: the settings.
+        fused: whether one kernel updates all of SGD's parameters, on a GPU (not measured).
+    """
+    options: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "momentum": train.momentum,
+        "nesterov": train.nesterov and train.momentum > 0,
+        "weight_decay": train.weight_decay,
+        "fused": fused,
+    }
+    if train.optimizer == "muon":
+        return Muon(model, kernel_rate=train.kernel_rate, **options)
+    return SGD(model.parameters(), **options)
 
 
 class Schedule:
@@ -59,7 +115,7 @@ class Schedule:
         else:
             self._one_cycle = OneCycleLR(
                 optimizer,
-                max_lr=train.learning_rate,
+                max_lr=[float(group["lr"]) for group in optimizer.param_groups],
                 total_steps=num_steps + 1,  # OneCycleLR takes one step in its constructor
                 pct_start=train.one_cycle_warmup,
                 cycle_momentum=False,
@@ -67,7 +123,7 @@ class Schedule:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate of the next step; with Muon, that of all but the kernels."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:

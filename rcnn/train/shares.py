@@ -23,7 +23,7 @@ from rcnn.model.dropout import Position, set_position
 from rcnn.scores import Scores
 from rcnn.train.checkpoint import TrainState
 from rcnn.train.execution import Execution
-from rcnn.train.step import loss_of, process_group, score, update
+from rcnn.train.step import loss_of, process_group, score, steps_drawn, update
 
 Tensors = list[Tensor]
 
@@ -96,8 +96,9 @@ class SharedSteps:
             for own, common in zip(own_statistics, statistics, strict=True):
                 own.copy_(common)
             images_NCHW, labels_N = next(batches[share])
-            loss = loss_of(model, images_NCHW, labels_N, precision, smoothing) * (len(labels_N) / self.batch_size)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            with steps_drawn(model, self.state.config, position):
+                loss = loss_of(model, images_NCHW, labels_N, precision, smoothing) * (len(labels_N) / self.batch_size)
+                gradients = torch.autograd.grad(loss, list(model.parameters()))
             # In one layout: the norm of a gradient is summed in the order of memory.
             return [loss.detach(), *(each.contiguous() for each in gradients), *(own.clone() for own in own_statistics)]
 

@@ -1,17 +1,21 @@
 """One step of training, the steps of an epoch, and one pass of scoring: the inner loops, with no host synchronisation."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from rcnn.config import SHARE_OF_ALL_STEPS, PipelineConfig
 from rcnn.data.augment import Augmentation
 from rcnn.data.batches import Order, RowSource
 from rcnn.model.dropout import Position, set_position
+from rcnn.model.layers import set_active_steps
 from rcnn.scores import Scores
 from rcnn.train.checkpoint import TrainState
 from rcnn.train.execution import Execution
@@ -52,6 +56,25 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float)
     if clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
+
+
+@contextmanager
+def steps_drawn(model: nn.Module, config: PipelineConfig, position: Position) -> Iterator[None]:
+    """With `train.any_t`, the recurrent layers do another number of steps within the context: that of `num_steps_at`."""
+    if not config.train.any_t:
+        yield
+        return
+    set_active_steps(model, num_steps_at(position, config.model.t))
+    try:
+        yield
+    finally:
+        set_active_steps(model, config.model.t)
+
+
+def num_steps_at(position: Position, most: int) -> int:
+    """The recurrent steps of a training step: `most` in half of them, else 0 to `most` - 1, alike on all workers."""
+    rng = np.random.default_rng((position.seed, position.epoch, position.step))
+    return most if rng.random() < SHARE_OF_ALL_STEPS else int(rng.integers(most))
 
 
 def process_group() -> tuple[int, int]:
@@ -109,15 +132,17 @@ class PlainSteps:
             position = Position(state.config.seed, epoch, step, share=self._rank)
             set_position(state.model, position)
             self.execution.seed(position)
-            yield train_step(
-                self._network,
-                state.optimizer,
-                images_NCHW,
-                labels_N,
-                clip_norm=train.clip_norm,
-                precision=self.execution.precision,
-                label_smoothing=train.label_smoothing,
-            )
+            with steps_drawn(state.model, state.config, position):
+                loss = train_step(
+                    self._network,
+                    state.optimizer,
+                    images_NCHW,
+                    labels_N,
+                    clip_norm=train.clip_norm,
+                    precision=self.execution.precision,
+                    label_smoothing=train.label_smoothing,
+                )
+            yield loss
 
     def mean_loss(self, loss: Tensor) -> float:
         """The mean over all workers of what this one's losses came to; waits for the device."""

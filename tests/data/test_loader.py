@@ -141,6 +141,32 @@ def test_images_belong_to_their_labels(engine: str, stored: Callable[[int], Stor
 
 
 @ENGINES
+def test_an_image_whose_flips_alternate_is_mirrored_in_one_of_two_epochs(
+    engine: str, stored: Callable[[int], StoredRows]
+) -> None:
+    upright = torch.from_numpy(pixels_of(NUM_STORED)).permute(0, 3, 1, 2)
+    augmentation = Augmentation(flip=True, alternate_flips=True)
+
+    def mirrored(epoch: int, rank: int = 0, num_ranks: int = 1) -> dict[int, bool]:
+        order = Order(50 * num_ranks, seed=0, rank=rank, num_ranks=num_ranks)
+        loader = source(engine, stored, NUM_STORED).loader(order, augmentation, CPU)
+        return {
+            int(label): torch.equal(image, upright[label].flip(2))
+            for images, labels in loader.epoch(epoch)
+            for image, label in zip(images, labels, strict=True)
+        }
+
+    first, second, third = mirrored(0), mirrored(1), mirrored(2)
+    both = first.keys() & second.keys()  # a partial batch is left out of each epoch
+    assert len(both) > NUM_STORED - 100
+    assert all(first[label] != second[label] for label in both)
+    assert 0.4 < sum(first.values()) / len(first) < 0.6
+    assert 0.3 < sum(third[label] == first[label] for label in both & third.keys()) / len(both) < 0.7
+    of_others = mirrored(0, rank=1, num_ranks=2)
+    assert all(first[label] == of_others[label] for label in first.keys() & of_others.keys())
+
+
+@ENGINES
 def test_epochs_differ_and_repeat_by_seed(engine: str, stored: Callable[[int], StoredRows]) -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         return epoch_of(source(engine, stored, 200).loader(Order(200, seed), Augmentation(), CPU), epoch)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from rcnn.model import RecurrentConvLayer
+from rcnn.model.layers import Convolution, set_active_steps
 from rcnn.model.norms import local_response_norms
 
 ALPHA, BETA = 0.4, 0.75  # a larger alpha than the paper's, so that a fault in the normalisation shows
@@ -118,3 +119,24 @@ def test_without_recurrent_steps_it_is_convolution_relu_and_lrn() -> None:
     plain = functional.conv2d(u, layer.feed_forward.weight, layer.feed_forward.bias, padding=1).relu()
     torch.testing.assert_close(layer(u), functional.local_response_norm(plain, 3, alpha=0.001, beta=0.75, k=1.0))
     assert [name for name, _ in layer.named_parameters()] == ["feed_forward.weight", "feed_forward.bias"]
+
+
+@pytest.mark.parametrize("convolution", ["direct", "winograd"])
+def test_with_fewer_active_steps_it_is_a_layer_built_with_fewer(convolution: Convolution) -> None:
+    torch.manual_seed(0)
+    layer = RecurrentConvLayer(8, 8, 2, convolution=convolution)
+    u = torch.randn(2, 8, 9, 9)
+    for num_steps in (1, 0):
+        shorter = RecurrentConvLayer(8, 8, num_steps, convolution=convolution)
+        shorter.load_state_dict({name: layer.state_dict()[name] for name in shorter.state_dict()})
+        set_active_steps(layer, num_steps)
+        for each in (layer, shorter):
+            each.zero_grad()
+            each(u).square().sum().backward()
+        torch.testing.assert_close(layer(u), shorter(u), rtol=0, atol=0)
+        ours = {name: parameter.grad for name, parameter in layer.named_parameters()}
+        for name, parameter in shorter.named_parameters():
+            torch.testing.assert_close(ours.pop(name), parameter.grad, rtol=0, atol=0)
+        for gradient in ours.values():  # the recurrent kernel, where it is not used
+            assert gradient is not None
+            assert not gradient.any()

@@ -1,8 +1,10 @@
 """`fit` by itself, without Ray."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,16 @@ import torch
 from rcnn.config import ModelConfig, PipelineConfig
 from rcnn.data.loader import Rows, TrainingData, load_training_data
 from rcnn.errors import ClusterError, ConfigError, DataError, TrainingError
+from rcnn.evaluate.unrolled import recurrent_layers
 from rcnn.model.networks import NETWORKS, unread_settings
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
-from rcnn.train.checkpoint import TrainState, load_model
+from rcnn.train import step
+from rcnn.train.checkpoint import TrainState, load_model, new_state
 from rcnn.train.checkpoint_store import CheckpointStore
 from rcnn.train.loop import Metrics, fit, training_data
 from rcnn.train.pace import Forecast, Pace
+from rcnn.train.step import loss_of, train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "debug_tiny.json"
 
@@ -246,8 +251,6 @@ def test_validation_rows_that_are_learned_choose_nothing(
 def test_smoothed_labels_change_the_loss_that_is_learned_and_no_figure(
     tiny_config: PipelineConfig, data: TrainingData
 ) -> None:
-    from rcnn.train.step import loss_of
-
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 10, requires_grad=True), torch.tensor([1, 2, 3, 4])
     found = loss_of(torch.nn.Identity(), logits, labels, torch.float32, 0.1)
@@ -261,9 +264,6 @@ def test_smoothed_labels_change_the_loss_that_is_learned_and_no_figure(
 
 
 def test_the_first_step_is_torchs_own_sgd(tiny_config: PipelineConfig, data: TrainingData) -> None:
-    from rcnn.train.checkpoint import new_state
-    from rcnn.train.step import train_step
-
     config = tiny_config.with_settings({"model.dropout": 0, "train.nesterov": True, "train.clip_norm": 0})
     ours, theirs = (new_state(config, data.manifest, device=torch.device("cpu"), num_steps=9) for _ in range(2))
     theirs.optimizer = torch.optim.SGD(
@@ -274,6 +274,84 @@ def test_the_first_step_is_torchs_own_sgd(tiny_config: PipelineConfig, data: Tra
             train_step(state.model, state.optimizer, data.train.images[:32], data.train.labels[:32], clip_norm=0)
     for name, tensor in weights(ours).items():
         assert torch.equal(tensor, weights(theirs)[name]), name
+
+
+def test_muon_updates_kernels_as_torchs_does_and_the_rest_by_sgd(
+    tiny_config: PipelineConfig, data: TrainingData
+) -> None:
+    config = tiny_config.with_settings({"model.dropout": 0, "train.optimizer": "muon", "train.weight_decay": 0.01})
+    state = new_state(config, data.manifest, device=torch.device("cpu"), num_steps=9)
+    truth = copy.deepcopy(state.model)
+    kernels = {name: value for name, value in truth.named_parameters() if value.dim() == 4}
+    matrices = {
+        name: torch.nn.Parameter(value.detach().permute(0, 2, 3, 1).flatten(1)) for name, value in kernels.items()
+    }
+    muon = torch.optim.Muon(list(matrices.values()), lr=0.02, momentum=0.9, weight_decay=0.01)
+    others = [value for name, value in truth.named_parameters() if name not in kernels]
+    sgd = torch.optim.SGD(others, lr=0.02, momentum=0.9, weight_decay=0.01)
+    images, labels = data.train.images[:32], data.train.labels[:32]
+    for _ in range(3):
+        train_step(state.model, state.optimizer, images, labels, clip_norm=0)
+        sgd.zero_grad()
+        for kernel in kernels.values():
+            kernel.grad = None
+        loss_of(truth, images, labels, torch.float32).backward()
+        for name, kernel in kernels.items():
+            matrices[name].grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)  # type: ignore[union-attr]
+        muon.step()
+        sgd.step()
+        with torch.no_grad():
+            for name, kernel in kernels.items():
+                num_maps, in_maps, *sides = kernel.shape
+                kernel.copy_(matrices[name].view(num_maps, *sides, in_maps).permute(0, 3, 1, 2))
+    for name, value in truth.named_parameters():
+        torch.testing.assert_close(state.model.get_parameter(name), value, msg=name)
+
+
+def test_with_muon_a_schedule_moves_both_rates(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    config = tiny_config.with_settings({"train.optimizer": "muon", "train.schedule": "one_cycle"})
+    state = new_state(config, data.manifest, device=torch.device("cpu"), num_steps=10)
+    rates = [[group["lr"] for group in state.optimizer.param_groups]]
+    for _ in range(10):
+        state.optimizer.step()
+        state.schedule.after_step()
+        rates.append([group["lr"] for group in state.optimizer.param_groups])
+    assert [max(each) for each in zip(*rates, strict=True)] == pytest.approx([0.02, 0.02], rel=0.1)
+    state.schedule.lower(0.5)
+    assert [group["max_lr"] for group in state.optimizer.param_groups] == [0.01, 0.01]
+
+
+DRAWN = {"train.any_t": True, "model.t": 2, "tune.enabled": False}
+
+
+def test_the_number_of_steps_is_drawn_and_all_of_them_are_used_afterwards(
+    tiny_config: PipelineConfig, data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    real = step.train_step
+
+    def noting(model: torch.nn.Module, *args: Any, **options: Any) -> torch.Tensor:
+        used.extend({layer.active_steps for layer in recurrent_layers(model)})
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(step, "train_step", noting)
+    state = fit(tiny_config.with_settings(DRAWN | {"train.epochs": 5}), data, ignore)
+    assert len(used) == 50
+    assert 15 < used.count(2) < 35
+    assert {0, 1, 2} == set(used)
+    assert {layer.active_steps for layer in recurrent_layers(state.model)} == {2}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_run_that_draws_its_steps_resumes_with_the_very_same_weights(
+    tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path, optimizer: str
+) -> None:
+    settings = {"train.epochs": 3, "train.optimizer": optimizer, "train.schedule": "one_cycle", "train.ema_decay": 0.9}
+    config = tiny_config.with_settings(DRAWN | settings)
+    whole = fit(config, data, ignore)
+    run_until(config, data, 1, tmp_path)
+    resumed = fit(config, data, ignore, checkpoints=store_in(tmp_path))
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
 
 def test_the_saved_model_gives_the_same_logits(tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path) -> None:

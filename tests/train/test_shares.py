@@ -71,6 +71,11 @@ def shared(config: PipelineConfig, **settings: object) -> PipelineConfig:
     return config.with_settings(usual | settings)
 
 
+MODERN = {
+    "model.t": 2, "train.any_t": True, "train.optimizer": "muon", "augment.flip": True, "augment.alternate_flips": True
+}  # fmt: skip
+
+
 def of_network(config: PipelineConfig, network: str) -> PipelineConfig:
     """The same for another network, and shorter."""
     unread = {"model.k": 32, "model.t": 3, "model.dropout": 0.2}
@@ -96,6 +101,7 @@ def test_any_number_of_workers_and_threads_ends_with_the_same_bits(
         shared(tiny_config, **{"model.k": 16, "model.t": 2}),
         shared(tiny_config, **{"model.k": 12, "train.num_shares": 6}),  # torch's convolutions; a tree that is not full
         shared(tiny_config, **{"execution.loader": "streaming"}),
+        shared(tiny_config, **MODERN),
     ]
     if workers == 2:
         configs += [of_network(tiny_config, network) for network in NETWORKS if network != "rcnn"]
@@ -104,9 +110,12 @@ def test_any_number_of_workers_and_threads_ends_with_the_same_bits(
     assert outcomes_of(configs, digits.folder, tmp_path, workers=workers, threads=threads) == alone
 
 
-def test_shares_follow_torch_without_them(tiny_config: PipelineConfig, digits: IngestResult) -> None:
+@pytest.mark.parametrize("settings", [{}, {"train.any_t": True, "model.t": 2}], ids=["fixed T", "any T"])
+def test_shares_follow_torch_without_them(
+    tiny_config: PipelineConfig, digits: IngestResult, settings: dict[str, Any]
+) -> None:
     """One step after another, but for rounding: an independent way to the same gradients."""
-    config = shared(tiny_config, **{"model.dropout": 0})
+    config = shared(tiny_config, **{"model.dropout": 0} | settings)
     data = load_training_data(Storage(config.storage), digits.folder, num_rows=240)
     with_shares = fit(config, data, lambda metrics: None)
     without = fit(config.with_settings({"train.deterministic": False}), data, lambda metrics: None)
