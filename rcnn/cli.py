@@ -939,8 +939,8 @@ def _print_table(rows: Sequence[dict[str, str]], *, title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
+    for number, column in enumerate(rows[0]):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)  # a name is whole, so that it can be copied
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -285,7 +285,9 @@ class TrainConfig(Section):
                 "with_validation leaves no rows by which schedule = 'plateau' could cut the rate; set schedule to one_cycle"
             )
         if self.with_validation and self.num_rows:
-            raise ValueError(f"with_validation takes all rows, and num_rows is {self.num_rows}; set num_rows to 0")
+            raise ValueError(
+                f"with_validation takes all rows, and num_rows is {self.num_rows}; set that to 0, or this to false"
+            )
         return self
 
     @property

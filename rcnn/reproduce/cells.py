@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from rcnn.config import PipelineConfig
+from rcnn.evaluate.ensemble import Ensemble, ensemble_of
 from rcnn.model.build import build_network, count_parameters
 from rcnn.plan.bill import bill_of
 from rcnn.plan.size import OFFICIAL, size_of
@@ -19,6 +20,7 @@ from rcnn.reproduce.outcome import Outcome
 from rcnn.reproduce.tables import EVERY, Cell, num_parallel
 from rcnn.results import EvaluateResult
 from rcnn.stages import Results, finished_until
+from rcnn.storage import StageFolder, Storage
 
 LAST = "evaluate"
 COUNTED = ("tune", "train", LAST)
@@ -35,6 +37,7 @@ class Row:
         num_parameters: of the network; None where the images are not known yet.
         seconds: mean training time of a seed; None where none was run.
         run_ids: MLflow runs of the trainings.
+        ensemble: all seeds as one model, by the mean of their probabilities; None for fewer than two.
     """
 
     cell: Cell
@@ -43,6 +46,7 @@ class Row:
     num_parameters: int | None
     seconds: float | None
     run_ids: tuple[str, ...]
+    ensemble: Ensemble | None = None
 
 
 def rows_of(cells: Sequence[Cell]) -> list[Row]:
@@ -67,7 +71,7 @@ def _row_of(cells: Sequence[Cell]) -> Row:
     trained = [results["train"] for _, results in found]
     published = cells[0].experiment.error
     outcome = Outcome(
-        errors=tuple(each.test_error for each in evaluated),
+        errors=tuple(error_of(cells[0], each) for each in evaluated),
         num_rows=evaluated[0].num_rows if evaluated else 0,
         published=None if published is None else published / 100,
         is_comparable=cells[0].is_comparable,
@@ -79,7 +83,24 @@ def _row_of(cells: Sequence[Cell]) -> Row:
         num_parameters=trained[0].num_parameters if trained else _num_parameters(cells[0]),
         seconds=statistics.fmean(each.seconds for each in trained) if trained else None,
         run_ids=tuple(each.mlflow_run_id for each in trained),
+        ensemble=_ensemble_of(cells[0], evaluated),
     )
+
+
+def error_of(cell: Cell, result: EvaluateResult) -> float:
+    """The test error that stands in the table: that of the experiment's views, where it has any."""
+    if not cell.experiment.views:
+        return result.test_error
+    [row] = [row for row in result.studies["views"] if row.condition == cell.experiment.views]
+    return row.error
+
+
+def _ensemble_of(cell: Cell, evaluated: Sequence[EvaluateResult]) -> Ensemble | None:
+    """Of single views: those are the predictions that are kept of every row."""
+    if len(evaluated) < 2:
+        return None
+    storage = Storage(cell.config.storage)
+    return ensemble_of([StageFolder(storage, each.folder) for each in evaluated])
 
 
 def _num_parameters(cell: Cell) -> int | None:

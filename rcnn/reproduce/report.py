@@ -61,10 +61,11 @@ class Finished:
         """Under which the figures hold."""
         config = self.rows[0].cell.config
         rows = f"{config.train.num_rows:,} training images" if config.train.num_rows else "all training images"
+        epochs = " or ".join(f"{each:,}" for each in sorted({row.cell.config.train.epochs for row in self.rows}))
         worker = "a GPU" if config.execution.use_gpu else counted(config.execution.cpus_per_worker, "CPU core")
         return {
             "data set": self.data_title,
-            "training": f"{rows}, {counted(config.train.epochs, 'epoch')}, on {worker}",
+            "training": f"{rows}, {epochs} epochs, on {worker}",
             "machine": f"{platform.machine()}, {counted(os.cpu_count() or 1, 'core')}, torch {_torch_version()}",
             "commit": self.commit or "unknown",
             "command": self.command,
@@ -95,6 +96,7 @@ def _cells_of(row: Row, data_title: str) -> dict[str, str]:
         "parameters": "" if row.num_parameters is None else f"{row.num_parameters:,}",
         f"error on {data_title}, %": written_error(row),
         "seeds": str(len(row.seeds)),
+        "all seeds as one, %": "" if row.ensemble is None else f"{100 * row.ensemble.error:.2f}",
         "published, %": "-" if outcome.published is None else f"{100 * outcome.published:.2f}{sure}",
         "difference (95 %)": difference,
         "verdict": outcome.verdict,
@@ -111,7 +113,13 @@ def how_trained(row: Row) -> str:
         "flips" * augment.flip,
         f"cutout of {augment.cutout}" * bool(augment.cutout),
     ]
-    return ", ".join(filter(None, parts)) or "no augmentation"
+    augmented = ", ".join(filter(None, parts)) or "no augmentation"
+    without, views = row.cell.experiment.without, row.cell.experiment.views
+    how = augmented + f"; without {without}" * bool(without)
+    return how + (f"; {VIEWS[views]} at test time" if views else "")
+
+
+VIEWS = {"crops": "nine crops", "mirrored": "mirrored views"}
 
 
 def written_error(row: Row) -> str:
@@ -137,6 +145,7 @@ def as_markdown(table: Finished) -> str:
 
 NOTES = (
     "errors are means over seeds ± their standard deviation",
+    "all seeds as one: the mean of their probabilities for each image, of one view, at the cost of that many forward passes",
     "the interval takes the published error for one more run with the spread of ours; with one seed, for a model that errs "
     "independently",
     '"unverified" figures are from memory of the paper',
@@ -177,6 +186,7 @@ SCHEMA = pa.schema(
         ("errors", pa.list_(pa.float64())), ("mean", pa.float64()), ("standard_deviation", pa.float64()),
         ("published", pa.float64()), ("sure", pa.string()), ("difference", pa.float64()), ("half_width", pa.float64()),
         ("verdict", pa.string()), ("seconds", pa.float64()), ("mlflow_run_ids", pa.list_(pa.string())),
+        ("ensemble_error", pa.float64()),
     ]
 )  # fmt: skip
 
@@ -201,6 +211,7 @@ def _record(row: Row, data_set: str) -> Mapping[str, object]:
         "verdict": outcome.verdict,
         "seconds": row.seconds,
         "mlflow_run_ids": list(row.run_ids),
+        "ensemble_error": None if row.ensemble is None else row.ensemble.error,
     }
 
 

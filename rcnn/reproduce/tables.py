@@ -11,7 +11,7 @@ from typing import Any
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ConfigError
-from rcnn.recipes import EXPERIMENTS, Experiment
+from rcnn.recipes import EXPERIMENTS, MODERN_PARTS, Experiment
 from rcnn.settings import build_config
 
 EVERY = {each.name: each for group in EXPERIMENTS.values() for each in group}
@@ -58,6 +58,7 @@ _SMALL_CIFAR: dict[str, Any] = SMALL | {
     "train.epochs": 10,
     "train.learning_rate": 0.03,
     "train.nesterov": False,
+    "train.with_validation": False,
 }
 _SMALL_MNIST: dict[str, Any] = SMALL | {
     "data.val_fraction": 1 / 12,
@@ -106,6 +107,12 @@ TABLES: dict[str, Table] = {
         small=_SMALL_CIFAR | {"data.svhn_extra": False},
         small_names=_names("svhn", "rcnn128", "rcnn160", "rcnn192"),
         small_divisor=4,
+    ),
+    "modern": Table(
+        "CIFAR-10, trained in our own way, and without each of its parts",
+        (*_names("cifar10_modern", "rcnn96", *(f"rcnn96_no_{part}" for part in MODERN_PARTS)), "cifar10_augmented_rcnn96"),
+        small=_SMALL_CIFAR,
+        small_divisor=3,
     ),
     "t-ablation": Table(
         "Recurrence on CIFAR-10: RCNN, the recursive network (rCNN) and the wide one (WCNN)",

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from rcnn.evaluate.ensemble import Ensemble
 from rcnn.reproduce import report
 from rcnn.reproduce.cells import Row, rows_of
 from rcnn.reproduce.outcome import Outcome
@@ -22,7 +23,15 @@ def finished(tmp_path: Path) -> Finished:
     cells = cells_of("mnist", budget="small", num_seeds=2, overrides=(f"storage={tmp_path}",))
     first, second = cells[:2]
     rows = [
-        Row(first, Outcome(ERRORS, 10_000, 0.0042), (0, 1), 75_018, 900.0, ("a1", "b2")),
+        Row(
+            first,
+            Outcome(ERRORS, 10_000, 0.0042),
+            (0, 1),
+            75_018,
+            900.0,
+            ("a1", "b2"),
+            Ensemble(2, 10_000, 0.0035, 0.0042),
+        ),
         Row(second, Outcome((), 0, 0.0042), (), 75_018, None, ()),
     ]
     return Finished("MNIST | all", "mnist", rows, "rcnn reproduce mnist", "0123abc")
@@ -32,9 +41,9 @@ def test_markdown_says_what_was_not_run_and_names_the_data_set(finished: Finishe
     lines = report.as_markdown(finished).splitlines()
     header, _, first, second = (line for line in lines if line.startswith("| "))
     assert "error on MNIST, %" in header
-    assert "0.42 ± 0.03 | 2 | 0.42 (unverified)" in first
+    assert "0.42 ± 0.03 | 2 | 0.35 | 0.42 (unverified)" in first
     assert first.count("no augmentation") == 1
-    assert "not run | 0 |" in second
+    assert "not run | 0 |  |" in second
     assert "shifts of 2" in second
     assert "- command: `rcnn reproduce mnist`" in lines
 
@@ -56,6 +65,7 @@ def test_parquet_has_every_seed_and_nulls_where_nothing_was_run(finished: Finish
     first, second = pq.read_table(io.BytesIO(report.as_parquet(finished))).to_pylist()
     assert first["errors"] == list(ERRORS)
     assert first["mlflow_run_ids"] == ["a1", "b2"]
+    assert (first["ensemble_error"], second["ensemble_error"]) == (0.0035, None)
     assert (second["errors"], second["mean"], second["seconds"]) == ([], None, None)
 
 
