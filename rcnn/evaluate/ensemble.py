@@ -49,7 +49,7 @@ def ensemble_of(evaluations: Sequence[StageFolder]) -> Ensemble:
                 remedy="Evaluate all models on one data set",
             )
     answers = [each.argmax(1) for *_, each in members]
-    mean_NC = sum(each for *_, each in members) / len(members)
+    mean_NC = np.mean([each for *_, each in members], axis=0)
     return Ensemble(
         num_models=len(members),
         num_rows=len(labels_N),

@@ -234,7 +234,7 @@ def test_the_line_of_the_report_shows_the_surest_mistakes(scene: Scene, monkeypa
 
 
 def test_the_line_of_the_readme_counts_confusions(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    [query] = re.findall(r'duckdb\.sql\("(.*predictions.*)"\)', (ROOT / "README.md").read_text())
+    [query] = re.findall(r'duckdb\.sql\("(.*predictions.*)"\)', (ROOT / "rcnn/README.md").read_text())
     monkeypatch.chdir(scene.storage.root)
     counts = duckdb.sql(query.replace("storage/reports/*/", "reports/whole/")).fetchall()
     confusion = figures_of(scene.target, 10).confusion
