@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,14 @@ def _readable(answer: Prediction | Unreadable) -> Prediction:
 
 
 def load_model(
-    name: str = "", *, storage: str = "", tracking_uri: str = "", num_top: int = 5, calibrated: bool = False
+    name: str = "",
+    *,
+    storage: str = "",
+    tracking_uri: str = "",
+    num_top: int = 5,
+    calibrated: bool = False,
+    num_steps: int | None = None,
+    confidence: float = 0.0,
 ) -> Model:
     """Loads a registered model, or one from a folder.
 
@@ -75,22 +83,28 @@ def load_model(
         tracking_uri: of an MLflow server (default: `RCNN_TRACKING__URI`, or else the store in the storage).
         num_top: how many classes a prediction names.
         calibrated: whether probabilities are those with the temperature that the evaluation fitted and registered.
+        num_steps: recurrent steps, of a model that was trained for any number of them (`train.any_t`); None: all T.
+        confidence: least probability of an answer that holds after `num_steps`; the other images take all T steps. 0: every
+            answer holds.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or it has fewer steps.
         DataError: its files are gone or damaged.
         ClusterError: MLflow is out of reach.
     """
     if num_top < 1:
         raise ConfigError(f"is {num_top}", where="num_top", remedy="Use 1 or more")
+    options: dict[str, Any] = {
+        "num_top": num_top, "calibrated": calibrated, "num_steps": num_steps, "confidence": confidence
+    }  # fmt: skip
     folder = Path(name)
     if name and folder.is_dir():
         place = folder / "model" if (folder / "model").is_dir() else folder
-        return Model(name, Predictor(place, num_top=num_top, calibrated=calibrated))
+        return Model(name, Predictor(place, **options))
     places: Sequence[tuple[str, str]] = [("storage", storage), ("tracking.uri", tracking_uri)]
     settings = [f"{setting}={value}" for setting, value in places if value]
     config = resolve_config(environ=os.environ, overrides=settings).rooted()
     from rcnn.registry.answers import fetched_model
 
     with fetched_model(config, name.removeprefix("models:/")) as (title, fetched):
-        return Model(title, Predictor(fetched, num_top=num_top, calibrated=calibrated))
+        return Model(title, Predictor(fetched, **options))

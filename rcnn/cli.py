@@ -133,6 +133,19 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--calibrated", action="store_true", help="divide logits by the model's temperature; answers stay the same"
     )
+    predict.add_argument(
+        "--num-steps",
+        type=int,
+        metavar="N",
+        help="recurrent steps, of a model that was trained for any number of them (train.any_t; default: all)",
+    )
+    predict.add_argument(
+        "--confidence",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with --num-steps: answers hold early from this probability on, the other images take all steps (default: 0)",
+    )
     predict.add_argument("--json", action="store_true", help="a line of JSON for each image")
     _add_batch_predict(commands)
     _add_export(commands)
@@ -596,7 +609,13 @@ def _predict(options: argparse.Namespace) -> int:
     files = find_images(options.images)
     num_top = options.top or (NUM_TOP if options.json else 3 if sys.stdout.isatty() else 1)
     with model_folder(config, options.model) as (name, folder):
-        predictor = Predictor(folder, num_top=num_top, calibrated=options.calibrated)
+        predictor = Predictor(
+            folder,
+            num_top=num_top,
+            calibrated=options.calibrated,
+            num_steps=options.num_steps,
+            confidence=options.confidence,
+        )
     if options.calibrated and not predictor.has_temperature:
         print("rcnn: this model has no temperature: probabilities are as they are", file=sys.stderr)
     if not options.json:

@@ -17,7 +17,8 @@ import torch
 
 from rcnn.config import MAX_MEGAPIXELS
 from rcnn.data.sources.decode import BadImage, ImageRule, decode_image, unwarned
-from rcnn.errors import SourceError
+from rcnn.errors import ConfigError, SourceError
+from rcnn.evaluate.early_exit import with_steps
 from rcnn.evaluate.temperature import TEMPERATURE, temperature_of
 from rcnn.text import printable
 from rcnn.train.checkpoint import load_model
@@ -97,17 +98,36 @@ class Predictor:
         folder: holds `model.safetensors` and `model.json`.
         num_top: how many classes a prediction names, if there are as many.
         calibrated: whether probabilities are those with the model's temperature; a model without one gives the same as ever.
+        num_steps: recurrent steps, of a model that was trained for any number of them; None: all T.
+        confidence: least probability of an answer that holds after `num_steps`; the other images take all T steps. 0: every
+            answer holds.
 
     Raises:
         DataError: it does not.
+        ConfigError: the model has fewer steps.
     """
 
-    def __init__(self, folder: Path, *, num_top: int = NUM_TOP, calibrated: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_top: int = NUM_TOP,
+        calibrated: bool = False,
+        num_steps: int | None = None,
+        confidence: float = 0.0,
+    ):
         self.model, self.description = load_model(folder)
         self._num_top = num_top
         self._temperature = temperature_of(self.description) if calibrated else 1.0
         self._device = choose_device(torch.cuda.is_available())
         self.model.to(self._device)
+        if not 0 <= confidence <= 1 or (confidence and num_steps is None):
+            fault = "needs num_steps" if 0 <= confidence <= 1 else "is not a probability"
+            raise ConfigError(fault, where=f"confidence = {confidence}", remedy="Give both, such as 1 and 0.99")
+        try:
+            self._ask = with_steps(self.model, num_steps, confidence)
+        except ValueError as error:
+            raise ConfigError(str(error), where="num_steps", remedy="Use fewer, or leave it out") from error
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes]) -> "Predictor":
@@ -168,7 +188,7 @@ class Predictor:
     @torch.inference_mode()
     def _probabilities(self, images_NHWC: np.ndarray) -> torch.Tensor:
         images_NCHW = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
-        return (self.model(images_NCHW) / self._temperature).softmax(1)  # type: ignore[no-any-return]
+        return (self._ask(images_NCHW) / self._temperature).softmax(1)  # type: ignore[no-any-return]
 
 
 def answer_of(classes: Sequence[str], shares: Sequence[float]) -> dict[str, Any]:

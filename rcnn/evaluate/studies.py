@@ -25,6 +25,7 @@ from rcnn.data.manifest import Manifest
 from rcnn.data.streaming import StoredRows, stored_rows, stretch
 from rcnn.evaluate.calibration import fit_temperature
 from rcnn.evaluate.corruptions import corrupted
+from rcnn.evaluate.early_exit import EarlyExit, choose_exit
 from rcnn.evaluate.figures import wilson
 from rcnn.evaluate.paired import Paired
 from rcnn.evaluate.scoring import logits_and_labels, side_by_side
@@ -37,6 +38,7 @@ from rcnn.evaluate.study_size import (
     num_images_of_fields,
     num_sampled,
     num_steps_studied,
+    studies_exit,
 )
 from rcnn.evaluate.unrolled import first_filters, receptive_fields, recurrent_layers, shortened, unroll
 from rcnn.evaluate.views import mean_probabilities, views_of
@@ -61,14 +63,14 @@ class Condition:
 
     Attributes:
         study, name: see `EvaluateResult.studies` and `StudyRow.condition`.
-        passes: forward passes of the whole network per image.
         answer: asks the model.
+        passes: forward passes of the whole network per image; asked after all answers, since an early exit counts them.
     """
 
     study: str
     name: str
-    passes: float
     answer: Ask
+    passes: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,14 @@ class StudyRun:
         """Measures what the settings ask for, and writes the pictures into a local folder."""
         title = f"{self.config.model.title}, {self.manifest.name}"
         batches = self.val.batches(self.config.evaluate.batch_size, self.device)
-        temperature = 1.0  # also where no row is left that the model has not learned
+        temperature, known = 1.0, None  # also where no row is left that the model has not learned
         if not self.config.train.with_validation:
-            temperature = fit_temperature(*logits_and_labels(self.model, batches, self.num_at_once))
+            known = logits_and_labels(self.model, batches, self.num_at_once)
+            temperature = fit_temperature(*known)
         filters_KCHW = first_filters(self.model)
         if filters_KCHW is not None:
             draw_filters(filters_KCHW.numpy(), f"{title}: first-layer filters", folder / "filters.png")
-        conditions = list(self.conditions())
+        conditions = [*self.conditions(), *self._early_exit(known)]
         if not conditions:
             return Studied(temperature, {})
         answers, labels_N = self.answers(conditions)
@@ -145,11 +148,11 @@ class StudyRun:
         if num_steps_studied(self.config) and recurrent_layers(self.model):
             yield from self._steps()
         for views in self.config.evaluate.views:
-            yield Condition("views", views, NUM_VIEWS[views], self._by_views(views))
+            yield Condition("views", views, self._by_views(views), partial(float, NUM_VIEWS[views]))
         if self.config.evaluate.robustness:
             for name in CORRUPTIONS:
                 for strength in range(1, NUM_STRENGTHS + 1):
-                    yield Condition("robustness", f"{name}/{strength}", 1, self._corrupted(name, strength))
+                    yield Condition("robustness", f"{name}/{strength}", self._corrupted(name, strength), _one_pass)
 
     def answers(self, conditions: Sequence[Condition]) -> tuple[np.ndarray, np.ndarray]:
         """The predicted classes (1 + conditions, N) and the labels (N); the first row is the model as it is."""
@@ -177,12 +180,38 @@ class StudyRun:
         return [zlib.crc32(row_id.encode()) for row_id in self.sample.row_ids()]
 
     def _steps(self) -> Iterator[Condition]:
-        height, width, channels = self.manifest.image_shape
-        whole = count_multiply_adds(self.model, (height, width, channels))
         for num_steps in range(num_steps_studied(self.config)):
             model = shortened(self.model, num_steps)
-            share = count_multiply_adds(model, (height, width, channels)) / whole
-            yield Condition("steps", str(num_steps), share, partial(_answer, model))
+            yield Condition("steps", str(num_steps), partial(_answer, model), partial(self._share, model))
+
+    def _share(self, model: Classifier) -> float:
+        """The multiply-adds of a shortened model, as a share of the whole one's."""
+        counts = [count_multiply_adds(each, self.manifest.image_shape) for each in (model, self.model)]
+        return counts[0] / counts[1]
+
+    def _early_exit(self, known: tuple[np.ndarray, np.ndarray] | None) -> Iterator[Condition]:
+        """The exit that validation rows choose, where the network was trained for any number of steps."""
+        if known is None or not studies_exit(self.config):
+            return
+        last = num_steps_studied(self.config)
+        logits_NC, labels_N = known
+        shorter = [shortened(self.model, num_steps) for num_steps in range(last)]
+        logits_of = {last: logits_NC}
+        for num_steps, model in enumerate(shorter):
+            batches = self.val.batches(self.config.evaluate.batch_size, self.device)
+            logits_of[num_steps], _ = logits_and_labels(model, batches, self.num_at_once)
+        shares = [self._share(model) for model in shorter]
+        found = choose_exit(logits_of, labels_N, shares)
+        if found is None:
+            return
+        exits = EarlyExit(self.model, found)
+        name = f"{found.num_steps} where sure by {100 * found.confidence:.2f} %, else {last}"
+        yield Condition(
+            "early exit",
+            name,
+            partial(_answer, exits),
+            lambda: shares[found.num_steps] + exits.num_passed_on / len(self.sample),
+        )
 
     def _by_views(self, name: str) -> Ask:
         def answer(images_NCHW: Tensor, seeds_N: Sequence[int]) -> Tensor:
@@ -226,7 +255,11 @@ class StudyRun:
         draw_fields([field for after in fields for field in after], title, folder / "receptive-fields.png")
 
 
-def _answer(model: Classifier, images_NCHW: Tensor, seeds_N: Sequence[int]) -> Tensor:
+def _one_pass() -> float:
+    return 1.0
+
+
+def _answer(model: Callable[[Tensor], Tensor], images_NCHW: Tensor, seeds_N: Sequence[int]) -> Tensor:
     return torch.as_tensor(model(images_NCHW)).argmax(1)
 
 
@@ -257,7 +290,7 @@ def _studies(
 ) -> dict[str, tuple[StudyRow, ...]]:
     plain_N, studies = answers[0] == labels_N, dict[str, list[StudyRow]]()
     for condition, answers_N in zip(conditions, answers[1:], strict=True):
-        row = _row(condition.name, condition.passes, answers_N == labels_N, plain_N)
+        row = _row(condition.name, condition.passes(), answers_N == labels_N, plain_N)
         studies.setdefault(condition.study, [_row("as it is", 1.0, plain_N, plain_N)]).append(row)
     return {name: tuple(_ordered(name, rows)) for name, rows in studies.items()}
 

@@ -46,4 +46,10 @@ def num_passes(config: PipelineConfig, *, num_test: int, num_val: int) -> float:
     per_image = 1.0 + sum(NUM_VIEWS[name] for name in settings.views) + last / 2
     per_image += len(CORRUPTIONS) * NUM_STRENGTHS * settings.robustness
     fields = NUM_IMAGES_OF_FIELDS * PASSES_OF_A_FIELD * (last + 2) / 2 if last else 0.0
-    return min(num_val, MOST_ROWS_TO_CALIBRATE) + num_sampled(config, num_test) * per_image + fields
+    of_val = min(num_val, MOST_ROWS_TO_CALIBRATE) * (1.0 + last / 2 * studies_exit(config))
+    return of_val + num_sampled(config, num_test) * (per_image + studies_exit(config)) + fields
+
+
+def studies_exit(config: PipelineConfig) -> bool:
+    """Whether an early exit is studied: of networks that serve any number of steps, where rows are left to choose it by."""
+    return bool(num_steps_studied(config)) and config.train.any_t and not config.train.with_validation

@@ -47,7 +47,7 @@ class Scene:
         torch.manual_seed(0)
         settings = {
             "model.k": 8, "model.t": 2, "evaluate.views": ("mirrored", "shifted"), "evaluate.robustness": True,
-            "evaluate.sample_rows": 0, "data.test_fraction": 0.1,
+            "evaluate.sample_rows": 0, "data.test_fraction": 0.1, "train.any_t": True, "tune.enabled": False,
         }  # fmt: skip
         self.config: PipelineConfig = many_test_rows(storage, **settings)
         self.data = ingested(self.config)
@@ -111,6 +111,16 @@ def test_a_view_has_the_error_and_the_gain_of_averaged_probabilities(scene: Scen
     assert row.gain == pytest.approx(plain.error - row.error)
     assert row.gain_interval[0] < row.gain < row.gain_interval[1]
     assert row.passes == 2
+
+
+def test_an_early_exit_is_between_the_steps_that_it_takes(scene: Scene) -> None:
+    plain, early = scene.result.studies["early exit"]
+    assert plain.condition == "as it is"
+    num_steps = early.condition.split()[0]
+    assert early.condition.startswith(f"{num_steps} where sure by ")
+    assert scene.row("steps", num_steps).passes <= early.passes < 1
+    assert early.gain == pytest.approx(plain.error - early.error)
+    assert early.error < plain.error + 0.03  # 0.1 points on validation rows
 
 
 def test_fewer_steps_cost_less(scene: Scene) -> None:
