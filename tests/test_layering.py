@@ -78,6 +78,8 @@ HOMES = {
         "rcnn/evaluate/paired.py",
         "rcnn/evaluate/calibration.py",
         "rcnn/evaluate/corruptions.py",
+        "rcnn/evaluate/early_exit.py",
+        "rcnn/evaluate/ensemble.py",
         "rcnn/registry/gate.py",
         "rcnn/reproduce/outcome.py",
     ],

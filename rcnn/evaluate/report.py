@@ -15,7 +15,7 @@ from rcnn.evaluate.plots import plot_confusion, plot_history, plot_reliability
 from rcnn.evaluate.predictions import PREDICTIONS, first_rows
 from rcnn.evaluate.scored_split import score_split, threads_here
 from rcnn.evaluate.scoring import open_rows
-from rcnn.evaluate.studies import StudyRun
+from rcnn.evaluate.studies import EARLY_EXIT, StudyRun
 from rcnn.evaluate.study_size import num_passes
 from rcnn.evaluate.study_tables import StudyTable, study_tables
 from rcnn.progress import say
@@ -102,7 +102,14 @@ def _figures(result: EvaluateResult) -> dict[str, float]:
     """What MLflow gets."""
     speed = {"perf/images_per_second": result.images_per_second} if result.images_per_second else {}
     times = {"perf/seconds": result.seconds, "perf/predicted_seconds": result.predicted_seconds}
-    studied = {f"{study}/{row.condition}/error": row.error for study, rows in result.studies.items() for row in rows}
+    studied = {
+        f"{study}/{row.condition}/error": row.error
+        for study, rows in result.studies.items()
+        for row in rows
+        if study != EARLY_EXIT
+    }
+    for row in result.studies.get(EARLY_EXIT, ())[1:]:  # its condition is a sentence, not a name
+        studied |= {"early_exit/error": row.error, "early_exit/passes": row.passes}
     calibrated = {f"calibrated/{name}": value for name, value in result.calibrated.items()}
     of_test = result.metrics | calibrated | {"temperature": result.temperature} | studied
     return {f"test/{name}": value for name, value in of_test.items()} | speed | times

@@ -48,6 +48,8 @@ from rcnn.results import StudyRow, TrainResult
 from rcnn.storage import Storage
 from rcnn.train.checkpoint import load_model
 
+EARLY_EXIT = "early exit"
+"""The name of that study."""
 NUM_IMAGES_OVER_TIME = 3
 SEED = 0
 """Of the sample of rows: the same rows for every model on a data set, so that studies can be compared."""
@@ -186,8 +188,9 @@ class StudyRun:
 
     def _share(self, model: Classifier) -> float:
         """The multiply-adds of a shortened model, as a share of the whole one's."""
-        counts = [count_multiply_adds(each, self.manifest.image_shape) for each in (model, self.model)]
-        return counts[0] / counts[1]
+        height, width, channels = self.manifest.image_shape
+        ours, whole = (count_multiply_adds(each, (height, width, channels)) for each in (model, self.model))
+        return float(ours / whole)
 
     def _early_exit(self, known: tuple[np.ndarray, np.ndarray] | None) -> Iterator[Condition]:
         """The exit that validation rows choose, where the network was trained for any number of steps."""
@@ -207,7 +210,7 @@ class StudyRun:
         exits = EarlyExit(self.model, found)
         name = f"{found.num_steps} where sure by {100 * found.confidence:.2f} %, else {last}"
         yield Condition(
-            "early exit",
+            EARLY_EXIT,
             name,
             partial(_answer, exits),
             lambda: shares[found.num_steps] + exits.num_passed_on / len(self.sample),

@@ -121,6 +121,7 @@ def test_an_early_exit_is_between_the_steps_that_it_takes(scene: Scene) -> None:
     assert scene.row("steps", num_steps).passes <= early.passes < 1
     assert early.gain == pytest.approx(plain.error - early.error)
     assert early.error < plain.error + 0.03  # 0.1 points on validation rows
+    assert scene.heard.metrics["test/early_exit/error"] == early.error
 
 
 def test_fewer_steps_cost_less(scene: Scene) -> None:
