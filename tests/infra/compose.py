@@ -132,9 +132,15 @@ class Stack:
         assert test[0] == "CMD"
         deadline = time.monotonic() + SECONDS_TO_START
         while (answer := self.run(name, *test[1:], timeout=60)).returncode != 0:
-            assert self._processes[name].poll() is None, self.log(name)
+            self._restart_what_ended()
             assert time.monotonic() < deadline, f"{name} is not healthy: {answer.stderr}{self.log(name)[-3000:]}"
             time.sleep(0.5)
+
+    def _restart_what_ended(self) -> None:
+        """Does what `restart: unless-stopped` says. On a busy machine, Ray ends its head when one of its parts starts too late."""
+        for name, process in list(self._processes.items()):
+            if process.poll() is not None:
+                self._serve(name, self.services[name].get("command") or self._postgres())
 
     def _call(self, name: str, command: "list[str] | tuple[str, ...]") -> list[str]:
         """A command in the namespace and with the environment of a service. Folders of its container are folders of ours."""
