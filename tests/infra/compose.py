@@ -137,7 +137,7 @@ class Stack:
             time.sleep(0.5)
 
     def _restart_what_ended(self) -> None:
-        """Does what `restart: unless-stopped` says. On a busy machine, Ray ends its head when one of its parts starts too late."""
+        """As `restart: unless-stopped` does. On a busy machine, Ray ends its head when one of its parts starts too late."""
         for name, process in list(self._processes.items()):
             if process.poll() is not None:
                 self._serve(name, self.services[name].get("command") or self._postgres())
