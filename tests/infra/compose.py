@@ -111,6 +111,7 @@ class Stack:
             own = Path("/etc/netns", machine.name)
             own.mkdir(parents=True)
             (own / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
+            (own / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses at once; gRPC waits for a server that is away
         for name in order.static_order():
             if name == "postgres":
                 self._create_databases()
