@@ -22,6 +22,8 @@ from tests.faults.nodes import Machine, _ip, can_run
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "compose"
 SECONDS_TO_START = 400
+DOOR = "deploy"
+"""The service beside which a door can be opened, at prefect.door.test and so on: it has ended, and its ports are free."""
 POSTGRES_BINARIES = Path(os.path.realpath(shutil.which("postgres") or "")).parent
 
 
@@ -61,9 +63,9 @@ class _Container(Machine):
 class Stack:
     """The services as processes; entering starts them in the order of `depends_on`, each when those before it are healthy."""
 
-    def __init__(self, folder: Path, secrets: Mapping[str, str]):
-        self._folder, self._secrets = folder, secrets
-        self.services: dict[str, dict[str, Any]] = interpolated(services(), secrets)
+    def __init__(self, folder: Path, variables: Mapping[str, str]):
+        self._folder = folder
+        self.services: dict[str, dict[str, Any]] = interpolated(services(), variables)
         self._machines: dict[str, _Container] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -95,6 +97,14 @@ class Stack:
         call = self._call(service, command)
         return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
 
+    def start(self, service: str, *command: str) -> "subprocess.Popen[bytes]":
+        """Starts a command beside a service; it ends with the stack."""
+        with (self._folder / f"{command[0]}.log").open("ab") as log:
+            self._processes[command[0]] = subprocess.Popen(
+                self._call(service, command), cwd=ROOT, stdout=log, stderr=log
+            )
+        return self._processes[command[0]]
+
     def log(self, service: str) -> str:
         """The output of a service."""
         return (self._folder / f"{service}.log").read_text()
@@ -104,14 +114,18 @@ class Stack:
             (self._folder / place).mkdir()
         order = TopologicalSorter({name: set(each.get("depends_on", ())) for name, each in self.services.items()})
         for number, name in enumerate(self.services, start=1):
-            self._machines[name] = _Container(f"box{number}", number)
-            _ip("-n", f"box{number}", "route", "add", "default", "dev", "eth0")
+            # The links of a stack that ended a moment ago may still be there: this process has names of its own.
+            machine = self._machines[name] = _Container(f"c{os.getpid()}-{number}", number)
+            _ip("-n", machine.name, "route", "add", "default", "dev", "eth0")
         hosts = "".join(f"{machine.address} {name}\n" for name, machine in self._machines.items())
+        hosts += "".join(f"{self._machines[DOOR].address} {name}.door.test\n" for name in ("prefect", "mlflow", "ray"))
         for machine in self._machines.values():
             own = Path("/etc/netns", machine.name)
             own.mkdir(parents=True)
             (own / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
-            (own / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses at once; gRPC waits for a server that is away
+            (own / "resolv.conf").write_text(
+                "nameserver 127.0.0.1\n"
+            )  # refuses at once; gRPC waits for a server that is away
         for name in order.static_order():
             if name == "postgres":
                 self._create_databases()
