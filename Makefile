@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-faults chaos bench check format lock up down clean
+.PHONY: help demo test test-quick test-slow test-faults chaos bench check audit format lock up down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ check: $(READY)  ## lint, format, types, and who imports whom
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy rcnn flows infra
 	@$(BIN)/python -m pytest tests/test_layering.py
+
+audit: $(READY)  ## insecure code, licences and known vulnerabilities of what is installed: make audit OFFLINE=1 leaves the last out
+	@$(BIN)/python -m infra.audit $(if $(OFFLINE),--offline)
 
 format: $(READY)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

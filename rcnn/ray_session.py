@@ -24,6 +24,7 @@ from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.progress import say
 from rcnn.ray_nodes import require_alike, require_one_machine
+from rcnn.ray_token import keep_token_private
 from rcnn.storage import Storage
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -62,6 +63,7 @@ def _join(config: PipelineConfig) -> None:
 def _start(config: PipelineConfig) -> None:
     say("  starting Ray on this machine ...")
     _stay_on_loopback()
+    keep_token_private()
     with _reported(config, "started", "If it timed out (after 30 s), the machine is busy: run the same command again"):
         # The dashboard is 11 processes and 4 s; only the cleaner that `WorkersTrainer` leaves out asks it anything.
         ray.init(address="local", num_cpus=config.ray.num_cpus or None, include_dashboard=False, **QUIET)

@@ -27,6 +27,7 @@ SHARED = [
     "signals",
     "tracking",
     "ray_nodes",
+    "ray_token",
     "ray_session",
     "ray_board",
 ]

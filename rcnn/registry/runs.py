@@ -129,10 +129,15 @@ def open_run(
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, with "-dirty" where files differ from it; empty outside a checkout."""
-    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the code that runs, with "-dirty" where files differ from it; empty outside a checkout.
+
+    Installed from a wheel, this file may lie in somebody else's checkout (in `.venv/`), whose commit says nothing of it.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        return subprocess.run([*git, *describe], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -39,12 +39,14 @@ def can_run() -> bool:
 class Machine:
     """A namespace with an address."""
 
+    network, bridge = NETWORK, "rcnn-net"
+
     def __init__(self, name: str, number: int):
-        self.name, self.address = name, f"{NETWORK}.{number}"
+        self.name, self.address = name, f"{self.network}.{number}"
         outside = f"{name}-out"
         _ip("netns", "add", name)
         _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
-        _ip("link", "set", outside, "master", "rcnn-net", "up")
+        _ip("link", "set", outside, "master", self.bridge, "up")
         for arguments in (
             ("addr", "add", f"{self.address}/24", "dev", "eth0"), ("link", "set", "eth0", "up"), ("link", "set", "lo", "up"),
         ):  # fmt: skip
