@@ -71,6 +71,7 @@ HOMES = {
         "rcnn/tune/ray_trial.py",
         "flows/job_server.py",
         "infra/serve/",
+        "infra/kuberay/base/leave.py",
     ],
     "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],
     "scipy": [

@@ -1,0 +1,79 @@
+"""The preStop hook of the Ray pods, on real nodes of this machine."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.job_submission import JobSubmissionClient
+
+from tests.faults.kills import Training, _finish
+from tests.flows.heads import Head
+
+pytestmark = pytest.mark.slow
+
+LEAVE = Path(__file__).parents[2] / "infra" / "kuberay" / "base" / "leave.py"
+SECONDS_TO_WAIT = 300
+SIZE: dict[str, Any] = {"model.k": 64, "train.epochs": 2, "execution.checkpoint_minutes": 60}
+
+
+def leave(*words: str) -> None:
+    subprocess.run([sys.executable, str(LEAVE), *words], check=True, timeout=120)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray of one node with one core."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_worker_pod_that_is_ended_loses_no_step(tmp_path: Path, cluster: Any) -> None:
+    node = cluster.add_node(num_cpus=1)
+    training = Training(tmp_path, "1..2", **SIZE, **{"ray.address": "auto"})
+    wait_for("predicted: ", training)  # said after the first steps
+    assert "workers: 2 of at most 2" in training.log.read_text()
+    leave("worker", "--node-id", node.node_id)
+    assert "a node with workers is being drained: writing a checkpoint" in training.log.read_text()
+    [record] = tmp_path.glob("runs/train-*/checkpoints/*.json")
+    cluster.remove_node(node, allow_graceful=False)  # the pod is gone
+    wait_for(f"resuming after step {int(record.stem[-4:])} of 126 of epoch 1 of 2", training)
+    assert _finish(training)
+    assert "failed" not in training.log.read_text()
+
+
+def test_a_head_pod_that_is_ended_lets_its_job_write_a_checkpoint(tmp_path: Path) -> None:
+    sets = {"storage": tmp_path, "train.num_rows": 0, "ray.address": "auto"} | SIZE
+    words = " ".join(f"--set {name}={value}" for name, value in sets.items())
+    with Head() as head:
+        client = JobSubmissionClient(head.address)
+        environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "15"}}
+        job = client.submit_job(entrypoint=f"rcnn train --recipe debug_tiny {words}", runtime_env=environment)
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while "predicted: " not in client.get_job_logs(job):
+            assert time.monotonic() < deadline, client.get_job_logs(job)
+            time.sleep(0.5)
+        leave("head", "--dashboard", head.address)
+        assert client.get_job_status(job) == "STOPPED"
+        assert "stopping: writing a checkpoint" in client.get_job_logs(job)
+    assert list(tmp_path.glob("runs/train-*/checkpoints/*.json"))
+
+
+def test_a_head_without_jobs_leaves_at_once() -> None:
+    with Head() as head:
+        leave("head", "--dashboard", head.address)
+
+
+def wait_for(line: str, training: Training) -> None:
+    deadline = time.monotonic() + SECONDS_TO_WAIT
+    while line not in training.log.read_text():
+        assert time.monotonic() < deadline, f"{line!r} is missing in:\n{training.log.read_text()}"
+        assert not training.has_ended(), training.log.read_text()
+        time.sleep(0.5)
