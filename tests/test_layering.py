@@ -59,6 +59,7 @@ HOMES = {
     "ray": [
         "rcnn/train/ray_trainer.py",
         "rcnn/train/ray_workers.py",
+        "rcnn/train/ray_group.py",
         "rcnn/train/elastic.py",
         "rcnn/train/shared_rows.py",
         "rcnn/ray_nodes.py",
