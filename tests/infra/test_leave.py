@@ -13,7 +13,11 @@ from ray.job_submission import JobSubmissionClient
 from tests.faults.kills import Training, _finish
 from tests.flows.heads import Head
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Ray's own `Cluster` leaves a socket open.
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+]
 
 LEAVE = Path(__file__).parents[2] / "infra" / "kuberay" / "base" / "leave.py"
 SECONDS_TO_WAIT = 300
@@ -50,7 +54,13 @@ def test_a_worker_pod_that_is_ended_loses_no_step(tmp_path: Path, cluster: Any) 
 
 
 def test_a_head_pod_that_is_ended_lets_its_job_write_a_checkpoint(tmp_path: Path) -> None:
-    sets = {"storage": tmp_path, "train.num_rows": 0, "ray.address": "auto"} | SIZE
+    sets = SIZE | {
+        "storage": tmp_path,
+        "train.num_rows": 0,
+        "train.epochs": 9,
+        "tune.enabled": False,
+        "ray.address": "auto",
+    }
     words = " ".join(f"--set {name}={value}" for name, value in sets.items())
     with Head() as head:
         client = JobSubmissionClient(head.address)

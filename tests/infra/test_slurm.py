@@ -92,6 +92,7 @@ def test_two_nodes_train_together_stop_when_asked_and_resume_when_queued_again(t
     [result] = (tmp_path / "storage").glob("runs/train-*/_result.json")
     assert json.loads(result.read_text())["epochs"] == 4
     assert not list(tmp_path.rglob("ray-token"))
+    assert not list(tmp_path.glob("disks/*/*"))
 
 
 def serve_mlflow(slurm: FakeSlurm) -> None:
