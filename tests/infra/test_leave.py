@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.job_submission import JobSubmissionClient
 
+from flows.job_server import JobServer
 from tests.faults.kills import Training, _finish
 from tests.flows.heads import Head
 
@@ -63,16 +63,17 @@ def test_a_head_pod_that_is_ended_lets_its_job_write_a_checkpoint(tmp_path: Path
     }
     words = " ".join(f"--set {name}={value}" for name, value in sets.items())
     with Head() as head:
-        client = JobSubmissionClient(head.address)
-        environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "15"}}
-        job = client.submit_job(entrypoint=f"rcnn train --recipe debug_tiny {words}", runtime_env=environment)
+        jobs = JobServer(
+            head.address, minutes=5
+        )  # waits for Ray's agent, and gives a job 15 s to stop, as the manifest does
+        jobs.submit("training", f"rcnn train --recipe debug_tiny {words}")
         deadline = time.monotonic() + SECONDS_TO_WAIT
-        while "predicted: " not in client.get_job_logs(job):
-            assert time.monotonic() < deadline, client.get_job_logs(job)
+        while "predicted: " not in jobs.whole_log("training"):
+            assert time.monotonic() < deadline, jobs.whole_log("training")
             time.sleep(0.5)
         leave("head", "--dashboard", head.address)
-        assert client.get_job_status(job) == "STOPPED"
-        assert "stopping: writing a checkpoint" in client.get_job_logs(job)
+        assert jobs.status("training") == "STOPPED"
+        assert "stopping: writing a checkpoint" in jobs.whole_log("training")
     assert list(tmp_path.glob("runs/train-*/checkpoints/*.json"))
 
 
