@@ -60,6 +60,7 @@ HOMES = {
     "ray": [
         "rcnn/train/ray_trainer.py",
         "rcnn/train/ray_workers.py",
+        "rcnn/train/ray_group.py",
         "rcnn/train/elastic.py",
         "rcnn/train/shared_rows.py",
         "rcnn/ray_nodes.py",
@@ -72,6 +73,7 @@ HOMES = {
         "rcnn/tune/ray_trial.py",
         "flows/job_server.py",
         "infra/serve/",
+        "infra/kuberay/base/leave.py",
     ],
     "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],
     "scipy": [
