@@ -35,13 +35,14 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos import databricks_pb2
 from sqlalchemy.exc import SQLAlchemyError
 
 from rcnn.conditional import can_swap
 from rcnn.config import PipelineConfig
+from rcnn.data.manifest import Manifest
 from rcnn.errors import ClusterError, ConfigError, DataError
 from rcnn.lease import all_holders
 from rcnn.registry.gate import CHAMPION, Standing
@@ -92,6 +93,7 @@ class RunWriter:
             "metrics": self._write_metrics,
             "tags": self._write_tags,
             "data": self._write_data,
+            "model": self._write_model,
             "children": self._write_children,
             "end": self._write_end,
         }
@@ -220,6 +222,13 @@ class RunWriter:
         context = InputTag("mlflow.data.context", note["context"])
         self._client.log_inputs(run_id, datasets=[DatasetInput(noted, tags=[context])])
 
+    def _write_model(self, run_id: str, note: Mapping[str, Any]) -> None:
+        """Names a logged model as the outcome of the run; MLflow itself would list it twice."""
+        outputs = self._client.get_run(run_id).outputs
+        known = {model.model_id for model in outputs.model_outputs} if outputs else set()
+        if note["model_id"] not in known:
+            self._client.log_outputs(run_id, [LoggedModelOutput(note["model_id"], 0)])
+
     def _write_children(self, run_id: str, note: Mapping[str, Any]) -> None:
         """Ends the runs under this one that a killed attempt left."""
         where = f"tags.`{PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"
@@ -233,6 +242,35 @@ class RunWriter:
 
     def _write_end(self, run_id: str, note: Mapping[str, Any]) -> None:
         self._client.set_terminated(run_id, note["status"], end_time=note["time"])
+
+
+class SystemMonitor:
+    """MLflow's monitors of this machine: processor, memory, disk, network, and GPUs where `nvidia-ml-py` is installed."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # there is no GPU, or nothing to ask it with
+            self._monitors.append(GPUMonitor())
+        self.sample()  # psutil measures the processor from one call to the next
+        self.take()
+
+    def sample(self) -> None:
+        """Measures."""
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+
+    def take(self, prefix: str = "") -> dict[str, float]:
+        """The means of the samples since the last call, by name."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            values |= {f"{prefix}{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return values
 
 
 def require_answer(config: PipelineConfig) -> None:
@@ -395,6 +433,63 @@ def register_model(
             },
         )
         return Standing(int(version.version), figures.test_error, figures.test_digest)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where MLflow has a registered version: its number, and the ids of its training run, experiment and model."""
+
+    version: int
+    run_id: str
+    experiment_id: str
+    model_id: str
+
+
+def place_of(config: PipelineConfig, version: int) -> Place:
+    """Where MLflow has a version of the config's model."""
+    with _reachable(config):
+        client = _connect(config)
+        found = client.get_model_version(model_name(config), str(version))
+        experiment = client.get_run(found.run_id).info.experiment_id
+    # The version itself leaves the id of its model out.
+    return Place(version, str(found.run_id), str(experiment), str(found.source).removeprefix("models:/"))
+
+
+def publish_card(
+    config: PipelineConfig, place: Place, card: str, *, figures: Mapping[str, float], data: Manifest
+) -> None:
+    """Shows a model's card and its figures on the test rows, at the version, its model and its training run.
+
+    Args:
+        config: names the registered model.
+        place: of the version.
+        card: in Markdown.
+        figures: metrics.
+        data: the data set that they belong to.
+    """
+    name = model_name(config)
+    with _reachable(config):
+        client = _connect(config)
+        client.update_model_version(name, str(place.version), card)
+        client.update_registered_model(name, description=_about_versions(data))
+        client.set_tag(place.run_id, "mlflow.note.content", card)
+        known, now = client.get_run(place.run_id).data.metrics, time.time_ns() // 1_000_000
+        of_data = {"dataset_name": data.name, "dataset_digest": data.digest[:MAX_DIGEST]}
+        entries = [
+            Metric(key, value, now, 0, model_id=place.model_id, run_id=place.run_id, **of_data)
+            for key, value in figures.items()
+            if known.get(key) != value  # registered again
+        ]
+        if entries:
+            client.log_batch(place.run_id, metrics=entries)
+
+
+def _about_versions(data: Manifest) -> str:
+    return (
+        f"Recurrent convolutional networks for {data.name}, {len(data.classes):,} classes. The version to use has the alias "
+        "`champion`, which changes only by a paired test on the same test rows (`rcnn registry explain VERSION`), or by hand "
+        "with a reason. Each version has a card."
+    )
 
 
 def _log_answers(client: MlflowClient, run_id: str, answers: Path, test_digest: str) -> None:

@@ -103,7 +103,7 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
     return {
         "title": f"{config.model.title} on {subject.manifest.name}: {error} test error",
         "subtitle": f"{registered.model_name} version {registered.version}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC",
-        "verdict": f"Version {registered.version} is {_with_article(registered.alias)}. {_sentence(registered.reason)}",
+        "verdict": written_verdict(registered),
         "figures": _figures(subject),
         "comparison": _comparison(subject.look),
         "pictures": list(_pictures(storage, subject.evaluated.folder, PICTURES)),
@@ -117,16 +117,15 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
         "data": _data_card(subject.manifest),
         "origin": _origin(subject),
         "usage": _usage(registered),
-        "reproduce": _reproduction(config, subject.environment),
+        "reproduce": reproduction(config, subject.environment),
     }
 
 
-def _with_article(alias: str) -> str:
-    return "the champion" if alias == "champion" else f"a {alias}"
-
-
-def _sentence(reason: str) -> str:
-    return f"{reason[:1].upper()}{reason[1:]}."
+def written_verdict(registered: RegisterResult) -> str:
+    """The verdict of the gate and its reason, as two sentences."""
+    alias, reason = registered.alias, registered.reason
+    kind = "the champion" if alias == "champion" else f"a {alias}"
+    return f"Version {registered.version} is {kind}. {reason[:1].upper()}{reason[1:]}."
 
 
 def _figures(subject: Subject) -> dict[str, str]:
@@ -235,7 +234,7 @@ def _usage(registered: RegisterResult) -> str:
     )
 
 
-def _reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str:
+def reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str:
     """The command that trains this model again, without the search that led to its settings."""
     lines = []
     if commit := environment.get("git_commit", ""):

@@ -101,6 +101,7 @@ def check_everything(config: PipelineConfig) -> None:
     assert curve(config, runs["trial-00"], "val/error") == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
     assert [step for step, _ in curve(config, runs["trial-00"], "train/loss")] == [1, 2, 3]
     assert runs["trial-00"].data.params == {"k": "3"}
+    assert {runs[f"trial-0{number}"].inputs.dataset_inputs[0].dataset.name for number in range(3)} == {"d"}
     assert runs["trial-01"].data.tags["outcome"] == "finished"
     assert runs["tune"].data.tags["label"] == "1"
     assert runs["tune"].data.params["train.batch_size"] == "32"
@@ -139,7 +140,7 @@ def test_a_sender_that_is_killed_before_it_deletes_a_note_leaves_no_duplicate(
 ) -> None:
     assert in_process(report_everything, away, tmp_path / "files") == 0
     create_store(config)
-    for num_notes in (1, 9, 6):  # after a run was made, in the middle of a curve, and at the end
+    for num_notes in (1, 12, 6):  # after a run was made, in the middle of a curve, and at the end
         before = num_waiting(config)
         assert in_process(send_and_die, config, num_notes) == -signal.SIGKILL
         assert num_waiting(config) == before - num_notes + 1
@@ -215,7 +216,7 @@ def test_a_stage_that_ended_while_mlflow_was_away_is_done_and_a_corrected_addres
     assert num_waiting(config) == 0
     result = json.loads(printed.out)
     assert result["mlflow_run_id"] == ""
-    run = runs_of(config)["ingest"]
+    run = runs_of(config)["ingest mnist-sample"]
     assert (run.info.status, run.data.metrics["rows/test"]) == ("FINISHED", 500)
     assert find_run(config, "", key=result["folder"]) == run.info.run_id
     assert run.info.end_time - run.info.start_time < 60_000  # as it ran, not as it was sent
@@ -291,7 +292,7 @@ def test_register_waits_as_long_as_it_may_and_then_says_what_to_do(
 def test_notes_wait_in_a_bucket_too(away: PipelineConfig, s3_endpoint: str, tmp_path: Path) -> None:
     there = away.with_settings({"storage": f"s3://outbox/x?{s3_endpoint}"})
     report_everything(there, tmp_path / "files")
-    assert num_waiting(there) == 15
+    assert num_waiting(there) == 18
     uri = f"sqlite:///{tmp_path}/other.db"
     local = there.with_settings({"tracking.uri": uri})
     send_waiting(local)
