@@ -691,8 +691,9 @@ class PipelineConfig(Section):
         }
 
     def applicable(self, *names: str) -> dict[str, Any]:
-        """As `values_of`, without the settings that have no effect in this config: of other networks, sources and schedules."""
-        return self.values_of(*names, *(f"-{name}" for name in self._without_effect()))
+        """As `values_of`, without what has no effect here: settings of other networks, sources and schedules, and empty ones."""
+        values = self.values_of(*names, *(f"-{name}" for name in self._without_effect()))
+        return {name: value for name, value in values.items() if value != ""}
 
     def _without_effect(self) -> Iterator[str]:
         yield from (f"model.{name}" for name in unread_settings(self.model.network, self.model.model_dump()))

@@ -19,6 +19,10 @@ STORE = "mlflow.db"
 """Our own store in the storage (SQLite), where no server is set."""
 UI_ADDRESS = "http://127.0.0.1:5000"
 """Where `mlflow ui` answers unless told otherwise."""
+TRAINING = "workflowType=machine_learning"
+"""In a link to MLflow's UI: which of its two menus it shows."""
+VIEW = "rcnn"
+"""The name of a view in each experiment of MLflow: what the table of runs shows."""
 
 
 def tracking_uri(config: PipelineConfig) -> str:
@@ -34,13 +38,14 @@ def tracking_uri(config: PipelineConfig) -> str:
 
 
 def runs_page(address: str, experiment_id: str) -> str:
-    """The page of MLflow's UI with an experiment's training runs; without its last part, MLflow opens one for agents."""
-    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    """The page of MLflow's UI with an experiment's training runs, the best first. The bare page is for agents, and empty."""
+    page = f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    return f"{page}?{TRAINING}&viewStateShareKey={VIEW}"
 
 
 def file_page(address: str, experiment_id: str, run_id: str, file: str) -> str:
     """The page of MLflow's UI that shows a file of a run."""
-    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{file}"
+    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{file}?{TRAINING}"
 
 
 def version_page(address: str, model: str, version: int) -> str:

@@ -25,9 +25,10 @@ def test_with_ray_on_another_machine_a_server_is_needed() -> None:
 
 def test_pages_of_mlflow_open_training_runs_files_and_versions() -> None:
     server = "http://mlflow:5000/"
-    assert runs_page(server, "3") == "http://mlflow:5000/#/experiments/3/runs?workflowType=machine_learning"
+    shown = "workflowType=machine_learning"
+    assert runs_page(server, "3") == f"http://mlflow:5000/#/experiments/3/runs?{shown}&viewStateShareKey=rcnn"
     assert (
         file_page(server, "3", "abc", "report.html")
-        == "http://mlflow:5000/#/experiments/3/runs/abc/artifacts/report.html"
+        == "http://mlflow:5000/#/experiments/3/runs/abc/artifacts/report.html?workflowType=machine_learning"
     )
     assert version_page(server, "my model", 2) == "http://mlflow:5000/#/models/my%20model/versions/2"

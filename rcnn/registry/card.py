@@ -7,7 +7,7 @@ and at the training run.
 from collections.abc import Iterator
 
 from rcnn.registry.page import Subject, reproduction, written_verdict
-from rcnn.registry.runs import as_table
+from rcnn.registry.runs import as_list
 from rcnn.results import ClassFigures
 from rcnn.text import printable
 
@@ -23,9 +23,9 @@ def model_card(subject: Subject) -> str:
     sections = (
         f"**{title}** on **{name}**: test error {subject.evaluated.written_error}.\n\n{written_verdict(subject.registered)}",
         f"### Load it\n\n{loading(subject.registered.model_uri, subject.config.tracking.uri)}",
-        f"### Figures\n\n{as_table(_figures(subject))}",
+        f"### Figures\n\n{as_list(_figures(subject))}",
         "### Limits\n\n" + "\n".join(f"- {each}" for each in _limits(subject)),
-        f"### Data\n\n{as_table(_data(subject))}",
+        f"### Data\n\n{as_list(_data(subject))}",
         f"### Recipe\n\n```\n{reproduction(subject.config, subject.environment)}\n```",
     )
     card = sections[0][:MAX_CARD]

@@ -10,7 +10,7 @@ from typing import Any
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.registry.card import loading
-from rcnn.registry.runs import OF_A_TRAINING, OutboxTracker, as_table, open_run
+from rcnn.registry.runs import OF_A_TRAINING, OutboxTracker, as_list, open_run
 from rcnn.results import StageResult, TrainResult, TuneResult
 from rcnn.storage import Storage
 
@@ -74,7 +74,7 @@ def _figures(config: PipelineConfig, results: Results) -> dict[str, float]:
     if trained := results.get("train"):
         figures |= {"perf/train_images_per_second": trained.images_per_second}
         figures |= {"perf/peak_megabytes": trained.peak_bytes / 1e6} if trained.peak_bytes else {}
-    return figures
+    return {name: round(value, 6) for name, value in figures.items()}  # MLflow's columns cut 0.88666666666 off
 
 
 def _hours(config: PipelineConfig, results: Results) -> Iterator[tuple[str, float]]:
@@ -101,10 +101,12 @@ def _text(config: PipelineConfig, results: Results) -> str:
         lines.append(f"Test error: **{evaluated.written_error}**.")
     if registered := results.get("register"):
         place = f"{registered.model_name} version {registered.version}"
-        lines.append(f"Registered as **{place}**, {registered.alias}: {registered.reason}.")
-        lines.append("The report is `report.html` among the artifacts of the training run.")
+        lines.append(
+            f"Registered as **{place}**, {registered.alias}: {registered.reason}. The version has a model card, and its "
+            "training run has the report (`report.html` among the artifacts)."
+        )
         lines.append(loading(registered.model_uri, config.tracking.uri))
-    lines.append(as_table(_rows(results.values())))
+    lines.append(as_list(_rows(results.values())))
     return "\n\n".join(lines)
 
 

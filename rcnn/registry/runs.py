@@ -141,6 +141,8 @@ def open_run(
         STORAGE_TAG: Storage(config.storage).root,
         "rcnn.config_hash": config.hash(),
         "rcnn.recipe": config.recipe,
+        "mlflow.source.name": f"rcnn {name.partition(' ')[0]}",
+        "mlflow.source.type": "LOCAL",
     }
     if commit := git_commit():
         labels["mlflow.source.git.commit"] = commit
@@ -152,13 +154,13 @@ def open_run(
 
 def described(about: str, target: StageFolder, result: StageResult) -> str:
     """What a finished stage's run is about, in Markdown: what it did, its figures, and where they come from."""
-    return f"{about[:1].upper()}{about[1:]}.\n\n{as_table(result.figures())}\n\nIn the storage: `{target.name}`"
+    sentence = about.partition(" (after")[0]  # as `rcnn --help` has it
+    return f"{sentence[:1].upper()}{sentence[1:]}.\n\n{as_list(result.figures())}\n\nIn the storage: `{target.name}`"
 
 
-def as_table(rows: Mapping[str, str]) -> str:
-    """Labels and values as a table in Markdown."""
-    cells = ((label, value.replace("|", "\\|")) for label, value in rows.items())
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in cells)])
+def as_list(rows: Mapping[str, str]) -> str:
+    """Labels and values in Markdown. Not as a table: MLflow draws its cells without any space between them."""
+    return "\n".join(f"- {label}: {value}" for label, value in rows.items())
 
 
 def git_commit() -> str:
