@@ -691,7 +691,7 @@ class PipelineConfig(Section):
         }
 
     def applicable(self, *names: str) -> dict[str, Any]:
-        """As `values_of`, without what has no effect here: settings of other networks, sources and schedules, and empty ones."""
+        """As `values_of`, without those that have no effect: of other networks, sources and schedules, and empty ones."""
         values = self.values_of(*names, *(f"-{name}" for name in self._without_effect()))
         return {name: value for name, value in values.items() if value != ""}
 

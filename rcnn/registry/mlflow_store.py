@@ -78,13 +78,15 @@ VIEW_OF_RUNS = {
         *(f"metrics.`{name}`" for name in ("test/error", "test/error_low", "test/error_high", "best/val/error")),
         *(f"metrics.`{name}`" for name in ("model/parameters", "cost/seconds", "cost/cpu_hours")),
         *(f"params.`{name}`" for name in ("model.network", "model.k", "model.t", "recipe")),
+        "tags.`rcnn.registered`",
     ],
 }
 """As MLflow's UI itself keeps a view that is shared: not documented, and tried with the pinned version."""
 ABOUT_RUNS = (
     "A row is a pipeline, named after its network and test error (`RCNN-32 T=1 2.40 %`): open it to see how certain that is, "
-    "and how to load the model; expand it for its stages and trials. `test/error_low` and `test/error_high` are the ends of the "
-    "95 % interval: models whose intervals overlap may be equally good. The model to use has the alias `champion` in the registry."
+    "and how to load the model; expand it for its stages and trials. `test/error_low` and `test/error_high` are the ends of "
+    "the 95 % interval: models whose intervals overlap may be equally good. The model to use has the alias `champion` in the "
+    "registry."
 )
 MAX_IDS = 100  # of resumptions: a tag has a limit too
 REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")

@@ -10,7 +10,7 @@ from typing import Any
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
 from rcnn.registry.card import loading
-from rcnn.registry.runs import OF_A_TRAINING, OutboxTracker, as_list, open_run
+from rcnn.registry.runs import OF_A_TRAINING, REGISTERED_TAG, OutboxTracker, as_list, open_run
 from rcnn.results import StageResult, TrainResult, TuneResult
 from rcnn.storage import Storage
 
@@ -47,7 +47,7 @@ def finish_pipeline(tracker: OutboxTracker, config: PipelineConfig, results: Res
         tracker.log_data(manifest.summary(), storage.uri(data.folder), context="training")
     tracker.log_metrics(_figures(chosen, results))
     if registered := results.get("register"):
-        tracker.set_tags({"rcnn.registered": f"{registered.model_name}/{registered.version} ({registered.alias})"})
+        tracker.set_tags({REGISTERED_TAG: f"{registered.model_name}/{registered.version}"})
         if registered.model_id:
             tracker.log_model(registered.model_id)
     tracker.describe(_text(chosen, results), name=_name(chosen, results))

@@ -16,6 +16,7 @@ from rcnn.tracking import experiment_name, points_of
 
 OF_A_TRAINING = ("recipe", "data", "model", "train", "augment", "seed", "execution", "-train.max_minutes")
 """The settings that a training shows, and a trial of a search too, so that both can be compared."""
+REGISTERED_TAG = "rcnn.registered"  # of a pipeline: NAME/VERSION; its alias may change
 NAME_TAG, TEXT_TAG = "mlflow.runName", "mlflow.note.content"
 MAX_TEXT = 7900
 """Characters of a description; MLflow cuts a tag at 8,000."""

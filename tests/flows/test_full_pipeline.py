@@ -99,6 +99,7 @@ def test_the_row_of_a_pipeline_says_which_model_it_is_how_good_and_how_to_get_it
     assert [run.data.params[name] for name in ("model.k", "model.t")] == [str(chosen.model.k), str(chosen.model.t)]
     assert [noted.dataset.name for noted in run.inputs.dataset_inputs] == ["mnist-sample"]
     assert [model.model_id for model in run.outputs.model_outputs] == [registered.model_id]
+    assert run.data.tags["rcnn.registered"] == "rcnn-mnist-sample/1"
     text = run.data.tags["mlflow.note.content"]
     for words in (
         evaluated.written_error,
