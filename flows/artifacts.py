@@ -3,6 +3,7 @@
 The results are in the storage, so no stage fails because its picture of them cannot be sent.
 """
 
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
@@ -13,9 +14,11 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+from rcnn.config import PipelineConfig
 from rcnn.progress import say
-from rcnn.results import StageResult
+from rcnn.results import RegisterResult, StageResult
 from rcnn.text import printable
+from rcnn.tracking import file_page, runs_page, version_page
 
 SECONDS_TO_ANSWER = 10
 
@@ -23,8 +26,8 @@ SECONDS_TO_ANSWER = 10
 class Artifacts:
     """Publishes artifacts; one that the server does not take is kept, and sent with the next one or when the body ends."""
 
-    def __init__(self) -> None:
-        self._kept: list[ArtifactCreate] = []
+    def __init__(self, config: PipelineConfig | None = None) -> None:
+        self._config, self._kept = config, list[ArtifactCreate]()
 
     def __enter__(self) -> Self:
         return self
@@ -45,7 +48,8 @@ class Artifacts:
             run_ids: `flow_run_id` and `task_run_id`, under which it is shown.
         """
         num_kept = len(self._kept)
-        self._kept.append(_artifact_of(name, result, run_ids))
+        links = _links(self._config, result) if self._config else {}
+        self._kept.append(_artifact_of(name, result, links, run_ids))
         if (fault := self._send()) and not num_kept:
             say(f"  Prefect does not answer ({fault}); what it shows of {name} is sent later")
 
@@ -66,7 +70,19 @@ class Artifacts:
         return ""
 
 
-def _artifact_of(name: str, result: StageResult, run_ids: dict[str, UUID]) -> ArtifactCreate:
+def _links(config: PipelineConfig, result: StageResult) -> dict[str, str]:
+    """Pages of MLflow's UI, where a server has one; a browser opens no files of the storage from another page."""
+    address = config.tracking.uri
+    if not isinstance(result, RegisterResult) or not result.run_id or not address.startswith("http"):
+        return {}
+    return {
+        "report": file_page(address, result.experiment_id, result.run_id, Path(result.report).name),
+        "model": version_page(address, result.model_name, result.version),
+        "training runs": runs_page(address, result.experiment_id),
+    }
+
+
+def _artifact_of(name: str, result: StageResult, links: dict[str, str], run_ids: dict[str, UUID]) -> ArtifactCreate:
     artifact: Any
     if rows := result.table():
         shown = {label: printable(value) for label, value in result.highlights(lambda file: file).items()}
@@ -74,7 +90,8 @@ def _artifact_of(name: str, result: StageResult, run_ids: dict[str, UUID]) -> Ar
         artifact = TableArtifact(table=rows, description=description)
     else:
         rows_of_text = "\n".join(f"| {label} | {value} |" for label, value in result.figures().items())
-        artifact = MarkdownArtifact(markdown=f"# {name}\n\n| | |\n| --- | --- |\n{rows_of_text}\n")
+        pages = "\n".join(f"- [{label}]({page})" for label, page in links.items())
+        artifact = MarkdownArtifact(markdown=f"# {name}\n\n| | |\n| --- | --- |\n{rows_of_text}\n\n{pages}\n")
     return ArtifactCreate(
         key=f"rcnn-{name}",
         type=artifact.type,

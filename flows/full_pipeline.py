@@ -49,10 +49,11 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_run
         config = config.placed_by(os.environ)
     config = config.rooted()
     trees: dict[str, Any] = {}
-    with looking_once(), log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
-        for name in planned(config):
-            given = {"config": config, "name": name, "trees": trees, "fresh": fresh, "parent": parent}
-            trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
+    with looking_once(), log_in_prefect(), Artifacts(config) as artifacts:
+        with _pipeline_run(config, fresh, trees) as parent:
+            for name in planned(config):
+                given = {"config": config, "name": name, "trees": trees, "fresh": fresh, "parent": parent}
+                trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
         end_pipeline(config, results_from_json(trees))
     return trees
 
@@ -72,21 +73,21 @@ def _run_task(given: dict[str, Any], artifacts: Artifacts) -> Any:
 
 
 @contextmanager
-def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
-    """The MLflow run above the stages' own; where there is nothing to do, none is opened."""
+def _pipeline_run(config: PipelineConfig, fresh: bool, trees: dict[str, Any]) -> Iterator[Parent]:
+    """The MLflow run above the stages' own; where there is nothing to do, none is opened. The body fills `trees`."""
     if not fresh and finished_pipeline(config) is not None:
         yield Parent()
         return
-    from rcnn.registry.runs import open_run
+    from rcnn.registry.pipeline_run import finish_pipeline, open_pipeline
 
     tags = {FLOW_RUN_TAG: str(flow_run.id)} if flow_run.id else {}
-    tracker = open_run(config, "pipeline", key=pipeline_key(config), tags=tags, fresh=fresh)
+    tracker = open_pipeline(config, key=pipeline_key(config), tags=tags, fresh=fresh)
     try:
         yield Parent(tracker.id, tuple(tags.items()))
-    except BaseException:
-        finish_failed(tracker)
+    except BaseException as error:
+        finish_failed(tracker, error)
         raise
-    tracker.finish()
+    finish_pipeline(tracker, config, results_from_json(trees))
 
 
 @contextmanager

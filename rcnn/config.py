@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -197,10 +197,17 @@ class ModelConfig(Section):
         """What reports, plots and tags call the network, e.g. `RCNN-96, T = 3`."""
         return title_of(self.network, self.model_dump())
 
+    @property
+    def short_title(self) -> str:
+        """The same as a part of a name: `RCNN-96 T=3`."""
+        return self.title.replace(", T = ", " T=")
+
 
 DEFAULT_SHARES = 4
 SHARE_OF_ALL_STEPS = 0.5
 """Of the training steps with `train.any_t`, those that do all T recurrent steps. Not tuned."""
+_OF_SCHEDULES = ("plateau_factor", "plateau_patience", "one_cycle_warmup")
+"""Settings that one value of `train.schedule` reads, whose name they begin with."""
 
 
 class TrainConfig(Section):
@@ -721,6 +728,24 @@ class PipelineConfig(Section):
             for name, value in flat.items()
             if (name in wanted or name.partition(".")[0] in wanted) and f"-{name}" not in names
         }
+
+    def applicable(self, *names: str) -> dict[str, Any]:
+        """As `values_of`, without those that have no effect: of other networks, sources and schedules, and empty ones."""
+        values = self.values_of(*names, *(f"-{name}" for name in self._without_effect()))
+        return {name: value for name, value in values.items() if value != ""}
+
+    def _without_effect(self) -> Iterator[str]:
+        yield from (f"model.{name}" for name in unread_settings(self.model.network, self.model.model_dump()))
+        yield from (f"data.{name}" for name in unread_by(self.data.source))
+        yield from (f"train.{name}" for name in _OF_SCHEDULES if not name.startswith(self.train.schedule))
+        reads = NETWORKS[self.model.network].reads
+        yield from (f"execution.{name}" for name in ("convolution", "recompute") if name not in reads)
+        if self.tune.early_stopping != "asha":
+            yield "tune.reduction_factor"
+        if self.tune.early_stopping == "none":
+            yield "tune.grace_epochs"
+        if self.tune.seeds == 1:
+            yield "tune.num_finalists"
 
     def value_of(self, name: str) -> Any:
         """The value of one setting by its dotted name."""

@@ -64,6 +64,15 @@ class StageResult(BaseModel):
         """Rows for the Prefect UI, where there are some; they take the place of the figures."""
         return []
 
+    @property
+    def headline(self) -> str:
+        """What the name of the stage's run ends with; empty: nothing."""
+        return ""
+
+    def row(self) -> dict[str, float]:
+        """Figures for a row of MLflow's table of runs, by the names of metrics."""
+        return {}
+
 
 class IngestResult(StageResult):
     """A data set: its folder in the storage, and its identity."""
@@ -182,6 +191,15 @@ class TuneResult(StageResult):
         best = {"best trial": f"{self.best_trial} of {self.num_trials}{grid}: {self.best!s}, {error}{details}"}
         return best | ({"search": self.duration} if self.seconds else {})
 
+    @property
+    def headline(self) -> str:
+        """The validation error."""
+        return f"{100 * self.val_error:.2f} % val"
+
+    def row(self) -> dict[str, float]:
+        """The number of trials."""
+        return {"tune/trials": self.num_trials}
+
     def table(self) -> list[dict[str, Any]]:
         """A row for each trial."""
         return [
@@ -224,6 +242,16 @@ class TrainResult(StageResult):
     def figures(self) -> dict[str, str]:
         """Also the validation error."""
         return {"validation error": self.written_val_error} | super().figures()
+
+    @property
+    def headline(self) -> str:
+        """The best epoch's validation error, if it says something."""
+        return "" if self.with_validation else f"{100 * self.val_error:.2f} % val"
+
+    def row(self) -> dict[str, float]:
+        """The best epoch's error, not the last one's, and the size."""
+        error = {} if self.with_validation else {"best/val/error": self.val_error}
+        return error | {"model/parameters": self.num_parameters}
 
     def tags(self) -> dict[str, str]:
         """The training that later stages are about."""
@@ -319,6 +347,16 @@ class EvaluateResult(StageResult):
         return self.metrics["error"]
 
     @property
+    def headline(self) -> str:
+        """The test error."""
+        return f"{100 * self.test_error:.2f} %"
+
+    def row(self) -> dict[str, float]:
+        """The test error with the ends of its interval."""
+        low, high = self.error_interval
+        return {"test/error": self.test_error, "test/error_low": low, "test/error_high": high}
+
+    @property
     def speed(self) -> str:
         """The speed of scoring; empty where it is not known."""
         return f"{self.images_per_second:,.0f} images/s" if self.images_per_second else ""
@@ -397,6 +435,11 @@ class RegisterResult(StageResult):
     model_uri: str
     report: str = ""
     """An HTML file in the storage."""
+    experiment_id: str = ""
+    """MLflow's ids of the experiment, of the model, and of the training run, which has the report too; empty: registered
+    before this was kept."""
+    model_id: str = ""
+    run_id: str = ""
 
     def highlights(self, locate: Locate) -> dict[str, str]:
         """The version, the gate's verdict, and the report."""

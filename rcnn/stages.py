@@ -47,6 +47,8 @@ class Stage:
         folder: where its folders lie.
         label: the beginning of its folder's name.
         whole: files that are there when the stage is done, besides its result.
+        about: what its MLflow run is about, as a part of that run's name; the model, unless said otherwise.
+        shows: further settings for its MLflow run, beside those that its result depends on.
         cost: `module:function` that predicts what it takes, or what is left of it (see `rcnn/plan/costs.py`); empty: nothing
             is known.
         progress: `module:function` that says how far an unfinished one has come, given config and folder; empty: unknown.
@@ -71,6 +73,8 @@ class Stage:
     folder: str
     label: Callable[[PipelineConfig], str]
     unread: Callable[[PipelineConfig], tuple[str, ...]] = lambda config: ()
+    about: Callable[[PipelineConfig], str] = lambda config: config.model.short_title
+    shows: tuple[str, ...] = ("recipe", "data", "model")
     whole: tuple[str, ...] = ()
     cost: str = ""
     progress: str = ""
@@ -126,6 +130,8 @@ STAGES: dict[str, Stage] = {
         settings=("data", "-data.mirror"),
         identity=_fingerprint,
         purpose=lambda config: f"reading {config.data.dataset} into Parquet",
+        about=lambda config: config.data.dataset,
+        shows=("recipe",),
         folder="datasets",
         label=lambda config: config.data.dataset,
         whole=("_manifest.json",),
@@ -151,6 +157,8 @@ STAGES: dict[str, Stage] = {
         purpose=lambda config: (
             f"up to {counted(config.tune.num_trials, 'trial')} of up to {counted(config.tune.epochs, 'epoch')}"
         ),
+        about=lambda config: config.data.dataset,
+        shows=("recipe", "data", "tune", "execution"),
         folder="runs",
         label=lambda config: "tune",
         check="rcnn.tune.search:covers",  # raising tune.num_trials extends a finished search
@@ -168,6 +176,7 @@ STAGES: dict[str, Stage] = {
         settings=("model", "train", "augment", "seed", "-train.max_minutes"),
         identity=_data_digest,
         purpose=_training_in_words,
+        shows=("recipe", "data", "execution"),
         folder="runs",
         label=lambda config: "train",
         modules=_network_module,
@@ -478,7 +487,8 @@ def _check_inputs(config: PipelineConfig, name: str, results: Results) -> None:
 def _run_tracked(
     config: PipelineConfig, name: str, results: Results, target: StageFolder, fresh: bool, parent: Parent
 ) -> StageResult:
-    from rcnn.registry.runs import open_run
+    from rcnn.registry.runs import described, open_run
+    from rcnn.registry.system_metrics import sampling
     from rcnn.tracking import NoTracker, finish_failed
 
     stage = STAGES[name]
@@ -487,17 +497,37 @@ def _run_tracked(
     tags = dict(parent.tags)
     for result in results.values():
         tags |= result.tags()
-    tracker = open_run(config, name, key=target.name, parent=parent.run_id, tags=tags, fresh=fresh)
+    title, about = f"{name} {stage.about(config)}", stage.purpose(config)
+    tracker = open_run(
+        config,
+        title,
+        key=target.name,
+        parent=parent.run_id,
+        tags=tags,
+        settings=_shown_settings(config, name),
+        text=f"{about[:1].upper()}{about[1:]}.",
+        fresh=fresh,
+    )
     try:
-        result = _run_timed(config, name, results, target, tracker)
+        with sampling(tracker, is_one_of_many=bool(config.ray.address)):
+            result = _run_timed(config, name, results, target, tracker)
     except LeaseLost:
         raise  # the run belongs to the process that took over
-    except BaseException:
-        finish_failed(tracker)
+    except BaseException as error:
+        finish_failed(tracker, error)
         raise
     target.require_held()
+    tracker.log_metrics(result.row())
+    tracker.describe(described(stage.help, target, result), name=f"{title} {result.headline}".strip())
     tracker.finish()
     return result.model_copy(update={"mlflow_run_id": tracker.run_id})  # type: ignore[no-any-return]
+
+
+def _shown_settings(config: PipelineConfig, name: str) -> tuple[str, ...]:
+    """Settings for the stage's MLflow run. Those that a search draws are in the runs of its trials."""
+    stage = STAGES[name]
+    drawn = [f"-{setting}" for setting in config.tune.space] if name == "tune" else []
+    return (*stage.shows, *stage.settings, *(f"-{each}" for each in stage.unread(config)), *drawn)
 
 
 def _run_timed(

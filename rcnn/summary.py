@@ -12,7 +12,7 @@ from rcnn.config import PipelineConfig
 from rcnn.stages import results_from_json
 from rcnn.storage import Storage
 from rcnn.text import printable
-from rcnn.tracking import tracking_uri
+from rcnn.tracking import UI_ADDRESS, runs_page, tracking_uri
 
 
 def print_summary(config: PipelineConfig, trees: Mapping[str, Any]) -> None:
@@ -40,9 +40,12 @@ def _next_commands(config: PipelineConfig, results: dict[str, Any], storage: Sto
     bin_folder = "" if on_path else f"{shlex.quote(_short(str(Path(sys.executable).parent)))}/"
     samples = shlex.quote(_short(storage.uri(f"{results['evaluate'].folder}/samples")))
     uri = tracking_uri(config)
-    browse = f"open {uri}" if config.tracking.uri else f"{bin_folder}mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    experiment, is_served = results["register"].experiment_id, uri.startswith("http")
+    page = runs_page(uri if is_served else UI_ADDRESS, experiment) if experiment else uri
+    serve = f"{bin_folder}mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    browse = f"open {shlex.quote(page)}   # compare" if is_served else f"{serve}   # then open {page} and compare"
     return [
-        f"{browse}   # compare the runs in a browser",
+        f"{browse} the runs in a browser",
         f"{bin_folder}rcnn predict {_model_options(config, results)} {samples}/*.png   # ask the champion",
         f"{bin_folder}rcnn recipes   # larger runs; then: rcnn pipeline --recipe NAME",
     ]

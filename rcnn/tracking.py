@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError
@@ -17,6 +17,12 @@ from rcnn.storage import Storage
 
 STORE = "mlflow.db"
 """Our own store in the storage (SQLite), where no server is set."""
+UI_ADDRESS = "http://127.0.0.1:5000"
+"""Where `mlflow ui` answers unless told otherwise."""
+TRAINING = "workflowType=machine_learning"
+"""In a link to MLflow's UI: which of its two menus it shows."""
+VIEW = "rcnn"
+"""The name of a view in each experiment of MLflow: what the table of runs shows."""
 
 
 def tracking_uri(config: PipelineConfig) -> str:
@@ -29,6 +35,22 @@ def tracking_uri(config: PipelineConfig) -> str:
     if not config.tracking.uri and is_elsewhere(config.ray.address):
         raise needs_server(f"ray.address = {config.ray.address}")
     return config.tracking.uri or f"sqlite:///{Storage(config.storage).local_path(STORE)}"
+
+
+def runs_page(address: str, experiment_id: str) -> str:
+    """The page of MLflow's UI with an experiment's training runs, the best first. The bare page is for agents, and empty."""
+    page = f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    return f"{page}?{TRAINING}&viewStateShareKey={VIEW}"
+
+
+def file_page(address: str, experiment_id: str, run_id: str, file: str) -> str:
+    """The page of MLflow's UI that shows a file of a run."""
+    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{file}?{TRAINING}"
+
+
+def version_page(address: str, model: str, version: int) -> str:
+    """The page of MLflow's UI that shows a registered version."""
+    return f"{address.rstrip('/')}/#/models/{quote(model, safe='')}/versions/{version}"
 
 
 def is_elsewhere(address: str) -> bool:
@@ -99,8 +121,11 @@ class Tracker(Protocol):
     def log_files(self, folder: Path) -> None:
         """Stores each file of a local folder."""
 
-    def child(self, name: str) -> "Tracker":
-        """A run under this one."""
+    def describe(self, text: str, *, name: str = "") -> None:
+        """Describes the run, in Markdown, and gives it another name if there is one."""
+
+    def child(self, name: str, config: PipelineConfig | None = None) -> "Tracker":
+        """A run under this one: a training with this config, on the data that this run has noted."""
 
     def close_children(self, ended: Mapping[str, Mapping[str, str]]) -> None:
         """Ends the runs under this one that have not ended: as finished, with tags, those in `ended`; as failed the others."""
@@ -109,9 +134,11 @@ class Tracker(Protocol):
         """Ends the run."""
 
 
-def finish_failed(tracker: Tracker) -> None:
+def finish_failed(tracker: Tracker, why: BaseException | None = None) -> None:
     """Ends a run whose work failed; if the storage cannot be written, the failure itself is still the error to raise."""
     try:
+        if why is not None:
+            tracker.describe(f"Failed: {why or type(why).__name__}")
         tracker.finish(failed=True)
     except ClusterError as error:
         say(f"  the failure could not be noted: {error}")
@@ -143,7 +170,10 @@ class NoTracker:
     def log_files(self, folder: Path) -> None:
         """Drops them."""
 
-    def child(self, name: str) -> "NoTracker":
+    def describe(self, text: str, *, name: str = "") -> None:
+        """Drops it."""
+
+    def child(self, name: str, config: PipelineConfig | None = None) -> "NoTracker":
         """Itself."""
         return self
 

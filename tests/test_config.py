@@ -33,6 +33,29 @@ def test_values_are_named_by_section_or_one_by_one_and_some_are_left_out() -> No
     assert "data.mirror" not in config.values_of("data", "-data.mirror")
 
 
+@pytest.mark.parametrize(
+    ("settings", "shown", "hidden"),
+    [
+        ({}, "train.plateau_factor", "train.one_cycle_warmup"),
+        ({"train.schedule": "one_cycle"}, "train.one_cycle_warmup", "train.plateau_patience"),
+        ({"model.network": "nin", "tune.enabled": False}, "model.crop", "model.t"),
+        ({"model.network": "rcnn_bn"}, "model.k", "execution.convolution"),
+        ({}, "data.val_fraction", "data.image_size"),
+        ({"data.source": "folder", "data.root": "x"}, "data.image_size", "data.label_column"),
+        ({"tune.early_stopping": "median"}, "tune.grace_epochs", "tune.reduction_factor"),
+        ({"tune.early_stopping": "none"}, "tune.num_trials", "tune.grace_epochs"),
+        ({"tune.seeds": 2}, "tune.num_finalists", "train.one_cycle_warmup"),
+        ({}, "tune.space", "tune.num_finalists"),
+    ],
+)
+def test_settings_without_effect_do_not_apply(settings: dict[str, object], shown: str, hidden: str) -> None:
+    config = PipelineConfig().with_settings(settings)
+    found = config.applicable("model", "train", "data", "tune", "execution")
+    assert shown in found
+    assert hidden not in found
+    assert hidden in config.values_of("model", "train", "data", "tune", "execution")
+
+
 def test_the_environment_places_a_run_and_changes_nothing_else() -> None:
     config = PipelineConfig().with_settings({"storage": "mine"})
     environ = {"RCNN_MODEL__K": "8", "RCNN_RAY__ADDRESS": "http://head:8265", "RCNN_STORAGE": "theirs"}

@@ -4,7 +4,7 @@ import pytest
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ConfigError
-from rcnn.tracking import tracking_uri
+from rcnn.tracking import file_page, runs_page, tracking_uri, version_page
 
 
 @pytest.mark.parametrize("address", ["", "auto", "http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265"])
@@ -21,3 +21,14 @@ def test_with_ray_on_another_machine_a_server_is_needed() -> None:
         tracking_uri(config)
     served = config.with_settings({"tracking.uri": "http://mlflow:5000"})
     assert tracking_uri(served) == "http://mlflow:5000"
+
+
+def test_pages_of_mlflow_open_training_runs_files_and_versions() -> None:
+    server = "http://mlflow:5000/"
+    shown = "workflowType=machine_learning"
+    assert runs_page(server, "3") == f"http://mlflow:5000/#/experiments/3/runs?{shown}&viewStateShareKey=rcnn"
+    assert (
+        file_page(server, "3", "abc", "report.html")
+        == "http://mlflow:5000/#/experiments/3/runs/abc/artifacts/report.html?workflowType=machine_learning"
+    )
+    assert version_page(server, "my model", 2) == "http://mlflow:5000/#/models/my%20model/versions/2"

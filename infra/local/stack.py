@@ -16,13 +16,14 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, RcnnError
 from rcnn.signals import SECONDS_TO_END
-from rcnn.tracking import has_store
+from rcnn.tracking import has_store, runs_page
 
 ROOT = Path(__file__).parents[2]
 STORAGE = Path(os.environ.get("RCNN_STORAGE", ROOT / "storage")).absolute()
@@ -208,14 +209,29 @@ def _answers(url: str) -> bool:
 
 
 def _has_worker(api: str) -> bool:
+    workers = _asked(f"{api}/work_pools/rcnn/workers/filter", {})
+    return any(worker["status"] == "ONLINE" for worker in workers or [])
+
+
+def _asked(url: str, question: dict[str, Any]) -> Any:
+    """What one of our servers answers to a POST; None where it does not."""
     request = urllib.request.Request(  # noqa: S310
-        f"{api}/work_pools/rcnn/workers/filter", data=b"{}", headers={"Content-Type": "application/json"}
+        url, data=json.dumps(question).encode(), headers={"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310
-            return any(worker["status"] == "ONLINE" for worker in json.load(answer))
+            return json.load(answer)
     except OSError:
-        return False
+        return None
+
+
+def _mlflow_page(port: int) -> str:
+    """The training runs of the experiment that was used last; MLflow's own address as long as there is none."""
+    address = f"http://127.0.0.1:{port}"
+    question = {"max_results": 1, "filter": "name LIKE 'rcnn/%'", "order_by": ["last_update_time DESC"]}
+    answer = _asked(f"{address}/api/2.0/mlflow/experiments/search", question) or {}
+    found = [each["experiment_id"] for each in answer.get("experiments", [])]
+    return runs_page(address, found[0]) if found else address
 
 
 def _deploy(env: dict[str, str]) -> None:
@@ -235,7 +251,7 @@ def _print_addresses() -> None:
     print(
         f"""
   Prefect  http://127.0.0.1:{ports["PREFECT_PORT"]}
-  MLflow   http://127.0.0.1:{ports["MLFLOW_PORT"]}
+  MLflow   {_mlflow_page(ports["MLFLOW_PORT"])}
   Ray      http://127.0.0.1:{ports["RAY_DASHBOARD_PORT"]}
 
 Next:

@@ -35,18 +35,19 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos import databricks_pb2
 from sqlalchemy.exc import SQLAlchemyError
 
 from rcnn.conditional import can_swap
 from rcnn.config import PipelineConfig
+from rcnn.data.manifest import Manifest
 from rcnn.errors import ClusterError, ConfigError, DataError
 from rcnn.lease import all_holders
 from rcnn.registry.gate import CHAMPION, Standing
 from rcnn.storage import Storage
-from rcnn.tracking import STORE, experiment_name, has_store, model_name, tracking_uri
+from rcnn.tracking import STORE, VIEW, experiment_name, has_store, model_name, tracking_uri
 
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG, STORAGE_TAG = "rcnn.stage_key", "rcnn.storage"
@@ -68,6 +69,25 @@ MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the ta
 MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
 MAX_REASON = 1000  # characters
 SECONDS_OF_A_DAY = 86400
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+VIEW_OF_RUNS = {
+    "orderByKey": "metrics.`test/error`",
+    "orderByAsc": True,
+    "selectedColumns": [
+        *(f"attributes.`{name}`" for name in ("Dataset", "Models")),
+        *(f"metrics.`{name}`" for name in ("test/error", "test/error_low", "test/error_high", "best/val/error")),
+        *(f"metrics.`{name}`" for name in ("model/parameters", "cost/seconds", "cost/cpu_hours")),
+        *(f"params.`{name}`" for name in ("model.network", "model.k", "model.t", "recipe")),
+        "tags.`rcnn.registered`",
+    ],
+}
+"""As MLflow's UI itself keeps a view that is shared: not documented, and tried with the pinned version."""
+ABOUT_RUNS = (
+    "A row is a pipeline, named after its network and test error (`RCNN-32 T=1 2.40 %`): open it to see how certain that is, "
+    "and how to load the model; expand it for its stages and trials. `test/error_low` and `test/error_high` are the ends of "
+    "the 95 % interval: models whose intervals overlap may be equally good. The model to use has the alias `champion` in the "
+    "registry."
+)
 MAX_IDS = 100  # of resumptions: a tag has a limit too
 REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
@@ -85,6 +105,8 @@ class RunWriter:
         with _reachable(config):
             self._client = _connect(config)
         self._run_ids: dict[str, str] = {}
+        self._shown: set[str] = set()
+        """Experiments that have a view."""
         self._points: dict[str, set[tuple[str, int]]] = {}
         """By MLflow's id, the name and step of each metric that the run has."""
         self._writers: dict[str, Callable[[str, Mapping[str, Any]], None]] = {
@@ -92,6 +114,7 @@ class RunWriter:
             "metrics": self._write_metrics,
             "tags": self._write_tags,
             "data": self._write_data,
+            "model": self._write_model,
             "children": self._write_children,
             "end": self._write_end,
         }
@@ -137,6 +160,7 @@ class RunWriter:
     def _open(self, note: Mapping[str, Any]) -> str:
         """Makes the run that a note opens, or resumes an earlier one."""
         experiment_id = _experiment(self._client, self._config, note["experiment"])
+        self._give_view(experiment_id)
         run_id = self._find(note["run"], note["experiment"]) or self._resume(note, experiment_id)
         if not run_id:
             tags = {**note["tags"], NOTES_TAG: note["run"], **self._parent_tag(note)}
@@ -149,6 +173,16 @@ class RunWriter:
             run_id, {"params": {name: value for name, value in note["params"].items() if name not in known}}
         )
         return run_id
+
+    def _give_view(self, experiment_id: str) -> None:
+        """Describes an experiment, and makes the view that our links open: MLflow's own table shows no figures and settings."""
+        if experiment_id in self._shown:
+            return
+        there = self._client.get_experiment(experiment_id).tags
+        for name, value in ((VIEW_TAG, json.dumps(VIEW_OF_RUNS)), ("mlflow.note.content", ABOUT_RUNS)):
+            if name not in there:  # people may change both
+                self._client.set_experiment_tag(experiment_id, name, value)
+        self._shown.add(experiment_id)
 
     def _resume(self, note: Mapping[str, Any], experiment_id: str) -> str:
         """The run that an earlier attempt left unfinished, or a child of this name; empty if there is none."""
@@ -220,6 +254,13 @@ class RunWriter:
         context = InputTag("mlflow.data.context", note["context"])
         self._client.log_inputs(run_id, datasets=[DatasetInput(noted, tags=[context])])
 
+    def _write_model(self, run_id: str, note: Mapping[str, Any]) -> None:
+        """Names a logged model as the outcome of the run; MLflow itself would list it twice."""
+        outputs = self._client.get_run(run_id).outputs
+        known = {model.model_id for model in outputs.model_outputs} if outputs else set()
+        if note["model_id"] not in known:
+            self._client.log_outputs(run_id, [LoggedModelOutput(note["model_id"], 0)])
+
     def _write_children(self, run_id: str, note: Mapping[str, Any]) -> None:
         """Ends the runs under this one that a killed attempt left."""
         where = f"tags.`{PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"
@@ -233,6 +274,35 @@ class RunWriter:
 
     def _write_end(self, run_id: str, note: Mapping[str, Any]) -> None:
         self._client.set_terminated(run_id, note["status"], end_time=note["time"])
+
+
+class SystemMonitor:
+    """MLflow's monitors of this machine: processor, memory, disk, network, and GPUs where `nvidia-ml-py` is installed."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # there is no GPU, or nothing to ask it with
+            self._monitors.append(GPUMonitor())
+        self.sample()  # psutil measures the processor from one call to the next
+        self.take()
+
+    def sample(self) -> None:
+        """Measures."""
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+
+    def take(self, prefix: str = "") -> dict[str, float]:
+        """The means of the samples since the last call, by name."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            values |= {f"{prefix}{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return values
 
 
 def require_answer(config: PipelineConfig) -> None:
@@ -395,6 +465,63 @@ def register_model(
             },
         )
         return Standing(int(version.version), figures.test_error, figures.test_digest)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where MLflow has a registered version: its number, and the ids of its training run, experiment and model."""
+
+    version: int
+    run_id: str
+    experiment_id: str
+    model_id: str
+
+
+def place_of(config: PipelineConfig, version: int) -> Place:
+    """Where MLflow has a version of the config's model."""
+    with _reachable(config):
+        client = _connect(config)
+        found = client.get_model_version(model_name(config), str(version))
+        experiment = client.get_run(found.run_id).info.experiment_id
+    # The version itself leaves the id of its model out.
+    return Place(version, str(found.run_id), str(experiment), str(found.source).removeprefix("models:/"))
+
+
+def publish_card(
+    config: PipelineConfig, place: Place, card: str, *, figures: Mapping[str, float], data: Manifest
+) -> None:
+    """Shows a model's card and its figures on the test rows, at the version, its model and its training run.
+
+    Args:
+        config: names the registered model.
+        place: of the version.
+        card: in Markdown.
+        figures: metrics.
+        data: the data set that they belong to.
+    """
+    name = model_name(config)
+    with _reachable(config):
+        client = _connect(config)
+        client.update_model_version(name, str(place.version), card)
+        client.update_registered_model(name, description=_about_versions(data))
+        client.set_tag(place.run_id, "mlflow.note.content", card)
+        known, now = client.get_run(place.run_id).data.metrics, time.time_ns() // 1_000_000
+        of_data = {"dataset_name": data.name, "dataset_digest": data.digest[:MAX_DIGEST]}
+        entries = [
+            Metric(key, value, now, 0, model_id=place.model_id, run_id=place.run_id, **of_data)
+            for key, value in figures.items()
+            if known.get(key) != value  # registered again
+        ]
+        if entries:
+            client.log_batch(place.run_id, metrics=entries)
+
+
+def _about_versions(data: Manifest) -> str:
+    return (
+        f"Recurrent convolutional networks for {data.name}, {len(data.classes):,} classes. The version to use has the alias "
+        "`champion`, which changes only by a paired test on the same test rows (`rcnn registry explain VERSION`), or by hand "
+        "with a reason. Each version has a card."
+    )
 
 
 def _log_answers(client: MlflowClient, run_id: str, answers: Path, test_digest: str) -> None:

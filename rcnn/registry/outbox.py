@@ -7,7 +7,7 @@ A note is a JSON file `outbox/<time>-<random>.json`: sorted by name, notes are i
 deleted when MLflow has it. A sender that is killed between the two leaves a note that is sent again, so
 `mlflow_store.RunWriter` makes a second time change nothing. Of each note:
 
-    kind        open, params, metrics, tags, data, files, children or end
+    kind        open, params, metrics, tags, data, model, files, children or end
     run         our own id of the run that it is about: MLflow gives one only when it makes the run
     experiment  in which the run is
     time        of the note, in milliseconds, whenever it is sent

@@ -5,6 +5,7 @@ figures alone.
 """
 
 import base64
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rcnn.config import PipelineConfig
 from rcnn.config_diff import differences
@@ -72,6 +73,7 @@ Pictures = tuple[tuple[str, str, str], ...]
 
 
 WIDE_PICTURES = ("states.png", "receptive-fields.png", "robustness.png")
+PICTURES_OF_PANELS = ("training.png", "filters.png")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def write_page(subject: Subject, storage: Storage, file: Path) -> None:
     """Writes the report; the pictures are those in the evaluation's folder."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals["table"] = _table
+    environment.filters["code"] = _code
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     file.write_text(template.render(**_content(subject, storage)), encoding="utf-8")
 
@@ -103,7 +106,7 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
     return {
         "title": f"{config.model.title} on {subject.manifest.name}: {error} test error",
         "subtitle": f"{registered.model_name} version {registered.version}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC",
-        "verdict": f"Version {registered.version} is {_with_article(registered.alias)}. {_sentence(registered.reason)}",
+        "verdict": written_verdict(registered),
         "figures": _figures(subject),
         "comparison": _comparison(subject.look),
         "pictures": list(_pictures(storage, subject.evaluated.folder, PICTURES)),
@@ -117,16 +120,15 @@ def _content(subject: Subject, storage: Storage) -> dict[str, Any]:
         "data": _data_card(subject.manifest),
         "origin": _origin(subject),
         "usage": _usage(registered),
-        "reproduce": _reproduction(config, subject.environment),
+        "reproduce": reproduction(config, subject.environment),
     }
 
 
-def _with_article(alias: str) -> str:
-    return "the champion" if alias == "champion" else f"a {alias}"
-
-
-def _sentence(reason: str) -> str:
-    return f"{reason[:1].upper()}{reason[1:]}."
+def written_verdict(registered: RegisterResult) -> str:
+    """The verdict of the gate and its reason, as two sentences."""
+    alias, reason = registered.alias, registered.reason
+    kind = "the champion" if alias == "champion" else f"a {alias}"
+    return f"Version {registered.version} is {kind}. {reason[:1].upper()}{reason[1:]}."
 
 
 def _figures(subject: Subject) -> dict[str, str]:
@@ -175,7 +177,8 @@ def _pictures(storage: Storage, folder: str, pictures: Pictures) -> Any:
     for name, title, caption in pictures:
         if storage.exists(f"{folder}/{name}"):
             content = base64.b64encode(storage.read_bytes(f"{folder}/{name}")).decode()
-            yield {"title": title, "caption": caption, "base64": content, "is_wide": name in WIDE_PICTURES}
+            looks = {"is_wide": name in WIDE_PICTURES, "scrolls": name in (*WIDE_PICTURES, *PICTURES_OF_PANELS)}
+            yield {"title": title, "caption": caption, "base64": content, **looks}
 
 
 def _classes(evaluated: EvaluateResult) -> list[list[str]]:
@@ -235,7 +238,7 @@ def _usage(registered: RegisterResult) -> str:
     )
 
 
-def _reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str:
+def reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str:
     """The command that trains this model again, without the search that led to its settings."""
     lines = []
     if commit := environment.get("git_commit", ""):
@@ -247,8 +250,13 @@ def _reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str
     return "\n".join([*lines, shlex.join(words)])
 
 
+def _code(text: str) -> Markup:
+    """Text with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))  # noqa: S704  (escaped first)
+
+
 def _table(rows: Mapping[str, str]) -> Markup:
     """Labels and values, as two columns."""
     row = Markup("<tr><th>{}</th><td>{}</td></tr>\n")
     body = Markup("").join(row.format(label, value) for label, value in rows.items())
-    return Markup('<div class="wide"><table>\n{}</table></div>').format(body)
+    return Markup('<div class="wide"><table class="pairs">\n{}</table></div>').format(body)

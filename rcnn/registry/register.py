@@ -12,6 +12,7 @@ from rcnn.evaluate.temperature import add_temperature
 from rcnn.progress import say
 from rcnn.registry import mlflow_store
 from rcnn.registry.answers import remember_model
+from rcnn.registry.card import model_card
 from rcnn.registry.champions import ROLLED_BACK
 from rcnn.registry.gate import CHALLENGER, CHAMPION, Standing, Verdict, judge, not_comparable
 from rcnn.registry.ledger import Look, earlier_look, with_look
@@ -81,6 +82,7 @@ def _register(
         _log_exports(config, model_folder, run_id)
         verdict, look = _promote_if_better(config, new, answers)
         name = model_name(config)
+        place = mlflow_store.place_of(config, new.version)
         registered = RegisterResult(
             model_name=name,
             version=new.version,
@@ -88,6 +90,9 @@ def _register(
             reason=verdict.reason,
             model_uri=f"models:/{name}/{new.version}",
             report=target.path(PAGE),
+            experiment_id=place.experiment_id,
+            model_id=place.model_id,
+            run_id=place.run_id,
         )
         subject = Subject(
             config=config,
@@ -103,6 +108,7 @@ def _register(
         page = Path(folder, PAGE)
         write_page(subject, target.storage, page)
         mlflow_store.log_file(config, run_id, page)
+        mlflow_store.publish_card(config, place, model_card(subject), figures=evaluated.row(), data=subject.manifest)
         target.require_held()
         target.storage.write_bytes(registered.report, page.read_bytes())
     remember_model(config, name)

@@ -10,8 +10,16 @@ from typing import Any
 
 from rcnn.config import PipelineConfig
 from rcnn.registry.outbox import Outbox, outbox_of, require_store
-from rcnn.storage import Storage
+from rcnn.results import StageResult
+from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import experiment_name, points_of
+
+OF_A_TRAINING = ("recipe", "data", "model", "train", "augment", "seed", "execution", "-train.max_minutes")
+"""The settings that a training shows, and a trial of a search too, so that both can be compared."""
+REGISTERED_TAG = "rcnn.registered"  # of a pipeline: NAME/VERSION; its alias may change
+NAME_TAG, TEXT_TAG = "mlflow.runName", "mlflow.note.content"
+MAX_TEXT = 7900
+"""Characters of a description; MLflow cuts a tag at 8,000."""
 
 
 class OutboxTracker:
@@ -21,6 +29,7 @@ class OutboxTracker:
         self.id, self.parent = uuid.uuid4().hex[:16], parent
         """Our own ids of the run and of the one above it."""
         self._outbox, self._experiment, self._is_child = outbox, experiment, is_child
+        self._data: list[dict[str, Any]] = []
 
     @property
     def run_id(self) -> str:
@@ -45,16 +54,27 @@ class OutboxTracker:
 
     def log_data(self, summary: Mapping[str, Any], uri: str, *, context: str) -> None:
         """Notes a data set as an input of the run."""
+        self._data.append({"summary": dict(summary), "uri": uri, "context": context})
         self._note("data", summary=dict(summary), uri=uri, context=context)
 
     def log_files(self, folder: Path) -> None:
         """Stores each file of a local folder."""
         self._note("files", files=folder)
 
-    def child(self, name: str) -> "OutboxTracker":
+    def describe(self, text: str, *, name: str = "") -> None:
+        """Describes the run, in Markdown, and gives it another name if there is one."""
+        self.set_tags({TEXT_TAG: text[:MAX_TEXT]} | ({NAME_TAG: name} if name else {}))
+
+    def log_model(self, model_id: str) -> None:
+        """Names a model that MLflow has as the outcome of the run."""
+        self._note("model", model_id=model_id)
+
+    def child(self, name: str, config: PipelineConfig | None = None) -> "OutboxTracker":
         """The run of that name under this one, made if it is not there: a resumed search continues in the same runs."""
         child = OutboxTracker(self._outbox, self._experiment, self.id, is_child=True)
-        child.open(name)
+        child.open(name, params=config.applicable(*OF_A_TRAINING) if config else {})
+        for data in self._data:
+            child.log_data(**data)
         return child
 
     def close_children(self, ended: Mapping[str, Mapping[str, str]]) -> None:
@@ -77,7 +97,7 @@ class OutboxTracker:
         params: Mapping[str, object] | None = None,
     ) -> None:
         """Makes the run, or resumes the unfinished one with this key, or the child of this name."""
-        labels, settings = dict(tags or {}), _as_text(params or {})
+        labels, settings = dict(tags or {}), _as_text(_flat(params or {}))
         self._note("open", name=name, parent=self.parent, key=key, fresh=fresh, tags=labels, params=settings)
 
     def _note(self, kind: str, *, files: Path | None = None, **content: Any) -> None:
@@ -92,9 +112,11 @@ def open_run(
     key: str,
     parent: str = "",
     tags: Mapping[str, str] | None = None,
+    settings: Sequence[str] = (*OF_A_TRAINING, "tune", "evaluate", "audit"),
+    text: str = "",
     fresh: bool = False,
 ) -> OutboxTracker:
-    """The run of a stage, with the full config as its parameters.
+    """The run of a stage, with settings as its parameters.
 
     Resumes an unfinished run with this key unless `fresh`. A server may be away, and gets its notes later; what is not a server
     is asked at once, since a damaged file or a wrong address of a database stays as it is.
@@ -105,6 +127,8 @@ def open_run(
         key: names the work, over all attempts.
         parent: our own id (`OutboxTracker.id`) of the run above it.
         tags: more labels.
+        settings: sections and settings to show, as `PipelineConfig.values_of` takes them; those without effect are left out.
+        text: what the run is about, in Markdown.
         fresh: makes a new run.
 
     Raises:
@@ -118,14 +142,26 @@ def open_run(
         STORAGE_TAG: Storage(config.storage).root,
         "rcnn.config_hash": config.hash(),
         "rcnn.recipe": config.recipe,
+        "mlflow.source.name": f"rcnn {name.partition(' ')[0]}",
+        "mlflow.source.type": "LOCAL",
     }
     if commit := git_commit():
         labels["mlflow.source.git.commit"] = commit
-    labels |= tags or {}
+    labels |= ({TEXT_TAG: text} if text else {}) | dict(tags or {})
     tracker = OutboxTracker(outbox_of(config), experiment_name(config), parent, is_child=False)
-    params = _flat(config.model_dump(mode="json", exclude={"ray", "tracking"}))
-    tracker.open(name, key=key, fresh=fresh, tags=labels, params=params)
+    tracker.open(name, key=key, fresh=fresh, tags=labels, params=config.applicable(*settings))
     return tracker
+
+
+def described(about: str, target: StageFolder, result: StageResult) -> str:
+    """What a finished stage's run is about, in Markdown: what it did, its figures, and where they come from."""
+    sentence = about.partition(" (after")[0]  # as `rcnn --help` has it
+    return f"{sentence[:1].upper()}{sentence[1:]}.\n\n{as_list(result.figures())}\n\nIn the storage: `{target.name}`"
+
+
+def as_list(rows: Mapping[str, str]) -> str:
+    """Labels and values in Markdown. Not as a table: MLflow draws its cells without any space between them."""
+    return "\n".join(f"- {label}: {value}" for label, value in rows.items())
 
 
 def git_commit() -> str:

@@ -21,11 +21,12 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from rcnn.config import PipelineConfig
 from rcnn.data.manifest import require_manifest
-from rcnn.errors import LeaseLost, RcnnError
+from rcnn.errors import ConfigError, LeaseLost, RcnnError
 from rcnn.progress import say
 from rcnn.ray_board import following, new_board
 from rcnn.results import Choice, IngestResult, Outcome, TuneResult
 from rcnn.storage import StageFolder
+from rcnn.text import counted
 from rcnn.tracking import Tracker, finish_failed
 from rcnn.train.loop import Metrics
 from rcnn.tune.budget import Budget
@@ -44,7 +45,7 @@ from rcnn.tune.search import (
     result_of,
     trials_left,
 )
-from rcnn.tune.space import Domain, Interval, Point, Space, require_searchable
+from rcnn.tune.space import Domain, Interval, Point, Space, require_searchable, trial_config
 
 METRIC, MODE = "val/error", "min"
 MAX_RETRIES = 2  # of a failed trial
@@ -68,6 +69,8 @@ def run_tune(config: PipelineConfig, data: IngestResult, target: StageFolder, tr
 
 def _run_attempt(search: "_Search") -> TuneResult:
     config, target, tracker = search.config, search.target, search.tracker
+    manifest = require_manifest(target.storage, search.data.folder)
+    tracker.log_data(manifest.summary(), target.storage.uri(search.data.folder), context="training")
     if line := coverage(config):
         say(f"  {line}")
     try:
@@ -106,6 +109,8 @@ class _Search:
         self.board: Any = None
         self.fatal: list[RcnnError] = []
         """Errors that every trial would meet."""
+        self.seeds: dict[str, int] = {}
+        """Of the trials that this attempt started."""
         self.tracked: dict[str, Tracker] = {}
         self.labelled: set[str] = set()
         """Trials whose MLflow run has ended."""
@@ -127,7 +132,14 @@ class _Search:
         with (
             SearchScreen(self.config, self.records.values(), num_planned=len(planned), num_at_once=room.num_trials,
                          num_rows=self.num_rows) as screen,
-            following(self.board, {"trial": lambda note: self._note_epoch(screen, *note), "end": self._note_end}) as self.fatal,
+            following(
+                self.board,
+                {
+                    "start": self._note_start,
+                    "trial": lambda note: self._note_epoch(screen, *note),
+                    "end": self._note_end,
+                },
+            ) as self.fatal,
             self.target.scratch() as folder,
             _credentials_kept_here(),
         ):  # fmt: skip
@@ -196,23 +208,39 @@ class _Search:
         )
         return room_for_trials(self.config, manifest, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
+    def _note_start(self, note: tuple[str, Choice, int]) -> None:
+        self._tracked(*note)
+
     def _note_epoch(self, screen: SearchScreen, name: str, choice: Choice, metrics: Metrics) -> None:
         values = {key: value for key, value in metrics.items() if key != "epoch"}
-        self._tracked(name, choice).log_metrics(values, step=int(metrics["epoch"]))
+        seed = self.seeds.get(name, self.config.seed)  # the note of its start may come after this one
+        self._tracked(name, choice, seed).log_metrics(values, step=int(metrics["epoch"]))
         screen.show_epoch(name, choice, metrics)  # last: if the storage cannot be written, this handler is retried
 
     def _note_end(self, record: Record) -> None:
         """Labels and ends the MLflow run of a trial, also of one that finished no epoch."""
-        run = self._tracked(record.name, record.choice)
+        run = self._tracked(record.name, record.choice, record.seed)
         run.set_tags({"outcome": record.outcome})
+        run.describe(_described(record))
         run.finish(failed=record.outcome == "failed")
         self.labelled.add(record.name)
 
-    def _tracked(self, name: str, choice: Choice) -> Tracker:
+    def _tracked(self, name: str, choice: Choice, seed: int) -> Tracker:
         if name not in self.tracked:
-            self.tracked[name] = self.tracker.child(name)
-            self.tracked[name].log_params(choice.root)
+            try:
+                config = trial_config(self.config, choice, seed=seed)
+            except ConfigError:  # which the trial itself reports
+                config = None
+            self.tracked[name] = self.tracker.child(name, config)
+            self.tracked[name].describe(f"{choice}, seed {seed}")
         return self.tracked[name]
+
+
+def _described(record: Record) -> str:
+    """A trial in a sentence, for its MLflow run."""
+    error = f"{100 * record.val_error:.2f} % validation error" if record.is_usable else record.fault or "no error"
+    epochs, outcome = counted(record.epochs, "epoch"), record.outcome
+    return f"{record.choice}, seed {record.seed}: {error} after {epochs} in {record.seconds:.0f} s ({outcome})"
 
 
 def _tuner(
@@ -304,7 +332,9 @@ class _Recorder(_Unsaved, tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Remembers it: a retry starts from the first epoch."""
-        name = _name_of(trial)
+        name, seed = _name_of(trial), trial.config["seed"]
+        self.search.seeds[name] = seed
+        self.search.board.put.remote("start", (name, Choice(trial.config["choice"]), seed))
         self.running[name], self.val_errors[name], self.speeds[name] = trial, [], []
 
     def on_trial_result(

@@ -58,7 +58,7 @@ def runs_of(server: Server) -> dict[str, Any]:
     client = MlflowClient(server.url)
     runs = client.search_runs([client.get_experiment_by_name("rcnn/mnist-sample").experiment_id])
     assert len({run.info.run_name for run in runs}) == len(runs), "a run was made twice"
-    return {run.info.run_name: run for run in runs}
+    return {run.info.run_name.split()[0]: run for run in runs}  # `train RCNN-8 T=1 52.00 % val`
 
 
 def steps(server: Server, run: Any, name: str) -> list[int]:

@@ -8,7 +8,8 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.artifacts import Artifacts
-from rcnn.results import IngestResult
+from rcnn.config import PipelineConfig
+from rcnn.results import IngestResult, RegisterResult
 from tests.flows.heads import free_ports
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("prefect_server")]
@@ -45,6 +46,22 @@ def test_artifacts_are_kept_while_the_server_is_away_and_sent_with_the_next(
     [line] = said
     assert line.startswith("  Prefect does not answer (")
     assert line.endswith(f"); what it shows of {first} is sent later")
+
+
+@pytest.mark.parametrize("uri", ["http://mlflow:5000", ""])
+def test_the_artifact_of_register_links_to_the_report_where_mlflow_has_a_server(uri: str) -> None:
+    name, config = f"linked-{uuid4()}", PipelineConfig().with_settings({"tracking.uri": uri})
+    result = RegisterResult(
+        model_name="digits", version=2, alias="champion", reason="better", model_uri="models:/digits/2",
+        report="runs/register-x/report.html", experiment_id="1", model_id="m-1", run_id="abc",
+    )  # fmt: skip
+    with Artifacts(config) as artifacts:
+        artifacts.publish(name, result)
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[f"rcnn-{name}"]))
+        [artifact] = client.read_artifacts(artifact_filter=wanted)
+    page = "http://mlflow:5000/#/experiments/1/runs/abc/artifacts/report.html?workflowType=machine_learning"
+    assert (f"[report]({page})" in str(artifact.data)) == bool(uri)
 
 
 def test_the_end_of_the_flow_sends_what_is_kept(digits: IngestResult) -> None:

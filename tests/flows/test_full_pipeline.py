@@ -43,7 +43,9 @@ def trees(config: PipelineConfig, prefect_server: None, ray_session: None) -> di
 def runs_by_name(config: PipelineConfig) -> dict[str, Any]:
     client = MlflowClient(tracking_uri(config))
     experiment = client.get_experiment_by_name("rcnn/mnist-sample")
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    # A stage's run is named `train RCNN-8 T=1 52.00 % val`, and that of the pipeline `RCNN-8 T=1 54.20 %`.
+    runs = {run.info.run_name.split()[0]: run for run in client.search_runs([experiment.experiment_id])}
+    return {"pipeline" if name.startswith("RCNN") else name: run for name, run in runs.items()}
 
 
 def test_each_stage_leaves_a_result_and_every_test_row_is_counted_once(trees: dict[str, Any]) -> None:
@@ -77,6 +79,70 @@ def test_mlflow_holds_the_runs_nested_with_metrics_by_epoch(config: PipelineConf
     assert runs["train"].data.params["model.k"] == "8"
     assert runs["evaluate"].data.metrics["test/error"] == trees["evaluate"]["metrics"]["error"]
     assert "rcnn.prefect_flow_run" in runs["train"].data.tags
+
+
+def test_the_row_of_a_pipeline_says_which_model_it_is_how_good_and_how_to_get_it(
+    config: PipelineConfig, trees: dict[str, Any]
+) -> None:
+    run, results = runs_by_name(config)["pipeline"], results_from_json(trees)
+    trained, evaluated, registered = (results[name] for name in ("train", "evaluate", "register"))
+    chosen = results["tune"].applied_to(config)
+    assert run.info.run_name == f"{chosen.model.short_title} {100 * evaluated.test_error:.2f} %"
+    low, high = evaluated.error_interval
+    figures = {
+        "test/error": evaluated.test_error, "test/error_low": low, "test/error_high": high,
+        "best/val/error": trained.val_error, "model/parameters": trained.num_parameters,
+        "cost/seconds": sum(result.seconds for result in results.values()),
+    }  # fmt: skip
+    assert {name: run.data.metrics[name] for name in figures} == pytest.approx(figures)
+    assert run.data.metrics["cost/cpu_hours"] > 0
+    assert [run.data.params[name] for name in ("model.k", "model.t")] == [str(chosen.model.k), str(chosen.model.t)]
+    assert [noted.dataset.name for noted in run.inputs.dataset_inputs] == ["mnist-sample"]
+    assert [model.model_id for model in run.outputs.model_outputs] == [registered.model_id]
+    assert run.data.tags["rcnn.registered"] == "rcnn-mnist-sample/1"
+    text = run.data.tags["mlflow.note.content"]
+    for words in (
+        evaluated.written_error,
+        "champion: there was no champion",
+        'rcnn.load_model("models:/rcnn-mnist-sample/1")',
+    ):
+        assert words in text
+
+
+def test_every_run_is_described_and_has_the_load_of_the_machine(config: PipelineConfig, trees: dict[str, Any]) -> None:
+    runs = runs_by_name(config)
+    for name, run in runs.items():
+        assert len(run.data.tags["mlflow.note.content"]) > 20, name
+    for name in ("ingest", "tune", "train", "evaluate", "audit"):
+        assert runs[name].data.metrics["system/system_memory_usage_megabytes"] > 0
+
+
+def test_a_training_and_a_trial_have_the_same_parameters_and_data(
+    config: PipelineConfig, trees: dict[str, Any]
+) -> None:
+    runs = runs_by_name(config)
+    trial, trained = runs["trial-01"], runs["train"]
+    assert set(trial.data.params) == set(trained.data.params)
+    assert trial.inputs.dataset_inputs[0].dataset == trained.inputs.dataset_inputs[0].dataset
+    assert runs["trial-00"].info.end_time < runs["tune"].info.end_time
+    assert runs["trial-00"].info.start_time != trial.info.start_time
+
+
+def test_the_training_run_and_the_version_have_the_card_and_the_figures(
+    config: PipelineConfig, trees: dict[str, Any]
+) -> None:
+    client, results = MlflowClient(tracking_uri(config)), results_from_json(trees)
+    run = client.get_run(results["train"].mlflow_run_id)
+    version = client.get_model_version("rcnn-mnist-sample", "1")
+    assert run.data.tags["mlflow.note.content"] == version.description
+    for heading in ("### Load it", "### Figures", "### Limits", "### Data", "### Recipe"):
+        assert heading in version.description
+    low, high = results["evaluate"].error_interval
+    assert (run.data.metrics["test/error_low"], run.data.metrics["test/error_high"]) == (low, high)
+    of_model = client.get_logged_model(results["register"].model_id).metrics
+    assert {metric.key: metric.dataset_name for metric in of_model or []} == dict.fromkeys(
+        ("test/error", "test/error_low", "test/error_high"), "mnist-sample"
+    )
 
 
 def test_mlflow_knows_which_data_each_run_read(config: PipelineConfig, trees: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from rcnn.registry import outbox
 from rcnn.registry.mlflow_store import RunWriter, create_store, find_run
 from rcnn.registry.outbox import num_waiting, outbox_of, send_waiting, wait_for_mlflow
 from rcnn.registry.runs import open_run
+from rcnn.registry.system_metrics import sampling
 from rcnn.storage import Storage
 from rcnn.tracking import tracking_uri
 from tests.registry.server import free_port
@@ -101,6 +102,7 @@ def check_everything(config: PipelineConfig) -> None:
     assert curve(config, runs["trial-00"], "val/error") == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
     assert [step for step, _ in curve(config, runs["trial-00"], "train/loss")] == [1, 2, 3]
     assert runs["trial-00"].data.params == {"k": "3"}
+    assert {runs[f"trial-0{number}"].inputs.dataset_inputs[0].dataset.name for number in range(3)} == {"d"}
     assert runs["trial-01"].data.tags["outcome"] == "finished"
     assert runs["tune"].data.tags["label"] == "1"
     assert runs["tune"].data.params["train.batch_size"] == "32"
@@ -139,7 +141,7 @@ def test_a_sender_that_is_killed_before_it_deletes_a_note_leaves_no_duplicate(
 ) -> None:
     assert in_process(report_everything, away, tmp_path / "files") == 0
     create_store(config)
-    for num_notes in (1, 9, 6):  # after a run was made, in the middle of a curve, and at the end
+    for num_notes in (1, 12, 6):  # after a run was made, in the middle of a curve, and at the end
         before = num_waiting(config)
         assert in_process(send_and_die, config, num_notes) == -signal.SIGKILL
         assert num_waiting(config) == before - num_notes + 1
@@ -215,7 +217,7 @@ def test_a_stage_that_ended_while_mlflow_was_away_is_done_and_a_corrected_addres
     assert num_waiting(config) == 0
     result = json.loads(printed.out)
     assert result["mlflow_run_id"] == ""
-    run = runs_of(config)["ingest"]
+    run = runs_of(config)["ingest mnist-sample"]
     assert (run.info.status, run.data.metrics["rows/test"]) == ("FINISHED", 500)
     assert find_run(config, "", key=result["folder"]) == run.info.run_id
     assert run.info.end_time - run.info.start_time < 60_000  # as it ran, not as it was sent
@@ -235,6 +237,61 @@ def test_a_run_that_is_resumed_keeps_one_point_for_each_step_and_gets_those_that
     resumed.finish()
     assert resumed.run_id == first.run_id
     assert sorted(curve(config, runs_of(config)["train"], "val/error")) == [(1, 0.5), (2, 0.4), (3, 0.1), (4, 0.2)]
+
+
+def test_an_experiment_has_a_view_and_keeps_what_people_make_of_it(config: PipelineConfig) -> None:
+    def tags() -> dict[str, str]:
+        return MlflowClient(tracking_uri(config)).get_experiment_by_name("rcnn/mnist-sample").tags  # type: ignore[no-any-return]
+
+    open_run(config, "train", key="k").finish()
+    view = json.loads(tags()["mlflow.sharedViewState.rcnn"])
+    assert view["orderByKey"] in view["selectedColumns"]
+    assert "test error" in tags()["mlflow.note.content"]
+    experiment = MlflowClient(tracking_uri(config)).get_experiment_by_name("rcnn/mnist-sample").experiment_id
+    MlflowClient(tracking_uri(config)).set_experiment_tag(experiment, "mlflow.note.content", "ours")
+    open_run(config, "train", key="l").finish()
+    assert tags()["mlflow.note.content"] == "ours"
+
+
+def test_a_run_may_be_renamed_and_has_one_model_however_often_it_is_named(config: PipelineConfig) -> None:
+    run = open_run(config, "pipeline demo", key="p", text="to come")
+    run.finish()
+    client = MlflowClient(tracking_uri(config))
+    made = client.create_logged_model(client.get_run(run.run_id).info.experiment_id, name="model")
+    assert client.get_run(run.run_id).data.tags["mlflow.note.content"] == "to come"
+    for _ in range(2):
+        run.log_model(made.model_id)
+    run.describe("x" * 9000, name="RCNN-8 T=1 2.40 %")
+    run.finish()
+    stored = runs_of(config)["RCNN-8 T=1 2.40 %"]
+    assert [each.model_id for each in stored.outputs.model_outputs] == [made.model_id]
+    assert stored.data.tags["mlflow.note.content"] == "x" * 7900
+    assert num_waiting(config) == 0
+
+
+def test_the_load_of_the_machine_goes_on_where_a_resumed_stage_left_off(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rcnn.registry.system_metrics.SECONDS_BETWEEN_SAMPLES", 0.05)
+    for has_failed, until in ((True, 2), (False, 4)):
+        run = open_run(config, "train", key="k")
+        name = "system/cpu_utilization_percentage"
+
+        def num_points(tracker: Any = run, name: str = name) -> int:
+            outbox_of(config).flush()
+            run_id = tracker.run_id
+            return len(MlflowClient(tracking_uri(config)).get_metric_history(run_id, name)) if run_id else 0
+
+        with sampling(run):
+            deadline = time.monotonic() + 120
+            while num_points() < until:
+                assert time.monotonic() < deadline
+        run.finish(failed=has_failed)
+    [stored] = runs_of(config).values()
+    points = curve(config, stored, name)
+    assert len({step for step, _ in points}) == len(points) >= 4
+    assert all(0 <= value <= 100 for _, value in points)
+    assert stored.data.metrics["system/system_memory_usage_megabytes"] > 0
 
 
 def test_what_mlflow_refuses_is_dropped_with_a_line_and_holds_up_nothing(
@@ -291,7 +348,7 @@ def test_register_waits_as_long_as_it_may_and_then_says_what_to_do(
 def test_notes_wait_in_a_bucket_too(away: PipelineConfig, s3_endpoint: str, tmp_path: Path) -> None:
     there = away.with_settings({"storage": f"s3://outbox/x?{s3_endpoint}"})
     report_everything(there, tmp_path / "files")
-    assert num_waiting(there) == 15
+    assert num_waiting(there) == 18
     uri = f"sqlite:///{tmp_path}/other.db"
     local = there.with_settings({"tracking.uri": uri})
     send_waiting(local)

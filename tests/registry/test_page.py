@@ -14,6 +14,7 @@ from rcnn.data.manifest import require_manifest
 from rcnn.evaluate.paired import Paired
 from rcnn.evaluate.report import run_evaluate
 from rcnn.recipes import resolve_config
+from rcnn.registry.card import MAX_CARD, model_card
 from rcnn.registry.gate import Standing, judge
 from rcnn.registry.ledger import Look
 from rcnn.registry.page import PICTURES, Subject, write_page
@@ -121,6 +122,28 @@ def test_its_command_gives_the_same_model(page: Page, subject: Subject) -> None:
     sections = ("model", "train", "augment", "data", "seed", "evaluate")
     assert again.values_of(*sections) == subject.config.values_of(*sections)
     assert f"git checkout {'0' * 40}" in page.text
+
+
+def test_the_card_says_what_it_is_how_certain_that_is_and_how_to_load_it(subject: Subject) -> None:
+    card = model_card(subject)
+    assert card.startswith(f"**RCNN-16, T = 1** on **mnist-sample**: test error {subject.evaluated.written_error}.")
+    for words in (
+        'model = rcnn.load_model("models:/rcnn-<b>/2")', subject.manifest.digest, "Version 2 is the champion. Better: ",
+        "Weakest class: ", f"Only {subject.evaluated.num_rows:,} test rows", "rcnn pipeline --recipe debug_tiny",
+    ):  # fmt: skip
+        assert words in card
+    served = replace(subject, config=subject.config.with_settings({"tracking.uri": "http://mlflow:5000"}))
+    assert 'load_model("models:/rcnn-<b>/2", tracking_uri="http://mlflow:5000")' in model_card(served)
+
+
+@pytest.mark.parametrize("length", [4200, 9000])
+def test_a_card_fits_into_mlflow_and_loses_whole_parts_where_it_is_too_long(subject: Subject, length: int) -> None:
+    wordy = replace(subject, registered=subject.registered.model_copy(update={"reason": "x" * length}))
+    card = model_card(wordy)
+    assert len(card) <= MAX_CARD
+    assert "### Recipe" not in card
+    assert card.count("```") % 2 == 0
+    assert ("### Load it" in card) == (length == 4200)
 
 
 def test_a_first_model_has_no_comparison(subject: Subject, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ class Family(NoTracker):
 
     def __init__(self) -> None:
         self.children: dict[str, Family] = {}
-        self.params: dict[str, Any] = {}
+        self.config: PipelineConfig | None = None
+        self.data = self.text = ""
         self.tags: dict[str, str] = {}
         self.epochs: list[int] = []
         self.files: set[str] = set()
@@ -42,11 +43,16 @@ class Family(NoTracker):
     def finish(self, *, failed: bool = False) -> None:
         self.status = "FAILED" if failed else "FINISHED"
 
-    def child(self, name: str) -> "Family":
-        return self.children.setdefault(name, Family())
+    def child(self, name: str, config: PipelineConfig | None = None) -> "Family":
+        child = self.children.setdefault(name, Family())
+        child.config, child.data = config, self.data
+        return child
 
-    def log_params(self, params: Any) -> None:
-        self.params |= params
+    def log_data(self, summary: Any, uri: str, *, context: str) -> None:
+        self.data = summary["name"]
+
+    def describe(self, text: str, *, name: str = "") -> None:
+        self.text = text
 
     def set_tags(self, tags: Any) -> None:
         self.tags |= tags
@@ -99,7 +105,11 @@ def test_bad_trials_are_stopped_and_an_interrupted_search_repeats_no_ended_trial
     assert {name: max(child.epochs, default=0) for name, child in family.children.items()} == {
         trial.name: trial.epochs for trial in result.trials
     }
-    assert family.children["trial-03"].params == records["trial-03"].choice.root
+    last, choice = family.children["trial-03"], records["trial-03"].choice
+    assert last.config is not None
+    assert last.config.values_of(*choice.root, "train.epochs") == choice.root | {"train.epochs": 4}
+    assert last.data == "mnist-sample"
+    assert last.text.startswith(f"{choice}, seed 0: ")
     assert family.children["trial-00"].tags == {"outcome": "finished"}
     assert family.unfinished_children() == []
     assert family.files == {"optimisation_history.png", "importance.png", "parallel_coordinates.png"}
@@ -155,7 +165,7 @@ class Clock(Family):
     def monotonic(self) -> float:
         return self.now
 
-    def child(self, name: str) -> "Clock":
+    def child(self, name: str, config: PipelineConfig | None = None) -> "Clock":
         return self
 
     def log_metrics(self, metrics: Any, *, step: int = 0) -> None:
