@@ -738,6 +738,8 @@ class PipelineConfig(Section):
         yield from (f"model.{name}" for name in unread_settings(self.model.network, self.model.model_dump()))
         yield from (f"data.{name}" for name in unread_by(self.data.source))
         yield from (f"train.{name}" for name in _OF_SCHEDULES if not name.startswith(self.train.schedule))
+        if self.train.optimizer != "muon":
+            yield "train.kernel_rate"
         reads = NETWORKS[self.model.network].reads
         yield from (f"execution.{name}" for name in ("convolution", "recompute") if name not in reads)
         if self.tune.early_stopping != "asha":
