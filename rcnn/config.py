@@ -187,6 +187,19 @@ class ModelConfig(Section):
                 raise ValueError(f"{name} = {value!r} is not read by network = {self.network!r}; leave it at {usual!r}")
         return self
 
+    members: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Networks that answer as one, trained with the seeds seed, seed + 1 and so on. Each is a training of its "
+        "own, which is found if it was made before.",
+    )
+    combine: Literal["probabilities", "weights"] = Field(
+        "probabilities",
+        description="How members answer as one: by the mean of their probabilities, each doing its arithmetic; or as one "
+        "network with the mean of their weights, which seldom holds for different seeds.",
+    )
+
     @property
     def reads(self) -> tuple[str, ...]:
         """The settings that the network reads."""
@@ -195,7 +208,10 @@ class ModelConfig(Section):
     @property
     def title(self) -> str:
         """What reports, plots and tags call the network, e.g. `RCNN-96, T = 3`."""
-        return title_of(self.network, self.model_dump())
+        network = title_of(self.network, self.model_dump())
+        if self.members == 1:
+            return network
+        return f"{self.members} x {network}" if self.combine == "probabilities" else f"mean of {self.members} {network}"
 
     @property
     def short_title(self) -> str:
@@ -405,7 +421,14 @@ class ExecutionConfig(Section):
 
 
 SEARCHED_SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "train": TrainConfig, "augment": AugmentConfig}
-NOT_SEARCHED = ("train.epochs", "train.num_rows", "train.max_minutes", "train.with_validation")  # `tune` has its own
+NOT_SEARCHED = (
+    "train.epochs",
+    "train.num_rows",
+    "train.max_minutes",
+    "train.with_validation",
+    "model.members",
+    "model.combine",
+)  # fmt: skip  (`tune` has its own, and a trial trains one network)
 SEARCHABLE = {
     f"{section}.{name}": field
     for section, of in SEARCHED_SECTIONS.items()
@@ -674,6 +697,22 @@ class PipelineConfig(Section):
                 f"model.crop"
             )
         return self
+
+    @model_validator(mode="after")
+    def _members_are_whole(self) -> Self:
+        if self.model.members > 1 and self.train.max_minutes:
+            raise ValueError(
+                f"train.max_minutes = {self.train.max_minutes:g} limits one training, and model.members = {self.model.members} "
+                f"takes several; set train.max_minutes to 0"
+            )
+        return self
+
+    @property
+    def members(self) -> "list[PipelineConfig]":
+        """The trainings of an ensemble; empty for one network."""
+        seeds = range(self.seed, self.seed + self.model.members) if self.model.members > 1 else ()
+        one = {"model.members": 1, "model.combine": "probabilities"}
+        return [self.with_settings(one | {"seed": seed}) for seed in seeds]
 
     @model_validator(mode="after")
     def _steps_can_be_drawn(self) -> Self:

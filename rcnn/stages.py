@@ -59,6 +59,8 @@ class Stage:
         on_ray: whether it runs on Ray's workers, on one machine too.
         replaces_whole: whether `--fresh` keeps the old result until the new one is complete; otherwise it is deleted first.
         is_planned: whether a pipeline with this config includes it.
+        members: configs of the same stage whose results it joins, each found or made first; empty: it runs by itself.
+        join: `module:function` in the place of `run` where there are members, called with their results before the folder.
         tidy: `module:function` to call with the folder when the result is stored: deletes what only unfinished work needs.
         at_end: `module:function` to call at the end of a pipeline, with the config and the result; empty: none.
     """
@@ -85,6 +87,8 @@ class Stage:
     on_ray: Callable[[PipelineConfig], bool] = lambda config: False
     replaces_whole: bool = False
     is_planned: Callable[[PipelineConfig], bool] = lambda config: True
+    members: Callable[[PipelineConfig], list[PipelineConfig]] = lambda config: []
+    join: str = ""
     tidy: str = ""
     at_end: str = ""
 
@@ -116,6 +120,8 @@ def _network_module(config: PipelineConfig) -> list[str]:
 
 
 def _training_in_words(config: PipelineConfig) -> str:
+    if config.members:
+        return f"{config.model.title}, seeds {config.seed} to {config.members[-1].seed}"
     epochs, workers = counted(config.train.epochs, "epoch"), counted(config.execution.num_workers, "worker")
     return f"{config.model.title}, {epochs} on {workers}"
 
@@ -181,6 +187,8 @@ STAGES: dict[str, Stage] = {
         label=lambda config: "train",
         modules=_network_module,
         whole=("model/model.safetensors",),
+        members=lambda config: config.members,
+        join="rcnn.train.ensemble:run_ensemble",
         check="rcnn.train.limit:allows_no_more",
         on_ray=lambda config: True,
     ),
@@ -294,7 +302,8 @@ def made_of(config: PipelineConfig, name: str, results: Results) -> dict[str, An
 def stage_code(config: PipelineConfig, name: str) -> Code:
     """The digest of each module that makes a stage's result."""
     stage = STAGES[name]
-    return code_of([stage.run.partition(":")[0], *stage.modules(config)])
+    runs = [stage.run, *([stage.join] if stage.members(config) else [])]
+    return code_of([*(path.partition(":")[0] for path in runs), *stage.modules(config)])
 
 
 def require_same_code(config: PipelineConfig, name: str, theirs: Code) -> None:
@@ -493,7 +502,7 @@ def _run_tracked(
 
     stage = STAGES[name]
     if not stage.has_run:
-        return _run_timed(config, name, results, target, NoTracker())
+        return _run_timed(config, name, results, target, NoTracker(), parent)
     tags = dict(parent.tags)
     for result in results.values():
         tags |= result.tags()
@@ -510,7 +519,7 @@ def _run_tracked(
     )
     try:
         with sampling(tracker, is_one_of_many=bool(config.ray.address)):
-            result = _run_timed(config, name, results, target, tracker)
+            result = _run_timed(config, name, results, target, tracker, parent)
     except LeaseLost:
         raise  # the run belongs to the process that took over
     except BaseException as error:
@@ -531,14 +540,17 @@ def _shown_settings(config: PipelineConfig, name: str) -> tuple[str, ...]:
 
 
 def _run_timed(
-    config: PipelineConfig, name: str, results: Results, target: StageFolder, tracker: Tracker
+    config: PipelineConfig, name: str, results: Results, target: StageFolder, tracker: Tracker, parent: Parent
 ) -> StageResult:
     """Runs a stage; its time and the prediction go to its result and, unless it sends its own, to MLflow."""
     stage = STAGES[name]
-    run, predicted = imported(stage.run), imported(FORECAST)(config, name, results, target)
+    predicted = imported(FORECAST)(config, name, results, target)
     started = time.perf_counter()
-    taken = (results[each] if STAGES[each].is_planned(config) else results.get(each) for each in stage.takes)
-    result: StageResult = run(config, *taken, target, tracker)
+    taken = [results[each] if STAGES[each].is_planned(config) else results.get(each) for each in stage.takes]
+    inputs = dict(zip(stage.takes, taken, strict=True))
+    members = [run_stage(each, name, inputs, parent=parent) for each in stage.members(config)]
+    run = imported(stage.join if members else stage.run)
+    result: StageResult = run(config, *taken, *([members] if members else []), target, tracker)
     times = {"seconds": time.perf_counter() - started, "predicted_seconds": predicted}
     if not result.seconds:
         tracker.log_metrics({f"perf/{each}": value for each, value in times.items() if value})

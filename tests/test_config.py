@@ -73,7 +73,7 @@ SMALLEST_WRONG = {
     "data.shard_megabytes": 0, "data.name": "a/b", "data.svhn_extra": "perhaps", "data.image_size": -1,
     "data.resize": "squeeze", "data.color": "blue", "data.max_megapixels": 0, "data.on_error": "ignore",
     "data.follow_links": "perhaps", "audit.enabled": "perhaps", "audit.train_rows": "sometimes",
-    "model.network": "resnet", "model.normalise": "whiten", "model.crop": -1,
+    "model.members": 0, "model.combine": "votes", "model.network": "resnet", "model.normalise": "whiten", "model.crop": -1,
     "augment.flip": "perhaps", "augment.cutout": -1, "execution.loader": "lazy",
     "execution.resident_megabytes": 0, "model.k": 0, "model.t": -1, "model.dropout": 1.0, "model.lrn_alpha": -0.1,
     "model.lrn_beta": -1, "train.epochs": 0, "train.batch_size": 0, "train.learning_rate": 0, "train.momentum": 1,
@@ -147,6 +147,10 @@ def test_a_value_out_of_bounds_is_named_with_its_setting(name: str) -> None:
         (
             ["train.any_t=true", "model.t=0"],
             "model.network = 'rcnn' with model.t = 0 has none that share their weights",
+        ),
+        (
+            ["model.members=2", "train.max_minutes=5"],
+            "train.max_minutes = 5 limits one training, and model.members = 2",
         ),
         (["augment.alternate_flips=true"], "alternate_flips is on and flip is off; set flip to true"),
         (["recipe=demo"], "Use --recipe NAME"),

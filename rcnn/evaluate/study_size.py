@@ -20,8 +20,9 @@ PASSES_OF_A_FIELD = 4
 
 
 def num_steps_studied(config: PipelineConfig) -> int:
-    """T where the network has recurrent steps to study, else 0."""
-    return config.model.t if config.evaluate.steps and "t" in config.model.reads else 0
+    """T where one network has recurrent steps to study, else 0."""
+    is_one = config.model.members == 1 or config.model.combine == "weights"
+    return config.model.t if config.evaluate.steps and is_one and "t" in config.model.reads else 0
 
 
 def num_sampled(config: PipelineConfig, num_rows: int) -> int:

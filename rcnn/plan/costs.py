@@ -19,6 +19,7 @@ from rcnn.plan.progress import ended_trials, num_trials_left, trained
 from rcnn.plan.search import expected_epochs, most_epochs, networks_of, num_repeats_left, timed_of
 from rcnn.plan.size import DataSize
 from rcnn.results import Choice
+from rcnn.stages import finished_until
 from rcnn.storage import StageFolder
 from rcnn.text import counted
 from rcnn.tune.budget import minutes_noted
@@ -46,6 +47,7 @@ SECONDS_TO_START_PREFECT = 10.0  # beyond what starts beside it
 SECONDS_TO_START_WORKERS = 14.0
 SECONDS_TO_START_TRIALS = 16.0
 SECONDS_TO_END_TRAINING = 2.0
+SECONDS_TO_JOIN = 2.0  # of an ensemble: the validation rows once, for each member
 SECONDS_OF_A_CHECKPOINT = 0.3
 PIXELS_PER_SECOND = 40e6  # that ingest writes, from arrays in memory
 BYTES_OF_RAY_WORKER = 180e6  # that Ray adds to a process that trains
@@ -151,6 +153,8 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
     """The steps and epochs that no checkpoint holds, with validation and checkpoints."""
     if size is None:
         return UNKNOWN
+    if config.members:
+        return _cost_of_members(config, size, calibrate)
     how, done = config.execution, trained(target)
     steps_per_epoch = max(1, _steps_per_epoch(config, size))
     num_steps = max(0, (config.train.epochs - done.num_epochs) * steps_per_epoch - done.num_steps)
@@ -177,6 +181,17 @@ def cost_of_train(config: PipelineConfig, size: DataSize | None, calibrate: Cali
         gpus=float(how.use_gpu),
         peak_bytes=_process_bytes(config, size, [found]),
     )
+
+
+def _cost_of_members(config: PipelineConfig, size: DataSize, calibrate: Calibrate) -> Cost:
+    """The trainings of an ensemble that were not made before, one after another; joining them takes a second or two."""
+    left = [member for member in config.members if "train" not in finished_until(member, "train")]
+    if not left:
+        return Cost(num_rows=size.num_rows["val"], num_steps=0, multiply_adds=0, seconds=SECONDS_TO_JOIN)
+    one = cost_of_train(left[0], size, calibrate)
+    added = ("num_steps", "multiply_adds", "seconds", "cpu_hours", "gpu_hours", "disk_bytes")
+    known = {name: value for name in added if (value := getattr(one, name)) is not None}
+    return replace(one, **{name: len(left) * value for name, value in known.items()})
 
 
 def cost_of_evaluate(

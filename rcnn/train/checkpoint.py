@@ -20,6 +20,7 @@ from rcnn.data.manifest import Manifest
 from rcnn.errors import ConfigError, DataError, TrainingError
 from rcnn.model.build import build_network
 from rcnn.model.classifier import Classifier, MeanRemoval
+from rcnn.model.ensemble import Ensemble
 from rcnn.model.networks import unread_settings
 from rcnn.text import parse_json
 from rcnn.train.optim import Schedule, build_optimizer
@@ -196,7 +197,9 @@ def _assembled(
     """
     crop, name = settings["crop"], settings.get("network", "rcnn")
     seen = (crop, crop, image_shape[2]) if crop else image_shape
-    return Classifier(normalise, build_network(name, seen, num_classes, settings), crop=crop)
+    num_members = settings.get("members", 1) if settings.get("combine") == "probabilities" else 1
+    networks = [build_network(name, seen, num_classes, settings) for _ in range(num_members)]
+    return Classifier(normalise, networks[0] if num_members == 1 else Ensemble(networks), crop=crop)
 
 
 def save_model(weights: Mapping[str, Tensor], config: PipelineConfig, manifest: Manifest, folder: Path) -> None:

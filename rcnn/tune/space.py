@@ -232,6 +232,8 @@ def trial_config(config: PipelineConfig, choice: Choice, *, seed: int) -> Pipeli
         "train.epochs": tune.epochs,
         "train.num_rows": tune.num_rows or config.train.num_rows,
         "train.with_validation": False,  # a search chooses by these rows
+        "model.members": 1,
+        "model.combine": "probabilities",
         "execution.num_workers": tune.workers_per_trial,
         "execution.min_workers": 0,
         "execution.cpus_per_worker": tune.cpus_per_trial,
