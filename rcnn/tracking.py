@@ -38,7 +38,7 @@ def tracking_uri(config: PipelineConfig) -> str:
 
 
 def runs_page(address: str, experiment_id: str) -> str:
-    """The page of MLflow's UI with an experiment's training runs, the best first. The bare page is for agents, and empty."""
+    """The page of MLflow's UI with an experiment's training runs; the bare page is for agents, and empty."""
     page = f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs"
     return f"{page}?{TRAINING}&viewStateShareKey={VIEW}"
 

@@ -74,7 +74,7 @@ def _limits(subject: Subject) -> Iterator[str]:
     if evaluated.num_rows < FEW_ROWS:
         yield (
             f"Only {evaluated.num_rows:,} test rows: the true error may be anywhere in the interval, and smaller differences "
-            "between models are chance."
+            "between models may be chance."
         )
     yield from _weakest(evaluated.classes)
     yield (

@@ -71,8 +71,9 @@ MAX_REASON = 1000  # characters
 SECONDS_OF_A_DAY = 86400
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 VIEW_OF_RUNS = {
-    "orderByKey": "metrics.`test/error`",
-    "orderByAsc": True,
+    # By another column, MLflow would list stages and trials beside pipelines, not under them.
+    "orderByKey": "attributes.start_time",
+    "orderByAsc": False,
     "selectedColumns": [
         *(f"attributes.`{name}`" for name in ("Dataset", "Models")),
         *(f"metrics.`{name}`" for name in ("test/error", "test/error_low", "test/error_high", "best/val/error")),
@@ -85,8 +86,8 @@ VIEW_OF_RUNS = {
 ABOUT_RUNS = (
     "A row is a pipeline, named after its network and test error (`RCNN-32 T=1 2.40 %`): open it to see how certain that is, "
     "and how to load the model; expand it for its stages and trials. `test/error_low` and `test/error_high` are the ends of "
-    "the 95 % interval: models whose intervals overlap may be equally good. The model to use has the alias `champion` in the "
-    "registry."
+    "the 95 % interval: models whose intervals overlap may be equally good, and only those on the same data set (with its "
+    "digest) compare at all. The model to use has the alias `champion` in the registry."
 )
 MAX_IDS = 100  # of resumptions: a tag has a limit too
 REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")

@@ -252,7 +252,8 @@ def reproduction(config: PipelineConfig, environment: Mapping[str, str]) -> str:
 
 def _code(text: str) -> Markup:
     """Text with what stands between backticks as code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))  # noqa: S704  (escaped first)
+    escaped = str(escape(text))  # as Markup, `re.sub` would escape what it puts in too
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704
 
 
 def _table(rows: Mapping[str, str]) -> Markup:

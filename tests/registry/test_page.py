@@ -113,6 +113,12 @@ def test_names_cannot_change_the_page(page: Page) -> None:
     assert "rcnn-<b> version 2" in page.text
 
 
+def test_commands_in_its_sentences_are_code(page: Page) -> None:
+    assert "code" in [tag for tag, _ in page.tags]
+    assert "rcnn predict --calibrated" in page.text
+    assert "<code>" not in page.text
+
+
 def test_its_command_gives_the_same_model(page: Page, subject: Subject) -> None:
     [line] = re.findall(r"^rcnn pipeline .*$", page.text, re.MULTILINE)
     words = shlex.split(line)[2:]
