@@ -87,6 +87,7 @@ class Stack:
                 process.wait(15)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for machine in self._machines.values():
             machine.remove()
             shutil.rmtree(Path("/etc/netns", machine.name), ignore_errors=True)
