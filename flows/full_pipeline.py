@@ -6,7 +6,7 @@ In: a config, the flow's typed parameter, which the Prefect UI draws as a form. 
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from prefect import flow
@@ -15,9 +15,12 @@ from prefect.runtime import deployment, flow_run
 
 from flows.artifacts import Artifacts
 from flows.jobs import FLOW_RUN_TAG, stop_jobs_of
+from flows.left_runs import label_flow_run
 from flows.stages import task_of
 from rcnn.config import PipelineConfig
 from rcnn.data.sources import looking_once
+from rcnn.errors import ClusterError
+from rcnn.lease import held
 from rcnn.progress import say, show_on_screen
 from rcnn.recipes import demo
 from rcnn.stages import (
@@ -31,6 +34,7 @@ from rcnn.stages import (
     results_from_json,
     stage_folder,
 )
+from rcnn.storage import StageFolder, Storage
 from rcnn.tracking import finish_failed
 
 
@@ -48,6 +52,7 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_run
     if deployment.id:
         config = config.placed_by(os.environ)
     config = config.rooted()
+    label_flow_run()
     trees: dict[str, Any] = {}
     with looking_once(), log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
         for name in planned(config):
@@ -77,6 +82,11 @@ def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
     if not fresh and finished_pipeline(config) is not None:
         yield Parent()
         return
+    with _at_work(config):
+        yield from _open_pipeline_run(config, fresh)
+
+
+def _open_pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
     from rcnn.registry.runs import open_run
 
     tags = {FLOW_RUN_TAG: str(flow_run.id)} if flow_run.id else {}
@@ -87,6 +97,19 @@ def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
         finish_failed(tracker)
         raise
     tracker.finish()
+
+
+@contextmanager
+def _at_work(config: PipelineConfig) -> Iterator[None]:
+    """Holds a lease while the pipeline's MLflow run is open, so that one left by a crash is known; of two flows, one does."""
+    with ExitStack() as stack:
+        with suppress(
+            ClusterError
+        ):  # another flow runs the same pipeline; a storage that is away is reported by the stages
+            stack.enter_context(
+                held(StageFolder(Storage(config.storage), pipeline_key(config)), waits=False, says_so=False)
+            )
+        yield
 
 
 @contextmanager

@@ -93,11 +93,15 @@ class JobServer:
     def stop_and_wait(self, job_id: str) -> None:
         """Stops a job; returns when it has ended."""
         self.stop(job_id)
-        deadline = time.monotonic() + SECONDS_TO_END + SECONDS_TO_ANSWER
-        while self.is_running(job_id):
-            if time.monotonic() > deadline:
-                raise ClusterError(f"Ray job {job_id} does not end", where=self._where, remedy="See `ray job list`")
+        if self.wait_for(job_id, seconds=SECONDS_TO_END + SECONDS_TO_ANSWER) in UNFINISHED:
+            raise ClusterError(f"Ray job {job_id} does not end", where=self._where, remedy="See `ray job list`")
+
+    def wait_for(self, job_id: str, *, seconds: float) -> str | None:
+        """Waits until a job has ended, or the time is up; returns its status."""
+        deadline = time.monotonic() + seconds
+        while (status := self.status(job_id)) in UNFINISHED and time.monotonic() < deadline:
             time.sleep(SECONDS_BETWEEN_TRIES)
+        return status
 
     def read_log(self, job_id: str, show: Callable[[str], None]) -> None:
         """Passes a job's log on as it is written, from its beginning, in pieces of any length.

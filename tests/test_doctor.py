@@ -87,7 +87,7 @@ def test_leases_and_runs_of_the_dead_are_mended_and_those_of_the_living_are_not(
     storage = Storage(config.storage)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    dead = replace(lease._this_process("runs/train-dead"), pid=ended.pid)
+    dead = replace(lease.this_process("runs/train-dead"), pid=ended.pid)
     leave_a_lease(storage, dead)
     for key in ("runs/train-dead", "runs/train-living", "runs/train-unknown"):
         open_run(config, "train", key=key)

@@ -94,7 +94,7 @@ HOMES = {
     "optuna": ["rcnn/tune/"],
     "onnxruntime": ["rcnn/registry/export.py"],
     "torchvision": [],
-    "flows": ["flows/", "rcnn/cli.py"],
+    "flows": ["flows/", "rcnn/cli.py", "infra/local/"],
     "infra": ["infra/"],
 }
 
