@@ -35,6 +35,7 @@ from rcnn.stages import (
     stage_folder,
 )
 from rcnn.storage import StageFolder, Storage
+from rcnn.summary import summary_lines
 from rcnn.tracking import finish_failed
 
 
@@ -53,12 +54,32 @@ def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_run
         config = config.placed_by(os.environ)
     config = config.rooted()
     label_flow_run()
+    with looking_once(), log_in_prefect():
+        trees = (None if fresh else _nothing_to_do(config)) or _run_tasks(config, fresh, stop_running)
+        end_pipeline(config, results_from_json(trees))
+        if deployment.id:  # in a shell, the command prints it
+            for line in summary_lines(config, trees):
+                say(line)
+    return trees
+
+
+def _nothing_to_do(config: PipelineConfig) -> dict[str, Any] | None:
+    """The results of all stages, if none is left to run: tasks, and what they would import, take longer than this look."""
+    results = finished_pipeline(config)
+    if results is None:
+        return None
+    for name in results:
+        say(nothing_to_do(name, stage_folder(config, name, results)))
+    return {name: result.model_dump(mode="json") for name, result in results.items()}
+
+
+def _run_tasks(config: PipelineConfig, fresh: bool, stop_running: bool) -> dict[str, Any]:
+    """Runs a task for each stage, under one MLflow run; returns their results."""
     trees: dict[str, Any] = {}
-    with looking_once(), log_in_prefect(), Artifacts() as artifacts, _pipeline_run(config, fresh) as parent:
+    with Artifacts() as artifacts, _at_work(config), _pipeline_run(config, fresh) as parent:
         for name in planned(config):
             given = {"config": config, "name": name, "trees": trees, "fresh": fresh, "parent": parent}
             trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
-        end_pipeline(config, results_from_json(trees))
     return trees
 
 
@@ -78,15 +99,7 @@ def _run_task(given: dict[str, Any], artifacts: Artifacts) -> Any:
 
 @contextmanager
 def _pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
-    """The MLflow run above the stages' own; where there is nothing to do, none is opened."""
-    if not fresh and finished_pipeline(config) is not None:
-        yield Parent()
-        return
-    with _at_work(config):
-        yield from _open_pipeline_run(config, fresh)
-
-
-def _open_pipeline_run(config: PipelineConfig, fresh: bool) -> Iterator[Parent]:
+    """The MLflow run above the stages' own."""
     from rcnn.registry.runs import open_run
 
     tags = {FLOW_RUN_TAG: str(flow_run.id)} if flow_run.id else {}

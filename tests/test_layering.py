@@ -59,6 +59,7 @@ HOMES = {
     "ray": [
         "rcnn/train/ray_trainer.py",
         "rcnn/train/ray_workers.py",
+        "rcnn/train/rendezvous.py",
         "rcnn/train/elastic.py",
         "rcnn/train/shared_rows.py",
         "rcnn/ray_nodes.py",
@@ -70,6 +71,7 @@ HOMES = {
         "rcnn/tune/ray_tuner.py",
         "rcnn/tune/ray_trial.py",
         "flows/job_server.py",
+        "flows/ray_client.py",
         "infra/serve/",
     ],
     "mlflow": ["rcnn/registry/mlflow_store.py", "rcnn/registry/served_model.py"],

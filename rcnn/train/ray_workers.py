@@ -40,9 +40,9 @@ class WorkersTrainer(DataParallelTrainer):
     ):
         backend_config = None
         if scaling_config.num_workers > 1 or scaling_config.use_gpu:
-            from ray.train.torch import TorchConfig  # imports torch, and the controller imports this module
+            from rcnn.train.rendezvous import LoopbackConfig  # imports torch, and the controller imports this module
 
-            backend_config = TorchConfig()
+            backend_config = LoopbackConfig()
         super().__init__(
             function,
             train_loop_config=settings,
