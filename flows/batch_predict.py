@@ -14,6 +14,7 @@ from prefect import flow
 from flows.full_pipeline import log_in_prefect
 from flows.job_server import UNFINISHED, JobServer
 from flows.jobs import MINUTES_TO_STOP, JobLog, ending_with_flow
+from flows.left_runs import label_flow_run
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.evaluate.batch_records import BATCH, Batch
@@ -47,6 +48,7 @@ def batch_predict(source: str, to: str, model: str = "", image_column: str = "",
         fresh: replaces the predictions that the folder holds.
     """
     show_on_screen()
+    label_flow_run()
     config = _config(image_column)
     with log_in_prefect():
         if config.ray.address.startswith("http"):

@@ -6,6 +6,7 @@ one that loses its flow keeps running, since the next flow attaches to it.
 """
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -256,6 +257,10 @@ class _Job:
         return results_from_json({self._name: outcome["result"]})[self._name]  # type: ignore[no-any-return]
 
 
+_RAYS_OWN = re.compile(r"INFO job_manager\.py:|^Running entrypoint for job ")
+"""Lines with which each job's log begins, and which say what the flow has said."""
+
+
 class JobLog:
     """A job's log, printed line by line; what comes again after a reconnection is skipped."""
 
@@ -283,7 +288,7 @@ class JobLog:
 
 
 def _print_line(line: str) -> None:
-    if line.strip():
+    if line.strip() and not _RAYS_OWN.search(line):
         say(f"  | {line}")
 
 
