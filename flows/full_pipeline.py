@@ -22,6 +22,7 @@ from rcnn.errors import ClusterError
 from rcnn.lease import held
 from rcnn.progress import say, show_on_screen
 from rcnn.recipes import demo
+from rcnn.registry.outbox import send_waiting
 from rcnn.stages import (
     STAGES,
     Parent,
@@ -79,8 +80,9 @@ def run_pipeline(
     label_flow_run()
     with looking_once(), log_in_prefect():
         trees = None if fresh_from else _nothing_to_do(config, last)
-        trees = trees or _run_tasks(config, last, fresh_from, stop_running)
-        end_pipeline(config, results_from_json(trees))
+        if trees is None:
+            trees = _run_tasks(config, last, fresh_from, stop_running)
+            end_pipeline(config, results_from_json(trees))
         if deployment.id:  # in a shell, the command prints it
             for line in summary_lines(config, trees):
                 say(line)
@@ -94,6 +96,7 @@ def _nothing_to_do(config: PipelineConfig, last: str) -> dict[str, Any] | None:
         return None
     for name in results:
         say(nothing_to_do(name, stage_folder(config, name, results)))
+    send_waiting(config)
     return {name: result.model_dump(mode="json") for name, result in results.items()}
 
 
