@@ -67,12 +67,12 @@ def pipeline(
     """Runs the stages up to one of them; what was run before with the same settings, data and code is not run again.
 
     Args:
-        recipe: the named config to start from; `rcnn recipes` says what each costs and reaches.
-        settings: settings on top of it, such as train.epochs=3, one in each line.
-        last: the stage to end with.
-        fresh_from: this stage and those after it are done again, although their results are there.
-        stop_running: with fresh_from, stops Ray jobs that are running for the same results, which otherwise are a reason to refuse.
-        config: every setting, instead of a recipe.
+        recipe: The named config to start from; `rcnn recipes` says what each costs and reaches.
+        settings: Settings on top of it, such as train.epochs=3, one in each item.
+        last: The stage to end with.
+        fresh_from: This stage and those after it are done again, although their results are there.
+        stop_running: With fresh_from, stops Ray jobs that work on the same results; otherwise they are a reason to refuse.
+        config: Every setting, instead of a recipe.
     """
     given = {"recipe": recipe, "settings": settings, "config": config}
     return run_pipeline(

@@ -20,7 +20,7 @@ from rcnn.config import PipelineConfig
 from rcnn.data.sources import looking_once
 from rcnn.errors import ClusterError
 from rcnn.lease import held
-from rcnn.progress import say, show_on_screen
+from rcnn.progress import say, say_lines, show_on_screen
 from rcnn.recipes import demo
 from rcnn.registry.outbox import send_waiting
 from rcnn.stages import (
@@ -84,8 +84,7 @@ def run_pipeline(
             trees = _run_tasks(config, last, fresh_from, stop_running)
             end_pipeline(config, results_from_json(trees))
         if deployment.id:  # in a shell, the command prints it
-            for line in summary_lines(config, trees):
-                say(line)
+            say_lines(summary_lines(config, trees))
     return trees
 
 

@@ -37,7 +37,7 @@ class JobServer:
 
     def __init__(self, address: str, *, minutes: float):
         self.address, self._minutes = address, minutes
-        self._client: "JobSubmissionClient | None" = None
+        self._client: JobSubmissionClient | None = None
 
     def status(self, job_id: str) -> str | None:
         """The status of a job, or None if the cluster does not know it."""
@@ -128,7 +128,9 @@ class JobServer:
 
     def _connected(self) -> "JobSubmissionClient":
         if self._client is None:
-            from flows.ray_client import Client  # late: Ray takes seconds to import, and a flow with nothing to do needs none
+            from flows.ray_client import (
+                Client,
+            )  # late: Ray takes seconds to import, and a flow with nothing to do needs none
 
             self._client = Client(self.address, seconds_to_answer=SECONDS_TO_ANSWER)  # asks the server for its version
         return self._client

@@ -30,11 +30,12 @@ def print_summary(config: PipelineConfig, trees: Mapping[str, Any]) -> None:
 
 
 def summary_lines(config: PipelineConfig, trees: Mapping[str, Any]) -> list[str]:
-    """The same table for a log."""
+    """The same table for a log, without lines, since a browser's font may have none of their width."""
     from rich.console import Console
 
-    text = io.StringIO()
-    Console(width=WIDTH, file=text).print(_table(config, results_from_json(trees)))
+    text, table = io.StringIO(), _table(config, results_from_json(trees))
+    table.box = None
+    Console(width=WIDTH, file=text).print(table)
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 

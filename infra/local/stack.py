@@ -29,6 +29,8 @@ from rcnn.tracking import has_store
 
 SECONDS_TO_STOP = 40
 SECONDS_BETWEEN_LOOKS = 0.3
+SECONDS_YOUNG = 120
+"""A part of this age that is not well is probably on its way: supervisor has started it after its last end."""
 
 
 def main() -> int:
@@ -242,16 +244,22 @@ def _wait_until_well(stack: Stack, parts: Iterable[Part]) -> None:
 
 
 def _repair(stack: Stack) -> None:
-    """Starts the parts that are down, and starts again those that are not well."""
-    supervisor = Supervisor(stack)
-    faults = {part: fault for part in stack.parts if (fault := supervisor.fault_of(part)[0])}
-    if not faults:
-        print("the stack is already running, and all of it is well; `make down` stops it")
-    for part, fault in faults.items():
+    """Starts the parts that are down, and starts again those that are not well; those that have just started are waited for."""
+    supervisor, faulty = Supervisor(stack), list[Part]()
+    for part in stack.parts:
+        fault, seconds = supervisor.fault_of(part)
+        if not fault:
+            continue
+        faulty.append(part)
+        if 0 < seconds < SECONDS_YOUNG:
+            print(f"{part.name} is starting ({fault})")
+            continue
         print(f"{part.name} is down ({fault}): starting it again")
-        supervisor.stop_part(part, waits=True)
+        supervisor.stop_part(part)
         supervisor.start_part(part)
-    _wait_until_well(stack, faults)
+    if not faulty:
+        print("the stack is already running, and all of it is well; `make down` stops it")
+    _wait_until_well(stack, faulty)
     _print_addresses(stack)
 
 

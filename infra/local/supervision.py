@@ -153,17 +153,17 @@ class Supervisor:
             return "not running", 0.0
 
     def start_part(self, part: Part) -> None:
-        """Starts a part that is not running."""
-        self._ask("startProcess", part)
+        """Starts a part, unless it is running."""
+        self._ask("startProcess", part, waits=False)
 
     def stop_part(self, part: Part, *, waits: bool = True) -> None:
-        """Ends a part that is running."""
-        self._ask("stopProcess", part, waits)
+        """Ends a part, unless it is not running."""
+        self._ask("stopProcess", part, waits=waits)
 
-    def _ask(self, request: str, part: Part, *options: Any) -> None:
+    def _ask(self, request: str, part: Part, *, waits: bool) -> None:
         """Sends a request; that a part is already as wanted is not an error."""
         try:
-            getattr(self._server, request)(part.name, *(options or (False,)))
+            getattr(self._server, request)(part.name, waits)
         except Fault as fault:
             if fault.faultString.split(":")[0] not in ("ALREADY_STARTED", "NOT_RUNNING"):
                 raise ClusterError(f"supervisor refuses {request}: {fault.faultString}", where=part.name) from fault

@@ -44,7 +44,9 @@ def test_a_port_that_was_asked_for_is_not_replaced(taken: socket.socket, monkeyp
     with taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv("MLFLOW_PORT", str(port))
-        with pytest.raises(ClusterError, match=f"MLFLOW_PORT: port {port} is in use. Free it, or run `make up MLFLOW_PORT="):
+        with pytest.raises(
+            ClusterError, match=f"MLFLOW_PORT: port {port} is in use. Free it, or run `make up MLFLOW_PORT="
+        ):
             stack._usual_ports()
     monkeypatch.setenv("MLFLOW_PORT", "http")
     with pytest.raises(ConfigError, match="'http' is not a port"):

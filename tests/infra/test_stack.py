@@ -162,14 +162,14 @@ class TestStack:
         log = stack.log_of(first)
         assert stack.state_of(first) == "Completed", log
         assert stack.ask(f"flow_runs/{first}")["name"] == "mnist-sample RCNN-8 T=1"
-        assert re.search("│ registered +│ rcnn-mnist-sample version 1, champion", log)
+        assert re.search("registered +rcnn-mnist-sample version 1, champion", log)
         assert "job_manager.py" not in log
         started = time.monotonic()
         again = stack.start_flow("full-pipeline", recipe="debug_tiny")
         wait_until(lambda: stack.state_of(again) == "Completed", 300)
         print(f"a rerun with nothing to do: {time.monotonic() - started:.1f} s")
         assert stack.log_of(again).count("nothing to do") == len(STAGES)
-        assert "│ registered" in stack.log_of(again)
+        assert "rcnn-mnist-sample version 1" in stack.log_of(again)
 
     def test_a_stage_has_a_deployment_which_ends_with_it(self, stack: LocalStack) -> None:
         run = stack.start_flow("train", recipe="debug_tiny")

@@ -23,7 +23,11 @@ def test_the_workers_of_one_node_meet_on_loopback(tmp_path: Path) -> None:
         total = torch.tensor([1.0 + dist.get_rank()])
         dist.all_reduce(total)
         listening = [each for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN]
-        return {"sum": total.item(), "addresses": sorted({each.laddr.ip for each in listening}), "count": len(listening)}
+        return {
+            "sum": total.item(),
+            "addresses": sorted({each.laddr.ip for each in listening}),
+            "count": len(listening),
+        }
 
     found = WorkersTrainer(
         add_up_and_look,
