@@ -19,7 +19,9 @@ from rcnn.settings import build_config
 from rcnn.stages import STAGES
 
 if TYPE_CHECKING:
-    RecipeName = StageName = AnyStage = str
+    RecipeName = str
+    StageName = str
+    AnyStage = str
 else:  # so that the form of the Prefect UI lists them
     RecipeName = Literal[tuple(RECIPES)]
     StageName = Literal[tuple(STAGES)]

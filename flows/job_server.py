@@ -15,7 +15,7 @@ from rcnn.progress import as_duration, say
 from rcnn.signals import SECONDS_TO_END
 
 if TYPE_CHECKING:
-    from flows.ray_client import JobSubmissionClient
+    from ray.job_submission import JobSubmissionClient
 
 UNFINISHED = ("PENDING", "RUNNING")
 SECONDS_TO_ANSWER = 30

@@ -6,8 +6,11 @@ machine, nor one that a shell has started.
 """
 
 import json
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -30,6 +33,9 @@ from rcnn.progress import say
 
 FLOW = "rcnn"
 LABEL = "rcnn.process"
+SECONDS_TO_START = 600
+SECONDS_TO_CANCEL = 60
+"""More than a worker needs: it kills after 30 s."""
 
 
 def label_flow_run() -> None:
@@ -44,18 +50,38 @@ def label_flow_run() -> None:
 
 
 def left_flow_runs(config: PipelineConfig) -> Iterator[tuple[Any, ...]]:
-    """A check of `rcnn doctor`: flow runs that are marked as running, and whose process was on this machine and has ended."""
-    open_states = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])
+    """A check of `rcnn doctor`: flow runs that look as if they were running.
+
+    Those whose process was on this machine and has ended, those that never got one, and those that were cancelled and whose
+    process lives: a worker that was started again does not know the flows of the one before.
+    """
+    open_states = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=open_states)),
         )
     for run in runs:
-        holder = holder_from_json(str(run.labels.get(LABEL, "")))
-        if holder.token and holder.is_gone:
-            text = f"the flow run {run.name} ({str(run.id)[:8]}) is {run.state_name}, and its {holder} has ended"
-            yield text, "`rcnn doctor --mend` ends it", partial(_close, run)
+        if found := _fault_of(run):
+            why, close = found
+            yield f"the flow run {run.name} ({str(run.id)[:8]}) is {run.state_name}, {why}", _MEND, close
+
+
+_MEND = "`rcnn doctor --mend` ends it"
+
+
+def _fault_of(run: FlowRun) -> tuple[str, Callable[[], None]] | None:
+    """Why a run is not what it seems, and what ends it."""
+    holder = holder_from_json(str(run.labels.get(LABEL, "")))
+    assert run.state is not None, "it was found by its state"
+    seconds = (datetime.now(UTC) - run.state.timestamp).total_seconds()
+    if holder.token and holder.is_gone:
+        return f"and its {holder} has ended", partial(_close, run)
+    if run.state_type is StateType.PENDING and seconds > SECONDS_TO_START:
+        return "and no process has started it", partial(_close, run)
+    if run.state_type is StateType.CANCELLING and holder.is_here and seconds > SECONDS_TO_CANCEL:
+        return f"and its {holder} still runs", partial(os.kill, holder.pid, signal.SIGTERM)
+    return None
 
 
 def _close(run: FlowRun) -> None:

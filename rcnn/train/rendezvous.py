@@ -81,4 +81,5 @@ def _join(*, backend: str, world_rank: int, num_workers: int, port: int, timeout
 
 def _loopback_interface() -> str:
     """`lo` on Linux, `lo0` on macOS."""
-    return next(name for name, all_of in psutil.net_if_addrs().items() if LOOPBACK in (each.address for each in all_of))
+    found = (name for name, all_of in psutil.net_if_addrs().items() if LOOPBACK in (each.address for each in all_of))
+    return str(next(found))
