@@ -48,8 +48,8 @@ class Parts:
         try:
             for part in self._stack.parts:
                 self._look_at(part)
-        except (OSError, RcnnError) as error:
-            say(f"supervisor does not answer ({error})")
+        except RcnnError as error:
+            say(f"cannot look at the parts ({error})")
 
     def _look_at(self, part: Part) -> None:
         fault, _ = self._supervisor.fault_of(part)

@@ -86,11 +86,22 @@ class Supervisor:
     def __init__(self, stack: Stack):
         self._stack = stack
 
-    @property
-    def _server(self) -> Any:
-        """A connection of its own for each request: one that failed cannot be used again."""
+    def _request(self, name: str, *arguments: Any) -> Any:
+        """Asks, by a connection of its own: one that failed cannot be used again.
+
+        Raises:
+            ClusterError: it does not answer.
+            Fault: it refuses.
+        """
         transport = SupervisorTransport(None, None, f"unix://{self._stack.socket}")
-        return ServerProxy("http://127.0.0.1", transport=transport).supervisor
+        try:
+            return getattr(ServerProxy("http://127.0.0.1", transport=transport).supervisor, name)(*arguments)
+        except (OSError, HTTPException) as error:
+            raise ClusterError(
+                f"supervisor does not answer ({type(error).__name__})",
+                where=self._stack.socket,
+                remedy="`make up` starts the stack again",
+            ) from error
 
     def start(self) -> "subprocess.Popen[bytes]":
         """Starts it, and with it all parts."""
@@ -133,13 +144,13 @@ class Supervisor:
     def answers(self) -> bool:
         """Whether it is there."""
         try:
-            return bool(self._server.getState()["statename"] == "RUNNING")
-        except (OSError, HTTPException, Fault):
+            return bool(self._request("getState")["statename"] == "RUNNING")
+        except (ClusterError, Fault):
             return False
 
     def process(self, part: Part) -> Process:
         """How a part's process is."""
-        found = self._server.getProcessInfo(part.name)
+        found = self._request("getProcessInfo", part.name)
         return Process(found["statename"], found["pid"], found["now"] - found["start"] if found["pid"] else 0)
 
     def fault_of(self, part: Part) -> tuple[str, float]:
@@ -163,7 +174,7 @@ class Supervisor:
     def _ask(self, request: str, part: Part, *, waits: bool) -> None:
         """Sends a request; that a part is already as wanted is not an error."""
         try:
-            getattr(self._server, request)(part.name, waits)
+            self._request(request, part.name, waits)
         except Fault as fault:
             if fault.faultString.split(":")[0] not in ("ALREADY_STARTED", "NOT_RUNNING"):
                 raise ClusterError(f"supervisor refuses {request}: {fault.faultString}", where=part.name) from fault
@@ -172,7 +183,7 @@ class Supervisor:
         """Ends the parts and the supervisor: those who use the servers first, so that they can say goodbye."""
         for part in reversed(self._stack.parts):
             self.stop_part(part, waits=bool(part.needs))
-        self._server.shutdown()
+        self._request("shutdown")
 
 
 def log_of(part: Part) -> Path:
