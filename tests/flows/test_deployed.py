@@ -38,6 +38,7 @@ def test_every_stage_and_every_flow_is_deployed() -> None:
         assert deployment["parameters"].get("last", deployment["name"]) == deployment["name"]
         assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
         assert set(deployment["parameters"]) <= set(parameter_schema(flow_of(deployment)).properties)
+        assert flow_of(deployment).name == "rcnn"
         assert not any(schedule["active"] for schedule in deployment.get("schedules", []))
 
 
