@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-faults chaos bench check audit format lock up down clean
+.PHONY: help demo test test-quick test-slow test-faults chaos bench check audit format lock up down status clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,11 +66,14 @@ lock: $(READY)  ## resolve the dependencies again, for Linux and macOS, Python 3
 	@$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --all-extras --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate --output-file requirements.lock
 
-up: $(READY)  ## start the local stack: Prefect, MLflow, Ray, a worker
+up: $(READY)  ## start the local stack (Prefect, MLflow, Ray, a worker), or repair it
 	@$(BIN)/python -m infra.local.stack up
 
 down: $(READY)  ## stop exactly what `make up` started
 	@$(BIN)/python -m infra.local.stack down
+
+status: $(READY)  ## each part of the stack: how it is, its address, its last error
+	@$(BIN)/python -m infra.local.stack status
 
 clean:  ## remove the environment and caches, but no data
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

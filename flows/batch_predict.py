@@ -13,7 +13,8 @@ from prefect import flow
 
 from flows.full_pipeline import log_in_prefect
 from flows.job_server import UNFINISHED, JobServer
-from flows.jobs import MINUTES_TO_STOP, JobLog
+from flows.jobs import MINUTES_TO_STOP, JobLog, ending_with_flow
+from flows.left_runs import label_flow_run
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.evaluate.batch_records import BATCH, Batch
@@ -47,6 +48,7 @@ def batch_predict(source: str, to: str, model: str = "", image_column: str = "",
         fresh: replaces the predictions that the folder holds.
     """
     show_on_screen()
+    label_flow_run()
     config = _config(image_column)
     with log_in_prefect():
         if config.ray.address.startswith("http"):
@@ -98,8 +100,9 @@ def _as_job(config: PipelineConfig, command: list[str], to: str) -> dict[str, An
     server.submit(job_id, f"{shlex.join(command)} || test $? -eq {EXIT_CODE_OF_BAD_IMAGES}")
     say(f"batch-predict: Ray job {job_id}")
     log = JobLog()
-    while (status := server.status(job_id)) in UNFINISHED:
-        server.read_log(job_id, log.begin())
+    with ending_with_flow(lambda: server.stop(job_id)):
+        while (status := server.status(job_id)) in UNFINISHED:
+            server.read_log(job_id, log.begin())
     log.begin()(server.whole_log(job_id))
     log.end()
     tree = Storage(to).read_json(BATCH)

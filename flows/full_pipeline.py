@@ -4,9 +4,8 @@ In: a config, the flow's typed parameter, which the Prefect UI draws as a form. 
 """
 
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from prefect import flow
@@ -15,46 +14,99 @@ from prefect.runtime import deployment, flow_run
 
 from flows.artifacts import Artifacts
 from flows.jobs import FLOW_RUN_TAG, stop_jobs_of
+from flows.left_runs import label_flow_run
 from flows.stages import task_of
 from rcnn.config import PipelineConfig
 from rcnn.data.sources import looking_once
-from rcnn.progress import say, show_on_screen
+from rcnn.errors import ClusterError
+from rcnn.lease import held
+from rcnn.progress import say, say_lines, show_on_screen
 from rcnn.recipes import demo
+from rcnn.registry.outbox import send_waiting
 from rcnn.stages import (
+    STAGES,
     Parent,
     end_pipeline,
     finished,
-    finished_pipeline,
+    finished_until,
     nothing_to_do,
     pipeline_key,
     planned,
     results_from_json,
     stage_folder,
 )
+from rcnn.storage import StageFolder, Storage
+from rcnn.summary import summary_lines
 from rcnn.tracking import finish_failed
 
 
+def flow_run_name() -> str:
+    """What the Prefect UI calls a run: the data and the network."""
+    given = flow_run.parameters.get("config")
+    return title_of(given if isinstance(given, PipelineConfig) else PipelineConfig.model_validate(given or {}))
+
+
+def title_of(config: PipelineConfig) -> str:
+    """`mnist-sample RCNN-32 T=1`."""
+    return f"{config.data.source} {config.model.title}".replace(",", "").replace("T = ", "T=")
+
+
 # A crashed flow leaves its jobs running: the flow that retries it attaches to them.
-@flow(name="rcnn", on_cancellation=[stop_jobs_of])
+@flow(name="rcnn", on_cancellation=[stop_jobs_of], flow_run_name=flow_run_name)
 def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_running: bool = False) -> dict[str, Any]:
     """Trains the model that the config describes, and registers it.
 
     Args:
-        config: every setting. In a deployment the worker's RCNN_... variables say where things run and are kept.
+        config: every setting.
         fresh: does all stages again, although their results are there.
         stop_running: with fresh, stops Ray jobs that are running for the same results, which otherwise are a reason to refuse.
     """
+    return run_pipeline(config, fresh_from=next(iter(STAGES)) if fresh else "", stop_running=stop_running)
+
+
+def run_pipeline(
+    config: PipelineConfig, *, last: str = "", fresh_from: str = "", stop_running: bool = False
+) -> dict[str, Any]:
+    """The body of a flow: runs the stages that are left, and returns the results of all.
+
+    Args:
+        config: every setting.
+        last: the stage to end with; empty: all.
+        fresh_from: this stage and those after it are done again; empty: none.
+        stop_running: stops Ray jobs that are running for results which are made again; otherwise they are a reason to refuse.
+    """
     show_on_screen()
-    if deployment.id:
-        config = config.placed_by(os.environ)
     config = config.rooted()
+    label_flow_run()
+    with looking_once(), log_in_prefect():
+        trees = None if fresh_from else _nothing_to_do(config, last)
+        if trees is None:
+            trees = _run_tasks(config, last, fresh_from, stop_running)
+            end_pipeline(config, results_from_json(trees))
+        if deployment.id:  # in a shell, the command prints it
+            say_lines(summary_lines(config, trees))
+    return trees
+
+
+def _nothing_to_do(config: PipelineConfig, last: str) -> dict[str, Any] | None:
+    """The results of all stages, if none is left to run: tasks, and what they would import, take longer than this look."""
+    results = finished_until(config, last)
+    if len(results) < len(planned(config, last)):
+        return None
+    for name in results:
+        say(nothing_to_do(name, stage_folder(config, name, results)))
+    send_waiting(config)
+    return {name: result.model_dump(mode="json") for name, result in results.items()}
+
+
+def _run_tasks(config: PipelineConfig, last: str, fresh_from: str, stop_running: bool) -> dict[str, Any]:
+    """Runs a task for each stage, under one MLflow run; returns their results."""
     trees: dict[str, Any] = {}
-    with looking_once(), log_in_prefect(), Artifacts(config) as artifacts:
-        with _pipeline_run(config, fresh, trees) as parent:
-            for name in planned(config):
-                given = {"config": config, "name": name, "trees": trees, "fresh": fresh, "parent": parent}
-                trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
-        end_pipeline(config, results_from_json(trees))
+    again = list(STAGES)[list(STAGES).index(fresh_from) :] if fresh_from else []
+    with Artifacts(config) as artifacts, _at_work(config), _pipeline_run(config, bool(again), trees) as parent:
+        for name in planned(config, last):
+            given = {"config": config, "name": name, "trees": trees, "fresh": name in again, "parent": parent}
+            trees[name] = _run_task(given | {"stop_running": stop_running}, artifacts)
     return trees
 
 
@@ -74,20 +126,30 @@ def _run_task(given: dict[str, Any], artifacts: Artifacts) -> Any:
 
 @contextmanager
 def _pipeline_run(config: PipelineConfig, fresh: bool, trees: dict[str, Any]) -> Iterator[Parent]:
-    """The MLflow run above the stages' own; where there is nothing to do, none is opened. The body fills `trees`."""
-    if not fresh and finished_pipeline(config) is not None:
-        yield Parent()
-        return
+    """The MLflow run above the stages' own. The body fills `trees`."""
     from rcnn.registry.pipeline_run import finish_pipeline, open_pipeline
 
     tags = {FLOW_RUN_TAG: str(flow_run.id)} if flow_run.id else {}
     tracker = open_pipeline(config, key=pipeline_key(config), tags=tags, fresh=fresh)
     try:
         yield Parent(tracker.id, tuple(tags.items()))
-    except BaseException as error:
-        finish_failed(tracker, error)
+    except BaseException:
+        finish_failed(tracker)
         raise
     finish_pipeline(tracker, config, results_from_json(trees))
+
+
+@contextmanager
+def _at_work(config: PipelineConfig) -> Iterator[None]:
+    """Holds a lease while the pipeline's MLflow run is open, so that one left by a crash is known; of two flows, one does."""
+    with ExitStack() as stack:
+        with suppress(
+            ClusterError
+        ):  # another flow runs the same pipeline; a storage that is away is reported by the stages
+            stack.enter_context(
+                held(StageFolder(Storage(config.storage), pipeline_key(config)), waits=False, says_so=False)
+            )
+        yield
 
 
 @contextmanager

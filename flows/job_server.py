@@ -7,47 +7,24 @@ call has a time limit, and is repeated while the server is away.
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
-
-from aiohttp import ClientError, ClientSession, ClientWSTimeout, WSMsgType
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobSubmissionClient
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from rcnn.errors import ClusterError
 from rcnn.progress import as_duration, say
 from rcnn.signals import SECONDS_TO_END
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 UNFINISHED = ("PENDING", "RUNNING")
 SECONDS_TO_ANSWER = 30
-SECONDS_OF_SILENCE = 30
-"""After which a log is read again: Ray's server answers no pings, so silence is the only sign of a dead connection."""
 SECONDS_BETWEEN_TRIES = 2
 SECONDS_BETWEEN_REPORTS = 60
 SECONDS_TO_CLEAR = 5
 """After a job's end: while its supervisor and monitor in Ray are not gone, another job with its id fails at once."""
 
 Answer = TypeVar("Answer")
-
-
-class _Client(JobSubmissionClient):
-    """Ray's client, with a time limit for each request and for each piece of a log."""
-
-    def _do_request(self, *arguments: Any, **options: Any) -> Any:
-        return super()._do_request(*arguments, timeout=SECONDS_TO_ANSWER, **options)
-
-    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        """As Ray's, which waits for the next piece without end, and leaves its connection open when it is cancelled."""
-        url = f"{self._address}/api/jobs/{job_id}/logs/tail"
-        limits = ClientWSTimeout(ws_receive=SECONDS_OF_SILENCE, ws_close=1)
-        async with (
-            ClientSession(cookies=self._cookies, headers=self._headers) as session,
-            session.ws_connect(url, ssl=self._ssl_context or True, timeout=limits) as socket,
-        ):
-            async for message in socket:
-                if message.type is not WSMsgType.TEXT:  # an error of the connection
-                    return
-                yield message.data
 
 
 class JobServer:
@@ -73,7 +50,7 @@ class JobServer:
     def submit(self, job_id: str, entrypoint: str) -> None:
         """Submits a job, unless a job with this id is running: another flow's, or an attempt whose answer was lost."""
 
-        def submit_once(client: JobSubmissionClient) -> None:
+        def submit_once(client: "JobSubmissionClient") -> None:
             status = _status_of(client, job_id)
             if status in UNFINISHED:
                 return
@@ -93,11 +70,15 @@ class JobServer:
     def stop_and_wait(self, job_id: str) -> None:
         """Stops a job; returns when it has ended."""
         self.stop(job_id)
-        deadline = time.monotonic() + SECONDS_TO_END + SECONDS_TO_ANSWER
-        while self.is_running(job_id):
-            if time.monotonic() > deadline:
-                raise ClusterError(f"Ray job {job_id} does not end", where=self._where, remedy="See `ray job list`")
+        if self.wait_for(job_id, seconds=SECONDS_TO_END + SECONDS_TO_ANSWER) in UNFINISHED:
+            raise ClusterError(f"Ray job {job_id} does not end", where=self._where, remedy="See `ray job list`")
+
+    def wait_for(self, job_id: str, *, seconds: float) -> str | None:
+        """Waits until a job has ended, or the time is up; returns its status."""
+        deadline = time.monotonic() + seconds
+        while (status := self.status(job_id)) in UNFINISHED and time.monotonic() < deadline:
             time.sleep(SECONDS_BETWEEN_TRIES)
+        return status
 
     def read_log(self, job_id: str, show: Callable[[str], None]) -> None:
         """Passes a job's log on as it is written, from its beginning, in pieces of any length.
@@ -105,6 +86,8 @@ class JobServer:
         Returns when the log ends, when the connection breaks, and when nothing has come for some time: what is right is for
         the caller to find out by `status`.
         """
+        from aiohttp import ClientError
+
         try:
             asyncio.run(self._read_log(job_id, show))
         except TimeoutError:
@@ -126,8 +109,10 @@ class JobServer:
             say(f"  the end of the log of {job_id} cannot be read ({_reason(error)})")
             return ""
 
-    def _call(self, request: Callable[[JobSubmissionClient], Answer]) -> Answer:
+    def _call(self, request: "Callable[[JobSubmissionClient], Answer]") -> Answer:
         """Sends a request, and repeats it while the server is away."""
+        from ray.exceptions import AuthenticationError
+
         outage = _Outage(self.address, self._minutes)
         while True:
             try:
@@ -141,9 +126,13 @@ class JobServer:
                 outage.end()
                 return answer
 
-    def _connected(self) -> JobSubmissionClient:
+    def _connected(self) -> "JobSubmissionClient":
         if self._client is None:
-            self._client = _Client(self.address)  # asks the server for its version
+            from flows.ray_client import (
+                Client,
+            )  # late: Ray takes seconds to import, and a flow with nothing to do needs none
+
+            self._client = Client(self.address, seconds_to_answer=SECONDS_TO_ANSWER)  # asks the server for its version
         return self._client
 
     @property
@@ -181,7 +170,7 @@ class _Outage:
             say(f"  the Ray cluster answers again, after {as_duration(time.monotonic() - self._started)}")
 
 
-def _status_of(client: JobSubmissionClient, job_id: str) -> str | None:
+def _status_of(client: "JobSubmissionClient", job_id: str) -> str | None:
     try:
         return str(client.get_job_status(job_id).value)
     except RuntimeError as error:

@@ -6,11 +6,19 @@ one that loses its flow keeps running, since the next flow attaches to it.
 """
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 
 from flows.followers import Followers
 from flows.job_server import UNFINISHED, JobServer
@@ -27,6 +35,7 @@ FLOW_RUN_TAG = "rcnn.prefect_flow_run"
 SUBMISSION_TAG = "rcnn.ray_submission"
 JOBS = "runs/jobs"
 SECONDS_BETWEEN_LOOKS = 2
+SECONDS_TO_ANSWER = 5
 MINUTES_TO_STOP = 1
 """How long a head that is away is waited for by a flow that is being cancelled."""
 
@@ -59,14 +68,39 @@ def run_as_job(
         say(nothing_to_do(name, stage_folder(config, name, results)))
         return done
     job = _Job(config, name, results, fresh=fresh, parent=parent or Parent())
-    try:
+    with ending_with_flow(lambda: stop_jobs(config, job.flow_run_id)):
         if fresh and not job.followers.include_us():
             job.make_way(stop_running=stop_running)
         with job.followers.following():  # before the submission, so that cancelling the flow stops this job in any case
             return job.run()
-    except KeyboardInterrupt:  # a person's; what ends a worker's flow, or its machine, is a SIGTERM, and leaves the job
-        stop_jobs(config, job.flow_run_id)
+
+
+@contextmanager
+def ending_with_flow(stop: Callable[[], None]) -> Iterator[None]:
+    """Calls `stop` where a person ends the flow of the body, by Ctrl-C or by cancelling it.
+
+    Any other SIGTERM is that of a worker or machine that goes down, and leaves the job. The hook `stop_jobs_of` does the same
+    for a flow that does not answer, but later: its process has to end first, and another one to load the flow.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop()
         raise
+    except TerminationSignal:
+        if is_being_cancelled():
+            stop()
+        raise
+
+
+def is_being_cancelled() -> bool:
+    """Whether Prefect wants this flow run to end."""
+    try:
+        with get_client(sync_client=True, httpx_settings={"timeout": SECONDS_TO_ANSWER}) as client:
+            state = client.read_flow_run(UUID(str(flow_run.id))).state
+    except (httpx.HTTPError, RuntimeError, ValueError):
+        return False
+    return state is not None and state.is_cancelling()
 
 
 def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
@@ -223,6 +257,10 @@ class _Job:
         return results_from_json({self._name: outcome["result"]})[self._name]  # type: ignore[no-any-return]
 
 
+_RAYS_OWN = re.compile(r"INFO job_manager\.py:|^Running entrypoint for job ")
+"""Lines with which each job's log begins, and which say what the flow has said."""
+
+
 class JobLog:
     """A job's log, printed line by line; what comes again after a reconnection is skipped."""
 
@@ -250,7 +288,7 @@ class JobLog:
 
 
 def _print_line(line: str) -> None:
-    if line.strip():
+    if line.strip() and not _RAYS_OWN.search(line):
         say(f"  | {line}")
 
 

@@ -16,6 +16,7 @@ from prefect.runtime import deployment, flow_run
 
 from flows.full_pipeline import log_in_prefect
 from flows.jobs import FLOW_RUN_TAG, run_as_job
+from flows.left_runs import label_flow_run
 from rcnn.config import PipelineConfig
 from rcnn.progress import as_duration, say, show_on_screen
 from rcnn.reproduce.cells import LAST, results_of
@@ -30,7 +31,7 @@ else:  # so that the form of the Prefect UI lists them
     TableName = Literal[tuple(TABLES)]
 
 
-@flow(name="rcnn")
+@flow(name="rcnn", flow_run_name="reproduce {table} {budget}")
 def reproduce(
     table: TableName = "mnist",
     budget: Literal["full", "small"] = "small",
@@ -52,6 +53,7 @@ def reproduce(
         command: what the report says to repeat it; empty: this call.
     """
     show_on_screen()
+    label_flow_run()
     options = {"budget": budget, "num_seeds": seeds, "overrides": overrides, "only": only, "environ": os.environ}
     cells = cells_of(table, **options)  # type: ignore[arg-type]
     with log_in_prefect():

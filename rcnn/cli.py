@@ -789,6 +789,8 @@ def _doctor(options: argparse.Namespace) -> int:
         from flows.jobs import left_jobs
 
         more["jobs"] = left_jobs
+    if os.environ.get("PREFECT_API_URL"):
+        more["flow runs"] = _left_flow_runs
     num_faults = 0
     for finding in examine(config, more):
         mended = ""
@@ -803,6 +805,19 @@ def _doctor(options: argparse.Namespace) -> int:
         )
     print(f"{num_faults} {'fault' if num_faults == 1 else 'faults'}" if num_faults else "all is sound")
     return 2 if num_faults else 0
+
+
+def _left_flow_runs(config: Any) -> Iterator[tuple[Any, ...]]:
+    """Flow runs without a process; a server that does not answer is found by the check "Prefect"."""
+    import httpx
+
+    try:
+        from flows.left_runs import left_flow_runs
+
+        left = list(left_flow_runs(config))
+    except (RuntimeError, httpx.HTTPError):
+        return
+    yield from left or [("no flow run lacks its process",)]
 
 
 def _gc(options: argparse.Namespace) -> None:

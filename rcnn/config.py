@@ -586,7 +586,7 @@ class TrackingConfig(Section):
     uri: str = Field(
         "", max_length=MAX_PATH, description="MLflow tracking URI; empty: mlflow.db (SQLite) in the storage."
     )
-    experiment: str = Field("", max_length=400, description="Experiment; empty: rcnn/<data set>.")
+    experiment: str = Field("", max_length=400, description="Experiment; empty: rcnn/ and the data set's name.")
     wait_minutes: float = Field(
         10.0,
         ge=0,
@@ -598,7 +598,7 @@ class TrackingConfig(Section):
         pattern=r"^[^/:'\"]*$",  # MLflow takes no / or : here, and its searches no quotes
         max_length=200,
         examples=["rcnn-digits"],
-        description="Registered model, without slashes, colons and quotes; empty: rcnn-<data set>.",
+        description="Registered model, without slashes, colons and quotes; empty: rcnn- and the data set's name.",
     )
     export: Literal["none", "pt2", "onnx", "all"] = Field(
         "none",

@@ -159,7 +159,9 @@ def is_held(storage: Storage, name: str) -> bool:
 def all_holders(storage: Storage) -> list[Holder]:
     """The holders in all records of a storage, dead ones included."""
     files = storage.list_sizes(FOLDER) if conditional.can_swap(storage) else {}
-    holders = [_parsed(conditional.read(storage, f"{FOLDER}/{file}")[0]) for file in files if file.endswith(".json")]
+    holders = [
+        holder_from_json(conditional.read(storage, f"{FOLDER}/{file}")[0]) for file in files if file.endswith(".json")
+    ]
     return [holder for holder in holders if holder.token]
 
 
@@ -177,10 +179,11 @@ def read_holder(storage: Storage, name: str) -> tuple[Holder, str]:
         ClusterError: the storage cannot be read.
     """
     text, version = conditional.read(storage, _file(name))
-    return _parsed(text), version
+    return holder_from_json(text), version
 
 
-def _parsed(text: str) -> Holder:
+def holder_from_json(text: str) -> Holder:
+    """A holder from its record; what is not one counts as a free lease."""
     with suppress(ValueError, TypeError):
         return Holder(**parse_json(text))
     return Holder()
@@ -196,7 +199,7 @@ def _write(storage: Storage, name: str, holder: Holder, version: str) -> str | N
 
 def _take(target: StageFolder, waits: bool, says_so: bool) -> tuple[Holder, str]:
     """Takes the lease once it is free or its holder dead. Returns this process as the holder, and the record's version."""
-    mine, watch = _this_process(target.name), _Watch()
+    mine, watch = this_process(target.name), _Watch()
     while True:
         other, version = read_holder(target.storage, target.name)
         if other.token == mine.token:  # our own write arrived, although its answer was lost
@@ -217,7 +220,8 @@ def _take(target: StageFolder, waits: bool, says_so: bool) -> tuple[Holder, str]
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _this_process(work: str) -> Holder:
+def this_process(work: str) -> Holder:
+    """This process as the holder of a new lease."""
     pid = os.getpid()
     return Holder(uuid.uuid4().hex, 0, socket.gethostname(), _space(), pid, _born(pid), work=work).renewed()
 

@@ -6,7 +6,7 @@ On a terminal, a bar; in a log file, a line now and then, because a bar would fl
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from rcnn.scores import written_metrics
 from rcnn.text import printable
@@ -19,6 +19,11 @@ _log = logging.getLogger("rcnn")
 def say(text: str) -> None:
     """Reports a line to the user: on the screen, and in the log of the Prefect run if there is one."""
     _log.info(printable(text))  # it can contain names of classes and files
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    """Reports several lines that belong together, such as a table."""
+    _log.info("\n".join(printable(line) for line in lines))
 
 
 def show_on_screen() -> None:

@@ -522,8 +522,8 @@ def _run_tracked(
             result = _run_timed(config, name, results, target, tracker, parent)
     except LeaseLost:
         raise  # the run belongs to the process that took over
-    except BaseException as error:
-        finish_failed(tracker, error)
+    except BaseException:
+        finish_failed(tracker)
         raise
     target.require_held()
     tracker.log_metrics(result.row())

@@ -1,5 +1,6 @@
 """What `rcnn pipeline` prints at its end: metrics, files, and what to try next."""
 
+import io
 import os
 import shlex
 import shutil
@@ -14,13 +15,33 @@ from rcnn.storage import Storage
 from rcnn.text import printable
 from rcnn.tracking import UI_ADDRESS, runs_page, tracking_uri
 
+WIDTH = 120
+
 
 def print_summary(config: PipelineConfig, trees: Mapping[str, Any]) -> None:
     """Prints a short table of the stages' results, and three commands."""
     from rich.console import Console
+
+    results, storage = results_from_json(trees), Storage(config.storage)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(_table(config, results))
+    print("\nNext:")
+    for command in _next_commands(config, results, storage):
+        print(f"  {command}")
+
+
+def summary_lines(config: PipelineConfig, trees: Mapping[str, Any]) -> list[str]:
+    """The same table for a log, without lines, since a browser's font may have none of their width."""
+    from rich.console import Console
+
+    text, table = io.StringIO(), _table(config, results_from_json(trees))
+    table.box = None
+    Console(width=WIDTH, file=text).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
+def _table(config: PipelineConfig, results: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    results = results_from_json(trees)
     storage = Storage(config.storage)
     table = Table(show_header=False, title=f"rcnn: {config.recipe}", title_justify="left")
     table.add_column(style="bold")
@@ -28,10 +49,7 @@ def print_summary(config: PipelineConfig, trees: Mapping[str, Any]) -> None:
     for result in results.values():
         for label, value in result.highlights(lambda name: _short(storage.uri(name))).items():
             table.add_row(label, printable(value))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print("\nNext:")
-    for command in _next_commands(config, results, storage):
-        print(f"  {command}")
+    return table
 
 
 def _next_commands(config: PipelineConfig, results: dict[str, Any], storage: Storage) -> list[str]:

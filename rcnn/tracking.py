@@ -5,6 +5,7 @@ driver is the only writer: workers send their numbers to it (so SQLite is enough
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,16 +131,21 @@ class Tracker(Protocol):
     def close_children(self, ended: Mapping[str, Mapping[str, str]]) -> None:
         """Ends the runs under this one that have not ended: as finished, with tags, those in `ended`; as failed the others."""
 
-    def finish(self, *, failed: bool = False) -> None:
-        """Ends the run."""
+    def finish(self, *, failed: bool = False, killed: bool = False) -> None:
+        """Ends the run: as finished, as failed, or as stopped from outside."""
 
 
-def finish_failed(tracker: Tracker, why: BaseException | None = None) -> None:
-    """Ends a run whose work failed; if the storage cannot be written, the failure itself is still the error to raise."""
+def finish_failed(tracker: Tracker) -> None:
+    """Ends a run whose work failed, in the handler of its error; what is not an `Exception` is a signal, which stopped it.
+
+    If the storage cannot be written, the failure itself is still the error to raise.
+    """
+    why = sys.exception()
+    killed = not isinstance(why, Exception | None)
     try:
         if why is not None:
-            tracker.describe(f"Failed: {why or type(why).__name__}")
-        tracker.finish(failed=True)
+            tracker.describe(f"{'Stopped' if killed else 'Failed'}: {why or type(why).__name__}")
+        tracker.finish(failed=not killed, killed=killed)
     except ClusterError as error:
         say(f"  the failure could not be noted: {error}")
 
@@ -180,5 +186,5 @@ class NoTracker:
     def close_children(self, ended: Mapping[str, Mapping[str, str]]) -> None:
         """Does nothing."""
 
-    def finish(self, *, failed: bool = False) -> None:
+    def finish(self, *, failed: bool = False, killed: bool = False) -> None:
         """Does nothing."""

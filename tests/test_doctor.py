@@ -87,9 +87,9 @@ def test_leases_and_runs_of_the_dead_are_mended_and_those_of_the_living_are_not(
     storage = Storage(config.storage)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    dead = replace(lease._this_process("runs/train-dead"), pid=ended.pid)
+    dead = replace(lease.this_process("runs/train-dead"), pid=ended.pid)
     leave_a_lease(storage, dead)
-    for key in ("runs/train-dead", "runs/train-living", "runs/train-unknown"):
+    for key in ("runs/train-dead", "runs/train-living", "runs/train-unknown", "pipeline-dead"):
         open_run(config, "train", key=key)
     assert outbox_of(config).flush()
     options = ["doctor", "--set", f"storage={config.storage}"]
@@ -99,7 +99,7 @@ def test_leases_and_runs_of_the_dead_are_mended_and_those_of_the_living_are_not(
         assert [line.split()[0] for line in lines[:4]] == ["ok"] * 4
         assert f"the lease of runs/train-dead is held by process {dead.pid} on" in lines[4]
         assert [word in "".join(lines) for word in ("runs/train-unknown", "runs/train-living")] == [True, False]
-        assert lines[-1] == "3 faults"
+        assert lines[-1] == "4 faults"
         assert main([*options, "--mend"]) == 0
         assert main(options) == 0
         assert is_held(storage, "runs/train-living")

@@ -60,7 +60,7 @@ HOMES = {
     "ray": [
         "rcnn/train/ray_trainer.py",
         "rcnn/train/ray_workers.py",
-        "rcnn/train/ray_group.py",
+        "rcnn/train/rendezvous.py",
         "rcnn/train/elastic.py",
         "rcnn/train/shared_rows.py",
         "rcnn/ray_nodes.py",
@@ -72,6 +72,7 @@ HOMES = {
         "rcnn/tune/ray_tuner.py",
         "rcnn/tune/ray_trial.py",
         "flows/job_server.py",
+        "flows/ray_client.py",
         "infra/serve/",
         "infra/kuberay/base/leave.py",
     ],
@@ -99,7 +100,7 @@ HOMES = {
     "optuna": ["rcnn/tune/"],
     "onnxruntime": ["rcnn/registry/export.py"],
     "torchvision": [],
-    "flows": ["flows/", "rcnn/cli.py"],
+    "flows": ["flows/", "rcnn/cli.py", "infra/local/"],
     "infra": ["infra/"],
 }
 

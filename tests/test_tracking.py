@@ -4,7 +4,7 @@ import pytest
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ConfigError
-from rcnn.tracking import file_page, runs_page, tracking_uri, version_page
+from rcnn.tracking import NoTracker, file_page, finish_failed, runs_page, tracking_uri, version_page
 
 
 @pytest.mark.parametrize("address", ["", "auto", "http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265"])
@@ -32,3 +32,21 @@ def test_pages_of_mlflow_open_training_runs_files_and_versions() -> None:
         == "http://mlflow:5000/#/experiments/3/runs/abc/artifacts/report.html?workflowType=machine_learning"
     )
     assert version_page(server, "my model", 2) == "http://mlflow:5000/#/models/my%20model/versions/2"
+
+
+class Noted(NoTracker):
+    def finish(self, *, failed: bool = False, killed: bool = False) -> None:
+        self.end = (failed, killed)
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [(ValueError(), (True, False)), (KeyboardInterrupt(), (False, True)), (SystemExit(143), (False, True))],
+)
+def test_what_a_signal_ended_was_killed_and_did_not_fail(error: BaseException, end: tuple[bool, bool]) -> None:
+    tracker = Noted()
+    try:
+        raise error
+    except BaseException:
+        finish_failed(tracker)
+    assert tracker.end == end

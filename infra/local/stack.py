@@ -1,113 +1,184 @@
-"""Starts and stops the local stack: a Prefect server, an MLflow server, a Ray head and a Prefect worker, on loopback.
+"""The local stack from a shell: `make up`, `make down`, `make status`.
 
-`up` runs the Procfile under honcho in the background, waits until each part responds, and deploys `prefect.yaml`. `down`
-ends the processes with this stack's mark in their environment, and their descendants, but no others.
+`up` starts the parts of `parts.py` under supervisor, waits until each has shown that it works, and deploys `prefect.yaml`;
+where some parts of a stack are down, it starts these. `down` ends the processes with this stack's mark in their environment,
+and their descendants, but no others.
 """
 
 import json
 import os
-import signal
-import socket
+import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from infra.local.parts import INNER_PORTS, PART, PARTS, ROOT, STATE, STORAGE, USUAL_PORTS, Part, Stack, recorded
+from infra.local.ports import free_ports, is_free
+from infra.local.supervision import LOGS, SECONDS_TO_START, Supervisor, end_processes, last_exit, log_of, processes_of
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, RcnnError
-from rcnn.signals import SECONDS_TO_END
-from rcnn.tracking import has_store, runs_page
+from rcnn.progress import as_duration
+from rcnn.tracking import has_store
 
-ROOT = Path(__file__).parents[2]
-STORAGE = Path(os.environ.get("RCNN_STORAGE", ROOT / "storage")).absolute()
-# Independent of the settings: `make down` must find what `make up` started. Tests use their own.
-STATE = Path(os.environ.get("STACK_STATE", ROOT / "storage" / "stack"))
-PORTS = {"PREFECT_PORT": 4200, "MLFLOW_PORT": 5000, "RAY_DASHBOARD_PORT": 8265, "RAY_PORT": 6379}
-MARK = "STACK_MARK"
-SECONDS_TO_START = 180  # on two idle cores the slowest part, MLflow, takes 17 s; a busy machine takes far longer
-SECONDS_TO_STOP = 15
+SECONDS_TO_STOP = 40
+SECONDS_BETWEEN_LOOKS = 0.3
+SECONDS_YOUNG = 120
+"""A part of this age that is not well is probably on its way: supervisor has started it after its last end."""
 
 
 def main() -> int:
-    """Runs `up`, `down`, or `worker`, which the Procfile calls."""
-    commands = {"up": up, "down": down, "worker": run_worker}
+    """Runs `up`, `down` or `status`, or `run PART`, which supervisor calls; returns the exit code."""
+    commands = {"up": up, "down": down, "status": status, "run": lambda: run(PARTS[sys.argv[2]])}
     try:
-        commands[sys.argv[1]]()
+        return commands[sys.argv[1]]() or 0
     except RcnnError as error:
         print(f"stack: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def up() -> None:
-    """Starts the stack unless it is running; returns when every part responds.
+    """Starts the stack, or those of its parts that are down; returns when every part has shown that it works.
 
     Raises:
         ClusterError: a port is in use, or a part does not start.
     """
-    if _processes():
-        print("the stack is already running; `make down` stops it")
-        _print_addresses()
+    stack = recorded()
+    if stack and Supervisor(stack).answers():
+        _repair(stack)
         return
-    ports = {name: _port(name) for name in PORTS}
-    _require_free(ports)
-    _create_store()
-    STATE.mkdir(parents=True, exist_ok=True)
-    env = _environment(ports)
-    (STATE / "state.json").write_text(json.dumps({"mark": env[MARK], "ports": ports}))
-    (STATE / "env.sh").write_text(_shell_lines(ports))
-    print(f"starting Prefect, MLflow, Ray and a worker; their output goes to {STATE / 'stack.log'}")
-    subprocess.run(["ray", "get-auth-token", "--generate"], env=env, check=True, stdout=subprocess.DEVNULL)
-    with open(STATE / "stack.log", "w") as log:
-        honcho = subprocess.Popen(
-            ["honcho", "-f", "infra/local/Procfile", "start"],
-            cwd=ROOT,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    if stack:
+        _end_all(stack)
+    stack = _new_stack("local")
+    print(f"starting {', '.join(part.name for part in stack.parts)}; their output goes to {LOGS}")
     try:
-        _wait_until_all_answer(ports, honcho)
-        _deploy(env)
+        supervisor = Supervisor(stack)
+        supervisor.start()
+        _wait_for_supervisor(supervisor)
+        _wait_until_well(stack, stack.parts)
+        _deploy(stack)
     except BaseException:
-        down()
+        _end_all(stack)
         raise
-    _print_addresses()
+    _print_addresses(stack)
 
 
 def down() -> None:
-    """Stops the stack: SIGTERM first, and SIGKILL for processes that remain after some seconds."""
-    processes = _processes()
-    if not processes:
+    """Stops the stack."""
+    stack = recorded()
+    if not stack or not processes_of(stack.mark):
         print("the stack is not running")
         return
-    # honcho first: it forwards the signal to its children, so that each can shut down cleanly.
-    leaders = [process for process in processes if process.name() == "honcho"] or processes
-    _signal(leaders, signal.SIGTERM)
-    _, left = psutil.wait_procs(processes, timeout=SECONDS_TO_STOP)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        left = list({*left, *_processes()})
-        _signal(left, number)
-        _, left = psutil.wait_procs(left, timeout=5)
-    if left:
-        raise ClusterError(f"{len(left)} processes do not end", where=", ".join(str(process.pid) for process in left))
-    (STATE / "state.json").unlink()
+    _end_all(stack)
     print("the stack is stopped")
 
 
-def run_worker() -> None:
-    """Waits for the Prefect server, then becomes the worker of the pool "rcnn"."""
-    _wait(lambda: _answers(f"{os.environ['PREFECT_API_URL']}/health"), "Prefect")
-    os.execvp("prefect", ["prefect", "worker", "start", "--pool", "rcnn", "--type", "process", "--name", "local"])
+def status() -> int:
+    """Prints a line for each part; returns 1 where one is not well."""
+    stack = recorded()
+    if not stack:
+        print("the stack is not running")
+        return 1
+    supervisor = Supervisor(stack)
+    is_there = supervisor.answers()
+    rows = [("part", "state", "up", "address", "last error")]
+    num_faults = 0
+    for part in stack.parts:
+        fault, seconds = supervisor.fault_of(part) if is_there else ("not running", 0.0)
+        num_faults += bool(fault)
+        rows.append((part.name, fault or "well", as_duration(seconds), part.address(stack) or "-", last_exit(part)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if not is_there:
+        print("its supervisor is not running: `make up` starts the stack again")
+    elif num_faults:
+        print("`make up` starts what is down")
+    print(f"output: {LOGS}/PART.log")
+    return 1 if num_faults else 0
+
+
+def run(part: Part) -> None:
+    """Becomes a part; what an earlier process of it left is ended first, since it may hold the ports."""
+    stack = recorded()
+    assert stack, "supervisor runs in a stack"
+    os.environ[PART] = part.name
+    family = {os.getpid(), *(each.pid for each in psutil.Process().parents())}
+
+    def left_over() -> set[psutil.Process]:
+        return {each for each in processes_of(stack.mark, part.name) if each.pid not in family and not _is_flow(each)}
+
+    if left := left_over():
+        print(f"stack: ending {len(left)} processes of the {part.name} before", flush=True)
+        end_processes(left_over, seconds=3)
+    for name in part.needs:
+        _wait_for_part(PARTS[name], stack)
+    command = part.command(stack)
+    os.execve(command[0], command, os.environ | part.environment(stack))
+
+
+def _is_flow(process: psutil.Process) -> bool:
+    """Whether it belongs to a flow run, which does not need the worker that started it."""
+    try:
+        return "PREFECT__FLOW_RUN_ID" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def _wait_for_part(part: Part, stack: Stack) -> None:
+    supervisor = Supervisor(stack)
+    while supervisor.fault_of(part)[0]:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _new_stack(kind: str) -> Stack:
+    """Chooses the ports of a new stack, makes its folders and its token, and records it."""
+    usual = _usual_ports()
+    inner = free_ports(len(INNER_PORTS), but=usual.values())
+    folder = tempfile.mkdtemp(prefix="rcnn-stack-")
+    stack = Stack(kind, uuid.uuid4().hex, usual | dict(zip(INNER_PORTS, inner, strict=True)), folder)
+    _create_store()
+    STATE.mkdir(parents=True, exist_ok=True)
+    for old in ("supervisor.log", "logs"):
+        _remove(STATE / old)
+    _write_token()
+    (STATE / "state.json").write_text(json.dumps(vars(stack)))
+    (STATE / "env.sh").write_text(_shell_lines(stack))
+    return stack
+
+
+def _usual_ports() -> dict[str, int]:
+    """The ports that people use: as the environment says, or else the usual ones or, where these are taken, others.
+
+    Raises:
+        ConfigError: a variable is not a port.
+        ClusterError: the port that a variable asks for is in use.
+    """
+    ports: dict[str, int] = {}
+    for name, usual in USUAL_PORTS.items():
+        text = os.environ.get(name, "")
+        port = _as_port(text, name) if text else usual
+        if text and not is_free(port):
+            raise ClusterError(
+                f"port {port} is in use", where=name, remedy=f"Free it, or run `make up {name}={port + 11}`"
+            )
+        if not is_free(port):
+            [port] = free_ports(1, but=ports.values())
+            print(f"port {usual} is in use: {name} is {port}")
+        ports[name] = port
+    return ports
+
+
+def _as_port(text: str, name: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise ConfigError(f"{text!r} is not a port", where=name, remedy="Give a number from 1 to 65535")
+    return int(text)
 
 
 def _create_store() -> None:
@@ -119,174 +190,121 @@ def _create_store() -> None:
         create_store(config)
 
 
-def _environment(ports: dict[str, int]) -> dict[str, str]:
-    """The environment of all parts of the stack; RCNN_... variables give the flow and the jobs the addresses."""
-    return os.environ | {
-        **{name: str(port) for name, port in ports.items()},
-        MARK: uuid.uuid4().hex,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PWD": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "RCNN_STORAGE": str(STORAGE),
-        "RCNN_TRACKING__URI": f"http://127.0.0.1:{ports['MLFLOW_PORT']}",
-        "PREFECT_HOME": str(STATE / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        # Saves 5 s of the server's start (22 s to 17 s) and eight processes, for features that are not used here.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_END),  # of jobs that are submitted by hand
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 0 keeps Ray on loopback, on Linux too
-    }
+def _write_token() -> None:
+    """A token of this stack's own: whoever answers to it is our Ray."""
+    _remove(STATE / "ray-token")
+    with open(os.open(STATE / "ray-token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
 
 
-def _shell_lines(ports: dict[str, int]) -> str:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _shell_lines(stack: Stack) -> str:
     """The exports that a shell needs to use the stack."""
     lines = {
         "PATH": f"{Path(sys.executable).parent}:$PATH",
-        "PREFECT_API_URL": f"http://127.0.0.1:{ports['PREFECT_PORT']}/api",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['MLFLOW_PORT']}",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['RAY_DASHBOARD_PORT']}",
-        "RAY_AUTH_MODE": "token",
+        "PREFECT_API_URL": stack.prefect_api,
+        "MLFLOW_TRACKING_URI": stack.url("MLFLOW_PORT"),
+        "RAY_ADDRESS": f"127.0.0.1:{stack.ports['RAY_PORT']}",
+        **stack.ray_client(),
     }
     return "".join(f'export {name}="{value}"\n' for name, value in lines.items())
 
 
-def _port(name: str) -> int:
-    text = os.environ.get(name, str(PORTS[name]))
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise ConfigError(f"{text!r} is not a port", where=name, remedy="Give a number from 1 to 65535")
-    return int(text)
-
-
-def _require_free(ports: dict[str, int]) -> None:
-    for name, port in ports.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                raise ClusterError(
-                    f"port {port} is in use", where=name, remedy=f"Free it, or run `make up {name}={port + 11}`"
-                ) from error
-
-
-def _wait_until_all_answer(ports: dict[str, int], honcho: "subprocess.Popen[bytes]") -> None:
-    api = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api"
-    parts: dict[str, Callable[[], bool]] = {
-        "Prefect": lambda: _answers(f"{api}/health"),
-        "MLflow": lambda: _answers(f"http://127.0.0.1:{ports['MLFLOW_PORT']}/health"),
-        "Ray": lambda: _answers(f"http://127.0.0.1:{ports['RAY_DASHBOARD_PORT']}/api/version"),
-        "the worker": lambda: _has_worker(api),
-    }
-    started = time.monotonic()
-    for name, is_up in parts.items():
-        _wait(is_up, name, lambda: honcho.poll() is None)
-        print(f"  {name} is up after {time.monotonic() - started:.0f} s")
-
-
-def _wait(is_up: Callable[[], bool], name: str, is_alive: Callable[[], bool] = lambda: True) -> None:
+def _wait_for_supervisor(supervisor: Supervisor) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
-    while not is_up():
-        if not is_alive() or time.monotonic() > deadline:
-            raise ClusterError(
-                f"{name} did not start", where=str(STATE / "stack.log"), remedy="See that file for the reason"
-            )
-        time.sleep(0.3)
+    while not supervisor.answers():
+        if time.monotonic() > deadline:
+            raise _did_not_start("supervisor", "it does not answer", STATE / "supervisor.out")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()  # noqa: S310  (our own loopback address)
-    except urllib.error.HTTPError:
-        return True  # it requires a token, so it is up
-    except OSError:
-        return False
-    return True
+def _did_not_start(name: str, why: str, log: Path) -> ClusterError:
+    return ClusterError(f"{name} did not start ({why})", where=str(log), remedy="See that file for the reason")
 
 
-def _has_worker(api: str) -> bool:
-    workers = _asked(f"{api}/work_pools/rcnn/workers/filter", {})
-    return any(worker["status"] == "ONLINE" for worker in workers or [])
+def _wait_until_well(stack: Stack, parts: Iterable[Part]) -> None:
+    """Returns when each part has shown that it works."""
+    os.environ.update(stack.environment())  # for the proof that is a Ray job
+    supervisor, started = Supervisor(stack), time.monotonic()
+    for part in parts:
+        while fault := supervisor.fault_of(part)[0]:
+            has_given_up = supervisor.process(part).state == "FATAL"
+            if has_given_up or time.monotonic() > started + SECONDS_TO_START:
+                raise _did_not_start(part.name, fault, log_of(part))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if part.proof:
+            part.proof(stack)
+        print(f"  {part.name} is up after {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _asked(url: str, question: dict[str, Any]) -> Any:
-    """What one of our servers answers to a POST; None where it does not."""
-    request = urllib.request.Request(  # noqa: S310
-        url, data=json.dumps(question).encode(), headers={"Content-Type": "application/json"}
+def _repair(stack: Stack) -> None:
+    """Starts the parts that are down, and starts again those that are not well; those that have just started are waited for."""
+    supervisor, faulty = Supervisor(stack), list[Part]()
+    for part in stack.parts:
+        fault, seconds = supervisor.fault_of(part)
+        if not fault:
+            continue
+        faulty.append(part)
+        if 0 < seconds < SECONDS_YOUNG:
+            print(f"{part.name} is starting ({fault})")
+            continue
+        print(f"{part.name} is down ({fault}): starting it again")
+        supervisor.stop_part(part)
+        supervisor.start_part(part)
+    if not faulty:
+        print("the stack is already running, and all of it is well; `make down` stops it")
+    _wait_until_well(stack, faulty)
+    _print_addresses(stack)
+
+
+def _end_all(stack: Stack) -> None:
+    """Ends every process of a stack, and forgets it."""
+    supervisor = Supervisor(stack)
+    if supervisor.answers():
+        supervisor.shut_down()
+        psutil.wait_procs(list(processes_of(stack.mark)), timeout=SECONDS_TO_STOP)
+    family = {os.getpid(), *(each.pid for each in psutil.Process().parents())}
+    left = end_processes(
+        lambda: {each for each in processes_of(stack.mark) if each.pid not in family}, seconds=SECONDS_TO_STOP / 4
     )
-    try:
-        with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310
-            return json.load(answer)
-    except OSError:
-        return None
+    if left:
+        raise ClusterError(f"{len(left)} processes do not end", where=", ".join(str(process.pid) for process in left))
+    shutil.rmtree(stack.folder, ignore_errors=True)
+    (STATE / "state.json").unlink(missing_ok=True)
 
 
-def _mlflow_page(port: int) -> str:
-    """The training runs of the experiment that was used last; MLflow's own address as long as there is none."""
-    address = f"http://127.0.0.1:{port}"
-    question = {"max_results": 1, "filter": "name LIKE 'rcnn/%'", "order_by": ["last_update_time DESC"]}
-    answer = _asked(f"{address}/api/2.0/mlflow/experiments/search", question) or {}
-    found = [each["experiment_id"] for each in answer.get("experiments", [])]
-    return runs_page(address, found[0]) if found else address
-
-
-def _deploy(env: dict[str, str]) -> None:
-    with open(STATE / "stack.log", "a") as log:
-        command = ["prefect", "--no-prompt", "deploy", "--all"]
-        done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=False)
+def _deploy(stack: Stack) -> None:
+    command, log = ["prefect", "--no-prompt", "deploy", "--all"], LOGS / "deploy.log"
+    with open(log, "w") as output:
+        env = os.environ | stack.environment()
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=output, stderr=output, check=False)
     if done.returncode:
         raise ClusterError(
             f"`{' '.join(command)}` failed with exit code {done.returncode}",
             where="prefect.yaml",
-            remedy=f"See its output at the end of {STATE / 'stack.log'}",
+            remedy=f"See its output in {log}",
         )
 
 
-def _print_addresses() -> None:
-    ports = json.loads((STATE / "state.json").read_text())["ports"]
+def _print_addresses(stack: Stack) -> None:
+    for part in stack.parts:
+        if address := part.address(stack):
+            print(f"  {part.name:8} {address}")
     print(
         f"""
-  Prefect  http://127.0.0.1:{ports["PREFECT_PORT"]}
-  MLflow   {_mlflow_page(ports["MLFLOW_PORT"])}
-  Ray      http://127.0.0.1:{ports["RAY_DASHBOARD_PORT"]}
-
 Next:
   source {STATE / "env.sh"}
   prefect deployment run rcnn/full-pipeline --watch
   ray job submit -- rcnn train --recipe debug_tiny
+  make status
   make down"""
     )
-
-
-def _processes() -> list[psutil.Process]:
-    """Every process of this stack: processes with its mark, orphans included, and all of their descendants.
-
-    The mark is not enough: Ray's workers overwrite their environment with their process title.
-    """
-    state = STATE / "state.json"
-    if not state.exists():
-        return []
-    mark = json.loads(state.read_text())["mark"]
-    found: set[psutil.Process] = set()
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.update((process, *process.children(recursive=True)))
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return list(found)
-
-
-def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
-    for process in processes:
-        try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
 
 
 if __name__ == "__main__":

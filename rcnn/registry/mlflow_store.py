@@ -357,41 +357,35 @@ def delete_run(config: PipelineConfig, run_id: str) -> None:
 
 
 def runs_without_a_process(config: PipelineConfig) -> list[StageRun]:
-    """The runs of stages in this storage that are marked as running while no process holds the stage's lease.
-
-    The run of a pipeline has no lease of its own, and its job may be waiting for room: it counts after a day in which no stage
-    of the storage is running.
-    """
+    """The runs of stages and pipelines in this storage that are marked as running while no process holds their lease."""
     storage = Storage(config.storage)
     if not can_swap(storage):  # nor are there leases
         return []
-    at_work = {holder.work for holder in all_holders(storage) if holder.seems_alive}
     with _reachable(config):
         client = _connect(config)
         experiments = [each.experiment_id for each in client.search_experiments()]
         where = f"tags.`{STORAGE_TAG}` = '{storage.root}' and attributes.status = 'RUNNING'"
         running = client.search_runs(experiments, where) if experiments else []
-
-    def is_left(run: Any, key: str) -> bool:
-        if "/" in key:
-            return key not in at_work
-        return not at_work and time.time() - run.info.start_time / 1000 > SECONDS_OF_A_DAY
-
+    # After the runs: a process takes the lease before it opens its run.
+    at_work = {holder.work for holder in all_holders(storage) if holder.seems_alive}
     return [
         StageRun(run.info.run_id, run.info.run_name, key)
         for run in running
-        if (key := run.data.tags.get(KEY_TAG)) and is_left(run, key)
+        if (key := run.data.tags.get(KEY_TAG)) and key not in at_work
     ]
 
 
 def end_run(config: PipelineConfig, run_id: str) -> None:
-    """Marks a run without a process, and the runs under it, as killed."""
+    """Marks a run without a process as killed, and the runs under it, unless these have leases of their own."""
     with _reachable(config):
         client = _connect(config)
-        experiment = client.get_run(run_id).info.experiment_id
+        run = client.get_run(run_id)
+        if run.info.status != "RUNNING":  # it has ended since it was found
+            return
         where = f"tags.`{PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"
-        for run in client.search_runs([experiment], where):
-            client.set_terminated(run.info.run_id, "KILLED")
+        for child in client.search_runs([run.info.experiment_id], where):
+            if KEY_TAG not in child.data.tags:
+                client.set_terminated(child.info.run_id, "KILLED")
         client.set_terminated(run_id, "KILLED")
 
 

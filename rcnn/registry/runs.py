@@ -81,9 +81,9 @@ class OutboxTracker:
         """Ends the runs under this one that have not ended: as finished, with tags, those in `ended`; as failed the others."""
         self._note("children", ended={name: dict(tags) for name, tags in ended.items()})
 
-    def finish(self, *, failed: bool = False) -> None:
+    def finish(self, *, failed: bool = False, killed: bool = False) -> None:
         """Ends the run; unless it is a child, waits a few seconds for MLflow to have its notes."""
-        self._note("end", status="FAILED" if failed else "FINISHED")
+        self._note("end", status="KILLED" if killed else "FAILED" if failed else "FINISHED")
         if not self._is_child:
             self._outbox.flush()
 

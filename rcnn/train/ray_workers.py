@@ -40,7 +40,7 @@ class WorkersTrainer(DataParallelTrainer):
     ):
         backend_config = None
         if scaling_config.num_workers > 1 or scaling_config.use_gpu:
-            from rcnn.train.ray_group import GroupConfig  # imports torch, and the controller imports this module
+            from rcnn.train.rendezvous import GroupConfig  # imports torch, and the controller imports this module
 
             backend_config = GroupConfig()
         super().__init__(

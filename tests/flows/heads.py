@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import random
-import socket
 import subprocess
 import sys
 import threading
@@ -15,14 +13,23 @@ from typing import Self
 
 import psutil
 
+from infra.local.ports import free_ports, is_free
+
 SECONDS_TO_START = 180
 
 
 class Head:
-    """A Ray of one node with a job server, on ports of its own; one that is started again keeps its address, and no jobs."""
+    """A Ray of one node with a job server, on ports of its own; one that is started again keeps its address, and no jobs.
 
-    def __init__(self) -> None:
-        self._port, self._agent, self._client = free_ports(3)
+    Args:
+        has_usual_ports: on the ports that Ray takes where it is not told otherwise, so far as they are free.
+    """
+
+    def __init__(self, *, has_usual_ports: bool = False) -> None:
+        ports = zip((8265, 52365, 10001), free_ports(3), strict=True)
+        self._port, self._agent, self._client = (
+            usual if has_usual_ports and is_free(usual) else free for usual, free in ports
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self.address = f"http://127.0.0.1:{self._port}"
 
@@ -130,16 +137,3 @@ class Proxy:
                 await writer.drain()
         if num_cuts == self._num_cuts:
             writer.close()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that stay free until they are used: above Ray's workers, and below those that the system gives to any process.
-
-    A port of the system's own range was taken in the seconds before Ray's agent bound it, and every job hung.
-    """
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20_000, 32_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(port)
-    return found

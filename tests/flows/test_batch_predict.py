@@ -1,6 +1,5 @@
 """The deployment "rcnn/batch-predict", with a real Prefect server and Ray."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from rcnn.config import PipelineConfig
@@ -52,13 +50,3 @@ def test_a_fault_of_the_input_is_the_flows_error(model: str, tmp_path: Path) -> 
 
     with pytest.raises(ConfigError, match="does not exist"):
         batch_predict(str(tmp_path / "absent"), str(tmp_path / "out"), model)
-
-
-def test_each_deployment_names_a_flow() -> None:
-    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    found = {each["name"]: each["entrypoint"] for each in deployments}
-    assert set(found) == {"full-pipeline", "reproduce", "batch-predict"}
-    for entrypoint in found.values():
-        file, _, name = entrypoint.partition(":")
-        flow = getattr(import_module(file.removesuffix(".py").replace("/", ".")), name)
-        assert flow.name == "rcnn"

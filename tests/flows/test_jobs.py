@@ -301,7 +301,7 @@ def test_a_log_whose_connection_dies_silently_is_printed_whole_and_once(
 ) -> None:
     from flows import jobs
 
-    monkeypatch.setattr("flows.job_server.SECONDS_OF_SILENCE", 2)
+    monkeypatch.setattr("flows.ray_client.SECONDS_OF_SILENCE", 2)
     monkeypatch.setattr("flows.job_server.SECONDS_TO_ANSWER", 2)
     submit_instead("for i in $(seq 40); do echo line $i; sleep 0.2; done; printf end; sleep 3; exit 1", monkeypatch)
     with Proxy(head) as proxy:

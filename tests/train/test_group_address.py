@@ -5,7 +5,7 @@ import os
 import pytest
 import ray.util
 
-from rcnn.train.ray_group import INTERFACE, name_interface
+from rcnn.train.rendezvous import INTERFACE, name_interface
 
 
 @pytest.fixture(autouse=True)

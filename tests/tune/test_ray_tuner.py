@@ -40,7 +40,7 @@ class Family(NoTracker):
             self.children[name].set_tags(ended.get(name, {}))
             self.children[name].finish(failed=name not in ended)
 
-    def finish(self, *, failed: bool = False) -> None:
+    def finish(self, *, failed: bool = False, killed: bool = False) -> None:
         self.status = "FAILED" if failed else "FINISHED"
 
     def child(self, name: str, config: PipelineConfig | None = None) -> "Family":
