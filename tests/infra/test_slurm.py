@@ -60,6 +60,17 @@ def test_a_ray_that_did_not_start_fails_the_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@needs_root
+def test_a_job_ends_with_its_command_and_leaves_nothing_on_its_nodes(tmp_path: Path) -> None:
+    with FakeSlurm(tmp_path, 2) as slurm:
+        job = slurm.run("recipes", RCNN_TRACKING__URI=MLFLOW)
+        assert job.wait(SECONDS_TO_WAIT) == 0, slurm.log.read_text()
+    assert "debug_tiny" in slurm.log.read_text()
+    assert not list(tmp_path.glob("disks/*/*"))
+    assert not list(tmp_path.rglob("ray-token"))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @needs_root
 def test_two_nodes_train_together_stop_when_asked_and_resume_when_queued_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Self
 
 BIN = Path(__file__).parent / "bin"
 SCRIPT = Path(__file__).parents[3] / "infra" / "slurm" / "rcnn.sbatch"
-JOB_ID = "42"
+JOB_ID = str(os.getpid())
 
 
 class FakeSlurm:
@@ -57,6 +57,8 @@ class FakeSlurm:
             _ip("netns", "del", node)
         for process in self._processes:
             process.wait()
+        with suppress(FileNotFoundError):
+            Path(f"/tmp/ray-{JOB_ID}").rmdir()  # empty: a disk of its own lay over it on each node
 
     def run(self, *words: str, **env: str) -> "subprocess.Popen[bytes]":
         """Starts the batch script as Slurm does: on the first node, and only there."""
