@@ -68,7 +68,6 @@ MODEL_FOLDER = "model"  # MLflow keeps the last part of the path of what it stor
 MAX_DIGEST = 36  # MLflow's limit; the whole digest is in the profile and the tag
 MAX_PARAMS, MAX_METRICS = 100, 1000  # MLflow's limits for one call
 MAX_REASON = 1000  # characters
-SECONDS_OF_A_DAY = 86400
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 VIEW_OF_RUNS = {
     # By another column, MLflow would list stages and trials beside pipelines, not under them.
