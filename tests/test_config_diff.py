@@ -35,7 +35,8 @@ def test_the_command_compares_recipes(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["config", "--diff", "cifar10_rcnn96", "cifar10_augmented_rcnn160"]) == 0
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["model.k", "96", "160"], ["model.crop", "0", "24"], ["augment.flip", "false", "true"]
+        ["model.k", "96", "160"], ["model.crop", "0", "24"], ["augment.flip", "false", "true"],
+        ["evaluate.views", "[]", "[crops]"], ["evaluate.sample_rows", "1000", "0"],
     ]  # fmt: skip
     assert main(["config", "--diff", "demo", "demo"]) == 0
     assert capsys.readouterr().out == "no differences\n"

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md, SECURITY.md and the pages of `infra/`: what they name exists."""
+"""README.md, the guide, CONTRIBUTING.md, SECURITY.md and the pages of `infra/`: what they name exists."""
 
 import ast
 import re
@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "infra").rglob("*.md"))]
+AT_THE_ROOT = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+DOCUMENTS = [*(ROOT / name for name in AT_THE_ROOT), ROOT / "rcnn/README.md", *sorted((ROOT / "infra").rglob("*.md"))]
 PATH = re.compile(
     r"(?:rcnn|flows|infra|tests)/[\w./-]*|(?:README|CHANGELOG|SECURITY|CONTRIBUTING)\.md|requirements\.lock|pyproject\.toml"
 )
-MADE = {"infra/compose/.env"}
+DEPLOYMENTS = {
+    f"rcnn/{name}" for name in re.findall(r"^  - name: ([\w-]+)", (ROOT / "prefect.yaml").read_text(), re.MULTILINE)
+}
+MADE = {"infra/compose/.env"} | DEPLOYMENTS
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
