@@ -24,7 +24,7 @@ UNCOUNTED = frozenset(
     for name in (
         "conditional", "config", "data.sources", "errors", "keys", "lease", "model.networks", "progress", "ranges",
         "ray_board", "ray_nodes", "ray_session", "recipes", "results", "section", "settings", "signals", "stages",
-        "storage", "text", "tracking", "train.checkpoint_store", "train.elastic", "train.ray_group", "train.ray_workers",
+        "storage", "text", "tracking", "train.checkpoint_store", "train.elastic", "train.ray_workers", "train.rendezvous",
         "tune.budget", "tune.plots", "tune.resources", "tune.screen",
     )
 )  # fmt: skip
