@@ -8,17 +8,23 @@ from rcnn.cli import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
-SETTINGS = ("data.source=mnist-sample", "train.epochs=1", "train.num_rows=320", "execution.cpus_per_worker=1")
+SETTINGS = (
+    "data.source=mnist-sample",
+    "train.epochs=1",
+    "train.num_rows=320",
+    "train.with_validation=false",
+    "execution.cpus_per_worker=1",
+)
 
 
-def reproduce(storage: Path, *more: str) -> int:
+def reproduce(storage: Path, *more: str, only: str = "mnist*rcnn32") -> int:
     settings = [word for text in (*SETTINGS, f"storage={storage}") for word in ("--set", text)]
-    return main(["reproduce", "mnist", "--seeds", "1", "--parallel", "2", *settings, *more])
+    return main(["reproduce", "mnist", "--only", only, "--seeds", "1", "--parallel", "2", *settings, *more])
 
 
 @pytest.mark.slow
 def test_a_table_is_filled_resumed_and_names_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert reproduce(tmp_path, "--only", "mnist_rcnn32") == 0
+    assert reproduce(tmp_path, only="mnist_rcnn32") == 0
     assert "[mnist_rcnn32-seed0] epoch 1/1" in capsys.readouterr().err
     assert reproduce(tmp_path, "--set", "execution.use_gpu=true") == 1
     told = capsys.readouterr()
