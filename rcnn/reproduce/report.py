@@ -73,8 +73,10 @@ class Finished:
         }
 
     def cells(self) -> list[dict[str, str]]:
-        """The rows as text."""
-        return [_cells_of(row, self.data_title) for row in self.rows]
+        """The rows as text, without columns that are empty in all of them."""
+        rows = [_cells_of(row, self.data_title) for row in self.rows]
+        filled = [name for name in rows[0] if any(row[name] for row in rows)]
+        return [{name: row[name] for name in filled} for row in rows]
 
 
 def _torch_version() -> str:
