@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rcnn.evaluate.unrolled import num_steps_of, shortened
 from rcnn.model.classifier import Classifier
+from rcnn.text import counted
 
 TOLERANCE = 0.001
 """By how much the error on the validation rows may rise, as a share of them."""
@@ -107,7 +108,7 @@ def with_steps(model: Classifier, num_steps: int | None, confidence: float) -> C
         return model
     most = num_steps_of(model)
     if not 0 <= num_steps <= most:
-        raise ValueError(f"is {num_steps}, and the model has {most} recurrent steps")
+        raise ValueError(f"is {num_steps}, and the model has {counted(most, 'recurrent step')}")
     if num_steps < most and confidence:
         return EarlyExit(model, Exit(num_steps, confidence))
     return shortened(model, num_steps)
