@@ -48,7 +48,7 @@ def flow_run_name() -> str:
 
 def title_of(config: PipelineConfig) -> str:
     """`mnist-sample RCNN-32 T=1`."""
-    return f"{config.data.source} {config.model.title}".replace(",", "").replace("T = ", "T=")
+    return f"{config.data.dataset} {config.model.short_title}"
 
 
 # A crashed flow leaves its jobs running: the flow that retries it attaches to them.
@@ -143,12 +143,10 @@ def _pipeline_run(config: PipelineConfig, fresh: bool, trees: dict[str, Any]) ->
 def _at_work(config: PipelineConfig) -> Iterator[None]:
     """Holds a lease while the pipeline's MLflow run is open, so that one left by a crash is known; of two flows, one does."""
     with ExitStack() as stack:
-        with suppress(
-            ClusterError
-        ):  # another flow runs the same pipeline; a storage that is away is reported by the stages
-            stack.enter_context(
-                held(StageFolder(Storage(config.storage), pipeline_key(config)), waits=False, says_so=False)
-            )
+        folder = StageFolder(Storage(config.storage), pipeline_key(config))
+        # Another flow may run the same pipeline; a storage that is away is reported by the stages.
+        with suppress(ClusterError):
+            stack.enter_context(held(folder, waits=False, says_so=False))
         yield
 
 

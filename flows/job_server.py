@@ -128,9 +128,8 @@ class JobServer:
 
     def _connected(self) -> "JobSubmissionClient":
         if self._client is None:
-            from flows.ray_client import (
-                Client,
-            )  # late: Ray takes seconds to import, and a flow with nothing to do needs none
+            # Late: Ray takes seconds to import, and a flow with nothing to do needs none.
+            from flows.ray_client import Client
 
             self._client = Client(self.address, seconds_to_answer=SECONDS_TO_ANSWER)  # asks the server for its version
         return self._client

@@ -70,7 +70,7 @@ def audit_licences() -> int:
 
 
 def unreviewed(packages: Sequence[dict[str, str]]) -> list[str]:
-    """The packages with a licence that somebody has to read first, and nobody has."""
+    """The packages whose licence needs a review and has not had one."""
     return [
         f"{package['Name']} {package['Version']}: {package['License']}"
         for package in packages

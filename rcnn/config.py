@@ -280,8 +280,8 @@ class TrainConfig(Section):
     )
     any_t: bool = Field(
         False,
-        description="Draw the number of recurrent steps anew at each training step, T in half of them and fewer in the others, "
-        "so that one network serves any number up to T.",
+        description="Draw a number of recurrent steps for each training step, T in half of them and fewer in the others, so "
+        "that one network can run with any number up to T.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

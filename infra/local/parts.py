@@ -210,7 +210,7 @@ def _web_fault(port: str, path: str) -> Callable[[Stack, psutil.Process], str]:
 
 
 def _ray_fault(stack: Stack, process: psutil.Process) -> str:
-    """`ray start --block` stays when one of its processes was ended by a SIGTERM, so it is no proof that these live."""
+    """`ray start --block` keeps running after a SIGTERM ended one of its processes, so it does not show that they are alive."""
     names = {name_of(each) for each in tree_of(process)}
     for needed in ("gcs_server", "raylet"):
         if needed not in names:

@@ -70,7 +70,25 @@ class Machine:
         _ip("netns", "del", self.name)
 
 
-class Nodes:
+class Undone:
+    """A context whose `_start` is undone where it fails midway."""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        raise NotImplementedError
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+
+class Nodes(Undone):
     """The cluster, the servers beside it, and the user's machine."""
 
     def __init__(self, folder: Path):
@@ -82,14 +100,6 @@ class Nodes:
             f"s3://rcnn?scheme=http&endpoint_override={NETWORK}.{BRIDGE}:{S3_PORT}&region=us-east-1"
             "&allow_bucket_creation=true"
         )
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
 
     def __exit__(self, *error: object) -> None:
         for machine in self._machines.values():

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import yaml
 
-from tests.faults.nodes import Machine, _ip, can_run
+from tests.faults.nodes import Machine, Undone, _ip, can_run
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "compose"
@@ -60,7 +60,7 @@ class _Container(Machine):
     network, bridge = "10.90.0", "compose-net"
 
 
-class Stack:
+class Stack(Undone):
     """The services as processes; entering starts them in the order of `depends_on`, each when those before it are healthy."""
 
     def __init__(self, folder: Path, variables: Mapping[str, str]):
@@ -72,12 +72,7 @@ class Stack:
     def __enter__(self) -> Self:
         _ip("link", "add", _Container.bridge, "type", "bridge")
         _ip("link", "set", _Container.bridge, "up")
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         for process in reversed(self._processes.values()):
