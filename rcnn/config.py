@@ -163,6 +163,9 @@ class ModelConfig(Section):
     k: int = Field(32, ge=1, le=2048, description="K: feature maps of every hidden layer.")
     t: int = Field(3, ge=0, le=32, description="T: recurrent steps of every recurrent convolutional layer.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate after each RCL but the last (unverified value).")
+    width: float = Field(
+        1.0, gt=0, le=16, description="Multiplies the feature maps of a network that has no K: nin, nin_svhn, maxout."
+    )
     lrn_alpha: float = Field(0.001, ge=0, le=1000, description="Alpha of the local response normalisation.")
     lrn_beta: float = Field(0.75, ge=0, le=10, description="Beta of the local response normalisation.")
     normalise: Literal["pixel_mean", "channel"] = Field(

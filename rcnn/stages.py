@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rcnn.errors import ClusterError, ConfigError, LeaseLost
 from rcnn.keys import Code, code_of, differing, key_of
 from rcnn.lease import held
-from rcnn.model.networks import NETWORKS
+from rcnn.model.networks import NETWORKS, unread_settings
 from rcnn.progress import say
 from rcnn.storage import MADE_OF, RESULT, StageFolder, Storage
 from rcnn.text import counted
@@ -41,7 +41,7 @@ class Stage:
         result: `module:class` of what it hands on, a `StageResult`.
         takes: the earlier stages whose results it is given; None for one that the pipeline does not include.
         settings: sections and settings that its result depends on; those after a minus do not count.
-        unread: those of them that another setting overrides in this config.
+        unread: those of them that have no effect in this config.
         identity: what its result depends on besides, as text: the digests of what it reads.
         purpose: what it is about to do, in a line.
         folder: where its folders lie.
@@ -119,6 +119,17 @@ def _network_module(config: PipelineConfig) -> list[str]:
     return [NETWORKS[config.model.network].module]
 
 
+def _of_other_networks(config: PipelineConfig) -> tuple[str, ...]:
+    """Settings that the network does not read: a new one of another network changes no key."""
+    if "model.network" in config.tune.space:
+        return ()
+    return tuple(f"model.{name}" for name in unread_settings(config.model.network, config.model.model_dump()))
+
+
+def _unread_by_trials(config: PipelineConfig) -> tuple[str, ...]:
+    return (*_of_other_networks(config), *(["train.num_rows"] if config.tune.num_rows else []))
+
+
 def _training_in_words(config: PipelineConfig) -> str:
     if config.members:
         return f"{config.model.title}, seeds {config.seed} to {config.members[-1].seed}"
@@ -158,7 +169,7 @@ STAGES: dict[str, Stage] = {
             "tune.space", "tune.search", "tune.early_stopping", "tune.epochs", "tune.grace_epochs",
             "tune.reduction_factor", "tune.num_rows", "-train.epochs", "-train.max_minutes", "-train.with_validation",
         ),
-        unread=lambda config: ("train.num_rows",) if config.tune.num_rows else (),
+        unread=_unread_by_trials,
         identity=_data_digest,
         purpose=lambda config: (
             f"up to {counted(config.tune.num_trials, 'trial')} of up to {counted(config.tune.epochs, 'epoch')}"
@@ -180,6 +191,7 @@ STAGES: dict[str, Stage] = {
         cost="rcnn.plan.costs:cost_of_train",
         progress="rcnn.plan.progress:progress_of_train",
         settings=("model", "train", "augment", "seed", "-train.max_minutes"),
+        unread=_of_other_networks,
         identity=_data_digest,
         purpose=_training_in_words,
         shows=("recipe", "data", "execution"),

@@ -24,7 +24,7 @@ Differences from the published networks:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -126,12 +126,16 @@ def _initialised(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     return layer
 
 
-def build(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The CIFAR layout for colour images, the MNIST layout for greyscale images.
+def build(image_shape: tuple[int, int, int], num_classes: int, *, width: float) -> nn.Module:
+    """The CIFAR layout for colour images, the MNIST layout for greyscale images; `width` multiplies its maps and units.
 
     Raises:
         ValueError: the images are too small.
     """
-    if image_shape[2] == 1:
-        return Maxout(MNIST, 0, image_shape, num_classes)
-    return Maxout(CIFAR, DENSE_UNITS, image_shape, num_classes)
+
+    def scaled(number: int) -> int:
+        return max(1, round(number * width))
+
+    layout, dense_units = (MNIST, 0) if image_shape[2] == 1 else (CIFAR, scaled(DENSE_UNITS))
+    convolutions = tuple(replace(layer, maps=scaled(layer.maps)) for layer in layout)
+    return Maxout(convolutions, dense_units, image_shape, num_classes)

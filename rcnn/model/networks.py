@@ -47,15 +47,16 @@ NETWORKS: dict[str, Network] = {
     "recursive": Network("rcnn.model.recursive:build", "rCNN-{k}, T = {t}", _RECURRENT, shares_steps=True),
     "wide": Network("rcnn.model.wide:build", "WCNN-{k}", ("k", "dropout", *_LRN)),
     "rcnn_bn": Network("rcnn.model.rcnn_bn:build", "RCNN-{k} with batch norm, T = {t}", ("k", "t", "dropout")),
-    "nin": Network("rcnn.model.nin:build", "NIN"),
-    "nin_svhn": Network("rcnn.model.nin:build_svhn", "NIN (SVHN layout)"),
-    "maxout": Network("rcnn.model.maxout:build", "Maxout"),
+    "nin": Network("rcnn.model.nin:build", "NIN", ("width",)),
+    "nin_svhn": Network("rcnn.model.nin:build_svhn", "NIN (SVHN layout)", ("width",)),
+    "maxout": Network("rcnn.model.maxout:build", "Maxout", ("width",)),
 }
 
 
 def title_of(name: str, settings: Mapping[str, Any]) -> str:
-    """The network's name in reports, plots and tags, e.g. `RCNN-96, T = 3`."""
-    return NETWORKS[name].title.format(**settings)
+    """The network's name in reports, plots and tags, e.g. `RCNN-96, T = 3`; its width where that is not as published."""
+    width = settings.get("width", 1)
+    return NETWORKS[name].title.format(**settings) + ("" if width == 1 else f", width {width:g}")
 
 
 def unread_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,28 +77,29 @@ def _block(kernel: int, widths: tuple[int, ...]) -> list[nn.Module]:
     return layers
 
 
-def build(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The CIFAR layout for colour images, the MNIST layout for greyscale images.
+def build(image_shape: tuple[int, int, int], num_classes: int, *, width: float) -> nn.Module:
+    """The CIFAR layout for colour images, the MNIST layout for greyscale images; `width` multiplies its maps.
 
     Raises:
         ValueError: the images are smaller than 4x4.
     """
-    return _built(MNIST if image_shape[2] == 1 else CIFAR, image_shape, num_classes)
+    return _built(MNIST if image_shape[2] == 1 else CIFAR, image_shape, num_classes, width)
 
 
-def build_svhn(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The SVHN layout.
+def build_svhn(image_shape: tuple[int, int, int], num_classes: int, *, width: float) -> nn.Module:
+    """The SVHN layout; `width` multiplies its maps.
 
     Raises:
         ValueError: the images are smaller than 4x4.
     """
-    return _built(SVHN, image_shape, num_classes)
+    return _built(SVHN, image_shape, num_classes, width)
 
 
-def _built(blocks: tuple[Block, ...], image_shape: tuple[int, int, int], num_classes: int) -> NIN:
+def _built(blocks: tuple[Block, ...], image_shape: tuple[int, int, int], num_classes: int, width_factor: float) -> NIN:
     height, width, channels = image_shape
     if min(height, width) < SMALLEST_SIDE:
         raise ValueError(
             f"images of {width}x{height} are too small; they must be {SMALLEST_SIDE}x{SMALLEST_SIDE} or larger"
         )
-    return NIN(blocks, channels, num_classes)
+    scaled = tuple((kernel, tuple(max(1, round(each * width_factor)) for each in maps)) for kernel, maps in blocks)
+    return NIN(scaled, channels, num_classes)

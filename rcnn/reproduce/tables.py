@@ -38,6 +38,7 @@ class Table:
         small_names: those of the small budget; empty: all of them.
         small: settings of the small budget, by dotted name; the network must read those of `model`.
         small_divisor: the small budget divides K by this.
+        small_width: its `model.width` of networks without K, by name: that at which they have as many parameters.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Table:
     small_names: tuple[str, ...] = ()
     small: Mapping[str, Any] = field(default_factory=dict)
     small_divisor: int = 1
+    small_width: Mapping[str, float] = field(default_factory=dict)
 
     def experiments(self, budget: str) -> list[Experiment]:
         """The experiments of a budget."""
@@ -122,6 +124,7 @@ TABLES: dict[str, Table] = {
         ),
         small=_SMALL_CIFAR,
         small_divisor=3,
+        small_width={"nin": 0.275, "maxout": 0.07},  # 76,537 and 80,262 parameters beside the 76,618 of RCNN-32
     ),
 }  # fmt: skip
 PARAMETERS = "parameters"
@@ -156,7 +159,7 @@ class Cell:
         """Whether it trains what the paper trains: the network at its size, on all images of that data set."""
         ours, theirs = self.config, self.experiment.config()
         same_images = ours.data.source == theirs.data.source and ours.data.svhn_extra == theirs.data.svhn_extra
-        of_network = ("network", "k", "t", "crop")
+        of_network = ("network", "k", "t", "crop", "width")
         return (
             same_images
             and not ours.train.num_rows
@@ -223,6 +226,8 @@ def _config_of(
         settings = dict(table.small)
         if experiment.k:
             settings["model.k"] = round(experiment.k / table.small_divisor)
+        elif experiment.network in table.small_width:
+            settings["model.width"] = table.small_width[experiment.network]
         config = config.with_settings(settings)
     return build_config(config, file=None, environ=environ, overrides=overrides)
 
