@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.code_package import program_of_jobs, runtime_env_of_jobs
 from flows.full_pipeline import log_in_prefect
 from flows.job_server import UNFINISHED, JobServer
 from flows.jobs import MINUTES_TO_STOP, JobLog, ending_with_flow
@@ -52,7 +53,7 @@ def batch_predict(source: str, to: str, model: str = "", image_column: str = "",
     config = _config(image_column)
     with log_in_prefect():
         if config.ray.address.startswith("http"):
-            return _as_job(config, _command(config, source, to, model, fresh=fresh), to)
+            return predict_as_job(config, source, to, model, fresh=fresh).model_dump(mode="json")
         return _here(config, source, to, model, fresh=fresh)
 
 
@@ -81,7 +82,8 @@ def _command(config: PipelineConfig, source: str, to: str, model: str, *, fresh:
     }
     settings = [word for name, value in places.items() for word in ("--set", f"{name}={value}")]
     fresh_words = ["--fresh"] if fresh else []
-    return ["rcnn", "batch-predict", source, "--to", to, "--model", model, *settings, *fresh_words]
+    program = program_of_jobs(config)
+    return [*program, "batch-predict", source, "--to", to, "--model", model, *settings, *fresh_words]
 
 
 def _job_id(command: list[str]) -> str:
@@ -90,15 +92,17 @@ def _job_id(command: list[str]) -> str:
     return f"rcnn-batch-predict-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:12]}"
 
 
-def _as_job(config: PipelineConfig, command: list[str], to: str) -> dict[str, Any]:
-    """Runs the command on the cluster, and prints its log.
+def predict_as_job(config: PipelineConfig, source: str, to: str, model: str, *, fresh: bool) -> Batch:
+    """Runs the command `rcnn batch-predict` on the cluster, and prints its log.
 
     Raises:
         ClusterError: the cluster cannot be used, or the job ended without all predictions.
     """
+    command = _command(config, source, to, model, fresh=fresh)
     server, job_id = JobServer(config.ray.address, minutes=config.ray.reconnect_minutes), _job_id(command)
-    server.submit(job_id, f"{shlex.join(command)} || test $? -eq {EXIT_CODE_OF_BAD_IMAGES}")
-    say(f"batch-predict: Ray job {job_id}")
+    entrypoint = f"{shlex.join(command)} || test $? -eq {EXIT_CODE_OF_BAD_IMAGES}"
+    server.submit(job_id, entrypoint, metadata={"source": source, "to": to}, runtime_env=runtime_env_of_jobs(config))
+    say(f"batch-predict: submitted as Ray job {job_id}: {server.page_of(job_id)}")
     log = JobLog()
     with ending_with_flow(lambda: server.stop(job_id)):
         while (status := server.status(job_id)) in UNFINISHED:
@@ -112,4 +116,4 @@ def _as_job(config: PipelineConfig, command: list[str], to: str) -> dict[str, An
             where=f"ray.address = {config.ray.address}",
             remedy="See its log above; the same flow, run again, keeps the parts that were predicted",
         )
-    return Batch.model_validate(tree).model_dump(mode="json")
+    return Batch.model_validate(tree)

@@ -1,4 +1,5 @@
-"""Who follows a Ray job: each flow run leaves a mark beside the job's inputs, and renews it while it lives.
+"""Who follows a Ray job: each flow run, or call from a shell, leaves a mark beside the job's inputs, and renews it while it
+lives.
 
 A job that two flows share is stopped when the last of them is cancelled; a flow that was killed stops renewing its mark and
 no longer counts.
@@ -27,16 +28,16 @@ class Followers:
     Args:
         storage: where the marks are.
         folder: the job's folder.
-        flow_run_id: ours; empty outside of a flow.
+        follower: our id; empty for one who only looks.
     """
 
-    def __init__(self, storage: Storage, folder: str, flow_run_id: str):
+    def __init__(self, storage: Storage, folder: str, follower: str):
         self._storage, self._folder = storage, folder
-        self._is_flow, self._name = bool(flow_run_id), f"{PREFIX}{flow_run_id or 'no-flow-run'}"
+        self._has_id, self._name = bool(follower), f"{PREFIX}{follower or 'nobody'}"
 
     def include_us(self) -> bool:
-        """Whether an earlier attempt of this flow run submitted the job, or attached to it."""
-        return self._is_flow and self._storage.exists(self._path(self._name))
+        """Whether we, or an earlier attempt of our flow run, submitted the job or attached to it."""
+        return self._has_id and self._storage.exists(self._path(self._name))
 
     @contextmanager
     def following(self) -> Iterator[None]:

@@ -7,8 +7,8 @@ call has a time limit, and is repeated while the server is away.
 import asyncio
 import re
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rcnn.errors import ClusterError
 from rcnn.progress import as_duration, say
@@ -39,6 +39,10 @@ class JobServer:
         self.address, self._minutes = address, minutes
         self._client: JobSubmissionClient | None = None
 
+    def page_of(self, job_id: str) -> str:
+        """The job's page of the dashboard."""
+        return f"{self.address.rstrip('/')}/#/jobs/{job_id}"
+
     def status(self, job_id: str) -> str | None:
         """The status of a job, or None if the cluster does not know it."""
         return self._call(lambda client: _status_of(client, job_id))
@@ -47,8 +51,22 @@ class JobServer:
         """Whether a job has been submitted and has not ended."""
         return self.status(job_id) in UNFINISHED
 
-    def submit(self, job_id: str, entrypoint: str) -> None:
-        """Submits a job, unless a job with this id is running: another flow's, or an attempt whose answer was lost."""
+    def submit(
+        self,
+        job_id: str,
+        entrypoint: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        runtime_env: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Submits a job, unless a job with this id is running: another flow's, or an attempt whose answer was lost.
+
+        Args:
+            job_id: its id.
+            entrypoint: a line for the shell of its node.
+            metadata: shown beside it in the dashboard.
+            runtime_env: what it has besides what its node has installed, in Ray's terms.
+        """
 
         def submit_once(client: "JobSubmissionClient") -> None:
             status = _status_of(client, job_id)
@@ -59,7 +77,12 @@ class JobServer:
                 client.delete_job(job_id)
             # The job's supervisor, which stops it, has the environment of the job. Ray's default is 3 s.
             environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_END)}
-            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env={"env_vars": environment})
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=job_id,
+                metadata=dict(metadata or {}),
+                runtime_env={**(runtime_env or {}), "env_vars": environment},
+            )
 
         self._call(submit_once)
 

@@ -20,6 +20,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
+from flows.code_package import program_of_jobs, runtime_env_of_jobs
 from flows.followers import Followers
 from flows.job_server import UNFINISHED, JobServer
 from rcnn import errors
@@ -28,7 +29,18 @@ from rcnn.errors import ClusterError, RcnnError
 from rcnn.lease import held
 from rcnn.progress import say
 from rcnn.results import StageResult
-from rcnn.stages import STAGES, Parent, Results, finished, nothing_to_do, results_from_json, stage_code, stage_folder
+from rcnn.stages import (
+    STAGES,
+    Parent,
+    Results,
+    finished,
+    nothing_to_do,
+    planned,
+    results_from_json,
+    run_stage,
+    stage_code,
+    stage_folder,
+)
 from rcnn.storage import JOB, JOB_OUTCOME, Storage
 
 FLOW_RUN_TAG = "rcnn.prefect_flow_run"
@@ -48,6 +60,7 @@ def run_as_job(
     fresh: bool = False,
     stop_running: bool = False,
     parent: Parent | None = None,
+    follower: str = "",
 ) -> StageResult:
     """Runs one stage on the cluster at `ray.address`, as `rcnn.stages.run_stage` does in this process.
 
@@ -58,6 +71,7 @@ def run_as_job(
         fresh: does the work again; an attempt that is repeated continues what the first one submitted.
         stop_running: with `fresh`, stops a running job that works on the same result.
         parent: the MLflow run to hang under.
+        follower: who follows the job, outside of a flow: an id of this call.
 
     Raises:
         ClusterError: the cluster cannot be used, the job was stopped or lost, or `fresh` is refused because a job is running.
@@ -67,12 +81,26 @@ def run_as_job(
     if done is not None:
         say(nothing_to_do(name, stage_folder(config, name, results)))
         return done
-    job = _Job(config, name, results, fresh=fresh, parent=parent or Parent())
-    with ending_with_flow(lambda: stop_jobs(config, job.flow_run_id)):
+    job = _Job(config, name, results, fresh=fresh, parent=parent or Parent(), follower=follower)
+    with ending_with_flow(lambda: stop_jobs(config, job.follower)):
         if fresh and not job.followers.include_us():
             job.make_way(stop_running=stop_running)
         with job.followers.following():  # before the submission, so that cancelling the flow stops this job in any case
             return job.run()
+
+
+def run_until(
+    config: PipelineConfig, last: str, *, fresh: bool = False, parent: Parent | None = None, follower: str = ""
+) -> Results:
+    """Runs the stages up to `last`, those of the cluster as Ray jobs where there is one; `fresh` does the last one again."""
+    results: Results = {}
+    for name in planned(config, last):
+        again = fresh and name == last
+        if STAGES[name].on_cluster(config) and config.ray.address.startswith("http"):
+            results[name] = run_as_job(config, name, results, fresh=again, parent=parent, follower=follower)
+        else:
+            results[name] = run_stage(config, name, results, fresh=again, parent=parent)
+    return results
 
 
 @contextmanager
@@ -111,15 +139,15 @@ def stop_jobs_of(flow: Any, flow_run: Any, state: Any) -> None:
         stop_jobs(config, str(flow_run.id))
 
 
-def stop_jobs(config: PipelineConfig, flow_run_id: str) -> None:
-    """Stops the running jobs that this flow run is the last to follow.
+def stop_jobs(config: PipelineConfig, follower: str) -> None:
+    """Stops the running jobs that this flow run, or call from a shell, is the last to follow.
 
     Raises:
         ClusterError: the cluster cannot be used; the jobs keep running.
     """
     storage, server = Storage(config.storage), JobServer(config.ray.address, minutes=MINUTES_TO_STOP)
     for job_id in storage.list_folders(JOBS):
-        followers = Followers(storage, f"{JOBS}/{job_id}", flow_run_id)
+        followers = Followers(storage, f"{JOBS}/{job_id}", follower)
         if not followers.include_us() or not server.is_running(job_id):
             continue
         if followers.leave():
@@ -152,12 +180,21 @@ def left_jobs(config: PipelineConfig) -> Iterator[tuple[Any, ...]]:
 class _Job:
     """A stage as a job: its id, and its folder, which holds what it is to do, how it ended, and who follows it."""
 
-    def __init__(self, config: PipelineConfig, name: str, results: Results, *, fresh: bool, parent: Parent):
+    def __init__(
+        self,
+        config: PipelineConfig,
+        name: str,
+        results: Results,
+        *,
+        fresh: bool,
+        parent: Parent,
+        follower: str = "",
+    ):
         self._config, self._name, self._results, self._fresh, self._parent = config, name, results, fresh, parent
         self._target = stage_folder(config, name, results)
         self.id = f"rcnn-{self._target.unique_name}"
-        self.flow_run_id = dict(parent.tags).get(FLOW_RUN_TAG, "")
-        self.followers = Followers(Storage(config.storage), f"{JOBS}/{self.id}", self.flow_run_id)
+        self.follower = follower or dict(parent.tags).get(FLOW_RUN_TAG, "")
+        self.followers = Followers(Storage(config.storage), f"{JOBS}/{self.id}", self.follower)
         self._folder = Storage(config.storage).below(f"{JOBS}/{self.id}")
         self._server = JobServer(config.ray.address, minutes=config.ray.reconnect_minutes)
 
@@ -191,7 +228,7 @@ class _Job:
             return self._result_in(outcome)  # of an earlier attempt of this flow run: `make_way` removed any other
         else:
             log = self._submit()
-            say(f"{self._name}: submitted as Ray job {self.id}")
+            say(f"{self._name}: submitted as Ray job {self.id}: {self._server.page_of(self.id)}")
         status = self._follow(log)
         return self._result(status)
 
@@ -209,11 +246,13 @@ class _Job:
             "parent": {"run_id": self._parent.run_id, "tags": dict(self._parent.tags) | {SUBMISSION_TAG: self.id}},
         }
         self._folder.write_json(JOB, inputs)
-        self._server.submit(self.id, self._command())
+        metadata = {"stage": self._name, "recipe": self._config.recipe, "model": self._config.model.title}
+        metadata |= {"prefect_flow_run": run_id} if (run_id := dict(self._parent.tags).get(FLOW_RUN_TAG)) else {}
+        self._server.submit(self.id, self._command(), metadata=metadata, runtime_env=runtime_env_of_jobs(self._config))
         return JobLog(num_old)
 
     def _command(self) -> str:
-        command = ["rcnn", self._name, "--job", self._folder.root]
+        command = [*program_of_jobs(self._config), self._name, "--job", self._folder.root]
         command += ["--fresh"] if self._fresh and STAGES[self._name].replaces_whole else []
         return shlex.join(command)
 

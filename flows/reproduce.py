@@ -15,7 +15,7 @@ from prefect import flow, task
 from prefect.runtime import deployment, flow_run
 
 from flows.full_pipeline import log_in_prefect
-from flows.jobs import FLOW_RUN_TAG, run_as_job
+from flows.jobs import FLOW_RUN_TAG, run_until
 from flows.left_runs import label_flow_run
 from rcnn.config import PipelineConfig
 from rcnn.progress import as_duration, say, show_on_screen
@@ -23,7 +23,7 @@ from rcnn.reproduce.cells import LAST, results_of
 from rcnn.reproduce.process import Processes
 from rcnn.reproduce.publish import Call, publish
 from rcnn.reproduce.tables import TABLES, Cell, cells_of, num_parallel
-from rcnn.stages import STAGES, Parent, Results, planned, run_stage
+from rcnn.stages import Parent
 
 if TYPE_CHECKING:
     TableName = str
@@ -95,21 +95,15 @@ def _run_cells(cells: Sequence[Cell], parallel: int) -> dict[str, str]:
 
 def _ingest(cell: Cell) -> None:
     """All cells read one data set: it is made once, before the first of them."""
-    _run_until(cell, "ingest")
+    _run_until(cell.config, "ingest")
 
 
 def _run_cell(cell: Cell, processes: Processes) -> None:
     if cell.config.ray.address.startswith("http"):
-        _run_until(cell, LAST)
+        _run_until(cell.config, LAST)
     else:
         processes.run(cell)
 
 
-def _run_until(cell: Cell, last: str) -> None:
-    """Runs stages from here, the heavy ones as Ray jobs where there is a cluster."""
-    config: PipelineConfig = cell.config
-    results: Results = {}
-    parent = Parent(tags=((FLOW_RUN_TAG, str(flow_run.id)),) if flow_run.id else ())
-    for name in planned(config, last):
-        as_job = STAGES[name].on_cluster(config) and config.ray.address.startswith("http")
-        results[name] = (run_as_job if as_job else run_stage)(config, name, results, parent=parent)
+def _run_until(config: PipelineConfig, last: str) -> None:
+    run_until(config, last, parent=Parent(tags=((FLOW_RUN_TAG, str(flow_run.id)),) if flow_run.id else ()))

@@ -15,6 +15,7 @@ import select
 import shlex
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -298,13 +299,21 @@ def _add(
         )
     if fresh:
         command.add_argument("--fresh", action="store_true", help="do the work again although its result is there")
+        command.add_argument(
+            "--ray",
+            metavar="ADDRESS",
+            help="run on this cluster, as Ray jobs: http://head:8265; auto: join the one of this machine (the same as --set "
+            "ray.address=ADDRESS)",
+        )
     return command
 
 
 def _resolve(options: argparse.Namespace) -> Any:
     from rcnn.recipes import resolve_config
 
-    return resolve_config(options.recipe, file=options.config, environ=os.environ, overrides=options.set).rooted()
+    cluster = [f"ray.address={options.ray}"] if getattr(options, "ray", None) is not None else []
+    overrides = [*options.set, *cluster]
+    return resolve_config(options.recipe, file=options.config, environ=os.environ, overrides=overrides).rooted()
 
 
 def _pipeline(options: argparse.Namespace) -> None:
@@ -402,13 +411,13 @@ def _stage(options: argparse.Namespace) -> None:
     from rcnn import stages
 
     if options.job is None:
-        results = stages.run_pipeline_until(_resolve(options), options.stage, fresh=options.fresh)
+        results = _run_until(_resolve(options), options.stage, fresh=options.fresh)
         print(json.dumps(results[options.stage].model_dump(mode="json"), indent=2))  # ASCII: safe on any terminal
         return
     from rcnn.storage import JOB_OUTCOME, Storage
 
-    if options.config is not None or options.recipe is not None or options.set:
-        raise ConfigError("has all settings", where="--job", remedy="Leave out --config, --recipe and --set")
+    if options.config is not None or options.recipe is not None or options.set or options.ray is not None:
+        raise ConfigError("has all settings", where="--job", remedy="Leave out --config, --recipe, --set and --ray")
     folder = Storage(options.job)
     config, results, parent, code = _job_inputs(folder)
     try:
@@ -421,6 +430,20 @@ def _stage(options: argparse.Namespace) -> None:
         folder.write_json(JOB_OUTCOME, {"error": tree | {"retryable": error.retryable}})
         raise
     folder.write_json(JOB_OUTCOME, {"result": result.model_dump(mode="json")})
+
+
+def _run_until(config: Any, last: str, *, fresh: bool) -> Any:
+    """Runs the stages up to `last`: from here, as Ray jobs, where the cluster has a job server."""
+    from rcnn.stages import run_pipeline_until
+
+    if not config.ray.address.startswith("http"):
+        return run_pipeline_until(config, last, fresh=fresh)
+    from flows.jobs import run_until
+    from rcnn.registry.outbox import send_waiting
+
+    results = run_until(config, last, fresh=fresh, follower=f"command-{uuid.uuid4().hex[:8]}")
+    send_waiting(config)
+    return results
 
 
 def _job_inputs(folder: Any) -> Any:
@@ -637,15 +660,10 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _batch_predict(options: argparse.Namespace) -> int:
     config = _resolve(options)
-    from rcnn.evaluate.batch_predict import batch_predict
     from rcnn.evaluate.batch_records import BAD_IMAGES
-    from rcnn.registry.answers import model_folder
 
-    with model_folder(config, options.model) as (name, folder):
-        done = batch_predict(
-            config, options.input, options.to, model_name=name, model_folder=folder, fresh=options.fresh
-        )
-    print(printable(f"model: {name}"))
+    done = _predicted(config, options)
+    print(printable(f"model: {done.model}"))
     print(printable(f"predictions: {options.to}"))
     if done.bad:
         place = f"{options.to.rstrip('/')}/{BAD_IMAGES}"
@@ -654,6 +672,22 @@ def _batch_predict(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if done.bad else 0
+
+
+def _predicted(config: Any, options: argparse.Namespace) -> Any:
+    """Predicts as a Ray job where the cluster has a job server, and elsewhere in this process."""
+    if config.ray.address.startswith("http"):
+        from flows.batch_predict import predict_as_job
+
+        source, to = (text if "://" in text else os.path.abspath(text) for text in (options.input, options.to))
+        return predict_as_job(config, source, to, options.model, fresh=options.fresh)
+    from rcnn.evaluate.batch_predict import batch_predict
+    from rcnn.registry.answers import model_folder
+
+    with model_folder(config, options.model) as (name, folder):
+        return batch_predict(
+            config, options.input, options.to, model_name=name, model_folder=folder, fresh=options.fresh
+        )
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -44,9 +44,9 @@ def ensure_ray(config: PipelineConfig, storage: Storage, *, looks_at_nodes: bool
     """
     if config.ray.address.startswith("http"):
         raise ClusterError(
-            "a stage by itself runs where it is called",
+            "this command works where it is called, and submits no Ray job",
             where=f"ray.address = {config.ray.address!r}",
-            remedy='Use `rcnn pipeline` to submit Ray jobs, or set ray.address to "auto" on a node of the cluster',
+            remedy='Set it to "" to start Ray here, or to "auto" on a node of the cluster',
         )
     if not ray.is_initialized():
         _join(config) if config.ray.address else _start(config)

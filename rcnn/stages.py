@@ -330,7 +330,8 @@ def require_same_code(config: PipelineConfig, name: str, theirs: Code) -> None:
         raise ClusterError(
             f"the code of this node differs from the driver's in {', '.join(modules[:3])}{more}",
             where=f"ray.address = {config.ray.address}",
-            remedy="Install the same version of rcnn on all nodes and where the flow runs",
+            remedy="Install the same version of rcnn on all nodes and where the pipeline is called, or let jobs bring the code "
+            "along: --set ray.send_code=true",
         )
 
 

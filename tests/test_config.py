@@ -94,7 +94,8 @@ SMALLEST_WRONG = {
     "tune.workers_per_trial": 0, "tune.epochs": 0, "tune.grace_epochs": 0, "tune.reduction_factor": 1, "tune.num_rows": -1,
     "tune.max_concurrent_trials": -1, "tune.cpus_per_trial": 0, "tune.gpus_per_trial": -1, "evaluate.batch_size": 0,
     "evaluate.steps": "perhaps", "evaluate.views": ["rotated"], "evaluate.robustness": "perhaps", "evaluate.sample_rows": -1,
-    "ray.address": "ray://head:10001", "ray.num_cpus": -1, "ray.reconnect_minutes": -1, "tracking.wait_minutes": -1, "seed": -1,
+    "ray.address": "ray://head:10001", "ray.num_cpus": -1, "ray.send_code": "perhaps",
+    "ray.reconnect_minutes": -1, "tracking.wait_minutes": -1, "seed": -1,
     "storage": "", "tracking.export": "pickle",
 }  # fmt: skip
 FREE_TEXT = {

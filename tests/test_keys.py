@@ -23,7 +23,10 @@ from rcnn.recipes import debug_tiny
 from rcnn.stages import STAGES, stage_code
 config = debug_tiny()
 print(json.dumps({
-    name: key_of(config.values_of(*stage.settings), [], stage_code(config, name)) for name, stage in STAGES.items()
+    name: key_of(
+        config.values_of(*stage.settings, *(f"-{name}" for name in stage.unread(config))), [], stage_code(config, name)
+    )
+    for name, stage in STAGES.items()
 }))
 """
 
@@ -76,6 +79,11 @@ NO_CHANGE = [
         "num_workers: int = Field(\n        1,",
         "new: int = Field(3, ge=0, le=9)\n    num_workers: int = Field(\n        2,",
     ),
+    (
+        "config.py",
+        "    width: float = Field(\n        1.0,",
+        "    width: float = Field(\n        2.0,",
+    ),  # of NIN and Maxout
     ("progress.py", "SECONDS_BETWEEN_LINES = 15", "SECONDS_BETWEEN_LINES = 16"),
     ("data/sources/cifar.py", "BYTES_PER_IMAGE = 3 * 32 * 32", "BYTES_PER_IMAGE = 32 * 3 * 32"),
     ("data/export.py", "PNG_EFFORT = 1", "PNG_EFFORT = 2"),

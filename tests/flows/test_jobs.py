@@ -3,10 +3,12 @@
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,9 +58,9 @@ def submit_instead(entrypoint: str, monkeypatch: pytest.MonkeyPatch) -> list[str
     submitted: list[str] = []
     submit = job_server.JobServer.submit
 
-    def submit_other(server: job_server.JobServer, job_id: str, _: str) -> None:
+    def submit_other(server: job_server.JobServer, job_id: str, _: str, **options: Any) -> None:
         submitted.append(job_id)
-        submit(server, job_id, entrypoint)
+        submit(server, job_id, entrypoint, **options)
 
     monkeypatch.setattr(jobs.JobServer, "submit", submit_other)
     return submitted
@@ -120,9 +122,9 @@ def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
     entrypoints: list[str] = []
     submit = jobs.JobServer.submit
 
-    def submit_and_keep(server: jobs.JobServer, job_id: str, entrypoint: str) -> None:
+    def submit_and_keep(server: jobs.JobServer, job_id: str, entrypoint: str, **options: Any) -> None:
         entrypoints.append(entrypoint)
-        submit(server, job_id, entrypoint)
+        submit(server, job_id, entrypoint, **options)
 
     monkeypatch.setattr(jobs.JobServer, "submit", submit_and_keep)
     rates = [0.001 + number * 1e-6 for number in range(20_000)]
@@ -139,6 +141,31 @@ def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
     said.clear()
     assert jobs.run_as_job(config, "ingest", {}, fresh=True).mlflow_run_id != first.mlflow_run_id
     assert sum(line.startswith("  | ingest: done") for line in said) == 1  # nothing of the first job's log
+
+
+def test_a_stage_of_the_command_line_is_a_job_that_brings_our_code_along(
+    head: Head, config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], capsys: Any
+) -> None:
+    """The code that is sent says so; that of the node does not. Both give one result, since the line affects none."""
+    from flows import code_package
+    from flows.job_server import JobServer
+
+    package = tmp_path / "sent" / "rcnn"
+    shutil.copytree(code_package.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (package / "cli.py").read_text()
+    (package / "cli.py").write_text(code.replace("\nif __name__ ==", "\nprint('sent along')\n\nif __name__ =="))
+    monkeypatch.setattr(code_package, "PACKAGE", package)
+    settings = {"storage": config.storage, "tune.enabled": False, "train.epochs": 1, "ray.send_code": True}
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    assert main(["train", "--recipe", "debug_tiny", "--ray", head.address, *words]) == 0
+    assert "weights_sha256" in json.loads(capsys.readouterr().out)
+    assert "  | sent along" in said
+    [job] = [line for line in said if "submitted as Ray job" in line]
+    job_id = job.rpartition("/")[2]
+    assert job.endswith(f"{head.address}/#/jobs/{job_id}")
+    details = JobServer(head.address, minutes=0)._connected().get_job_info(job_id)
+    assert details.metadata["stage"] == "train"
+    assert details.metadata["model"] == "RCNN-8, T = 1"
 
 
 def test_two_storages_have_jobs_of_their_own_on_one_cluster(config: PipelineConfig, tmp_path: Path) -> None:
@@ -209,7 +236,7 @@ def test_a_flow_is_marked_as_a_follower_before_it_submits(
 ) -> None:
     from flows import jobs
 
-    def die(server: jobs.JobServer, job_id: str, entrypoint: str) -> None:
+    def die(server: jobs.JobServer, job_id: str, entrypoint: str, **options: Any) -> None:
         raise SystemExit
 
     monkeypatch.setattr(jobs.JobServer, "submit", die)
@@ -218,7 +245,8 @@ def test_a_flow_is_marked_as_a_follower_before_it_submits(
     assert len(list(Path(config.storage).glob("runs/jobs/*/followed-by-flow-8"))) == 1
 
 
-def test_ctrl_c_stops_the_job(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("caller", [{"parent": parent_of("flow-9")}, {"follower": "command-9"}])
+def test_ctrl_c_stops_the_job(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, caller: dict[str, Any]) -> None:
     from flows import jobs
 
     def interrupt(job: object, log: object) -> str:
@@ -227,7 +255,7 @@ def test_ctrl_c_stops_the_job(config: PipelineConfig, monkeypatch: pytest.Monkey
     submitted = submit_instead("sleep 300", monkeypatch)
     monkeypatch.setattr(jobs._Job, "_follow", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_as_job(config, "ingest", {}, parent=parent_of("flow-9"))
+        jobs.run_as_job(config, "ingest", {}, **caller)
     wait_until_stopped(config, submitted[0])
 
 
@@ -337,7 +365,12 @@ def test_a_cluster_that_does_not_answer_is_named(said: list[str]) -> None:
 
 
 def test_batch_prediction_runs_as_a_job_and_bad_images_do_not_fail_it(
-    head: Head, tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: Head,
+    tiny_config: PipelineConfig,
+    digits: IngestResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from flows import batch_predict as flow
     from rcnn.data.manifest import require_manifest
@@ -359,5 +392,8 @@ def test_batch_prediction_runs_as_a_job_and_bad_images_do_not_fail_it(
     done = flow.batch_predict.fn(str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "model"))
     assert (done["rows"], done["bad"]) == (1, 1)
     assert any("1 of 2 images could not be read" in line for line in said)
-    with pytest.raises(ClusterError, match=r"ended as FAILED\."):
-        flow.batch_predict.fn(str(tmp_path / "absent"), str(tmp_path / "out"), str(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    words = ["batch-predict", "absent", "--to", "out", "--model", str(tmp_path / "model"), "--ray", head.address]
+    assert main(words) == 2
+    assert f"{tmp_path}/absent" in "".join(said)  # the job has another working directory
+    assert "ended as FAILED." in capsys.readouterr().err

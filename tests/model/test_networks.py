@@ -46,6 +46,9 @@ def images_of(shape: tuple[int, int, int], num_images: int = 2, **how: object) -
         ("recursive", CIFAR, 10, {"k": 96}, "0.67", 672_202),
         ("wide", CIFAR, 10, {"k": 128}, "0.60", 601_354),
         ("nin", CIFAR, 10, {}, "0.97", 966_986),
+        ("rcnn", CIFAR, 10, {"k": 32}, "0.08", 76_618),
+        ("nin", CIFAR, 10, {"width": 0.275}, "0.08", 76_537),
+        ("maxout", CIFAR, 10, {"width": 0.07}, "0.08", 80_262),
     ],
 )
 def test_parameter_counts_are_the_published_ones(
@@ -66,8 +69,8 @@ def test_nin_on_svhn_has_the_published_1_98_million_kernel_weights() -> None:
 def test_maxout_has_more_than_the_published_5_million() -> None:
     convolutions = 64 * 3 * 192 + 64 * 96 * 384 + 25 * 192 * 384 + 192 + 384 + 384
     dense = 192 * 5 * 5 * 2500 + 2500 + 500 * 10 + 10
-    assert cost_of("maxout", CIFAR, 10).parameters == convolutions + dense > 5e6
-    assert cost_of("maxout", MNIST, 10).parameters == 64 * 96 + 64 * 48 * 96 + 25 * 48 * 96 + 3 * 96 + 24 * 9 * 10 + 10
+    assert count_parameters(built("maxout")) == convolutions + dense > 5e6
+    assert count_parameters(built("maxout", MNIST)) == 64 * 96 + 64 * 48 * 96 + 25 * 48 * 96 + 3 * 96 + 24 * 9 * 10 + 10
 
 
 def test_what_is_published_nowhere_follows_from_the_layout() -> None:
@@ -109,7 +112,7 @@ def test_counting_changes_neither_the_network_nor_the_random_numbers() -> None:
     model = built("rcnn", k=8).eval()
     before = torch.get_rng_state()
     count_multiply_adds(model, CIFAR)
-    cost_of("maxout", CIFAR, 10)
+    cost_of("maxout", CIFAR, 10, {"width": 1})
     assert torch.equal(before, torch.get_rng_state())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -166,12 +169,13 @@ def test_titles() -> None:
         "nin_svhn": "NIN (SVHN layout)",
         "maxout": "Maxout",
     }
+    assert ModelConfig(network="nin", width=0.275).title == "NIN, width 0.275"
 
 
 def test_settings_of_other_networks_are_unread_and_those_of_no_network_are_not() -> None:
     settings = ModelConfig().model_dump()
-    assert unread_settings("rcnn", settings) == {}
-    assert unread_settings("wide", settings) == {"t": 3}
+    assert unread_settings("rcnn", settings) == {"width": 1}
+    assert unread_settings("wide", settings) == {"t": 3, "width": 1}
     assert set(unread_settings("nin", settings)) == {"k", "t", "dropout", "lrn_alpha", "lrn_beta"}
 
 
@@ -363,10 +367,10 @@ def test_unknown_networks_and_images_that_are_too_small_are_refused() -> None:
     with pytest.raises(ValueError, match="there is no network 'resnet'; choose one of rcnn, recursive, wide"):
         build_network("resnet", CIFAR, 10)
     with pytest.raises(ValueError, match="images of 9x8 are too small; layer 1 leaves nothing"):
-        build_network("maxout", (8, 9, 1), 10)
+        build_network("maxout", (8, 9, 1), 10, {"width": 1})
     for name in ("nin", "nin_svhn"):
         with pytest.raises(ValueError, match="images of 3x9 are too small; they must be 4x4 or larger"):
-            build_network(name, (9, 3, 3), 10)
+            build_network(name, (9, 3, 3), 10, {"width": 1})
         assert built(name, (4, 4, 3)).eval()(images_of((4, 4, 3), 1)).shape == (1, 10)
 
 
