@@ -16,6 +16,7 @@ from flows.full_pipeline import log_in_prefect
 from flows.job_server import UNFINISHED, JobServer
 from flows.jobs import MINUTES_TO_STOP, JobLog, ending_with_flow
 from flows.left_runs import label_flow_run
+from flows.notify import hooks
 from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError
 from rcnn.evaluate.batch_records import BATCH, Batch
@@ -37,7 +38,7 @@ def stop_job_of(flow: Any, flow_run: Any, state: Any) -> None:
             server.stop(job_id)
 
 
-@flow(name="rcnn", flow_run_name="batch-predict {source}", on_cancellation=[stop_job_of])
+@flow(name="rcnn", flow_run_name="batch-predict {source}", **hooks(stop_job_of))
 def batch_predict(source: str, to: str, model: str = "", image_column: str = "", fresh: bool = False) -> dict[str, Any]:
     """Predicts all images of a source, and returns what the folder of predictions is about.
 

@@ -13,6 +13,7 @@ from prefect.runtime import flow_run
 
 from flows.full_pipeline import run_pipeline, title_of
 from flows.jobs import stop_jobs
+from flows.notify import hooks
 from rcnn.config import PipelineConfig
 from rcnn.recipes import DEFAULT_RECIPE, RECIPES, resolve_config
 from rcnn.settings import build_config
@@ -57,7 +58,7 @@ def _name_of_run() -> str:
     return title_of(config_of(given)) + ("" if last == LAST else f" {last}")
 
 
-@flow(name="rcnn", flow_run_name=_name_of_run, on_cancellation=[stop_jobs_of_deployed])
+@flow(name="rcnn", flow_run_name=_name_of_run, **hooks(stop_jobs_of_deployed))
 def pipeline(
     recipe: RecipeName = DEFAULT_RECIPE,
     settings: list[str] = [],  # noqa: B006  (Prefect's form wants a list)

@@ -15,6 +15,7 @@ from prefect.runtime import deployment, flow_run
 from flows.artifacts import Artifacts
 from flows.jobs import FLOW_RUN_TAG, stop_jobs_of
 from flows.left_runs import label_flow_run
+from flows.notify import hooks
 from flows.stages import task_of
 from rcnn.config import PipelineConfig
 from rcnn.data.sources import looking_once
@@ -52,7 +53,7 @@ def title_of(config: PipelineConfig) -> str:
 
 
 # A crashed flow leaves its jobs running: the flow that retries it attaches to them.
-@flow(name="rcnn", on_cancellation=[stop_jobs_of], flow_run_name=flow_run_name)
+@flow(name="rcnn", flow_run_name=flow_run_name, **hooks(stop_jobs_of))
 def full_pipeline(config: PipelineConfig = demo(), fresh: bool = False, stop_running: bool = False) -> dict[str, Any]:
     """Trains the model that the config describes, and registers it.
 

@@ -17,6 +17,7 @@ from prefect.runtime import deployment, flow_run
 from flows.full_pipeline import log_in_prefect
 from flows.jobs import FLOW_RUN_TAG, run_until
 from flows.left_runs import label_flow_run
+from flows.notify import hooks
 from rcnn.config import PipelineConfig
 from rcnn.progress import as_duration, say, show_on_screen
 from rcnn.reproduce.cells import LAST, results_of
@@ -31,7 +32,7 @@ else:  # so that the form of the Prefect UI lists them
     TableName = Literal[tuple(TABLES)]
 
 
-@flow(name="rcnn", flow_run_name="reproduce {table} {budget}")
+@flow(name="rcnn", flow_run_name="reproduce {table} {budget}", **hooks())
 def reproduce(
     table: TableName = "mnist",
     budget: Literal["full", "small"] = "small",

@@ -346,9 +346,10 @@ def test_a_cancelled_flow_stops_its_jobs_and_a_crashed_one_leaves_them() -> None
     """The retry of a crashed flow attaches to them."""
     from flows.full_pipeline import full_pipeline
     from flows.jobs import stop_jobs_of
+    from flows.notify import notify
 
-    assert full_pipeline.on_cancellation_hooks == [stop_jobs_of]
-    assert full_pipeline.on_crashed_hooks == []
+    assert full_pipeline.on_cancellation_hooks == [stop_jobs_of, notify]
+    assert full_pipeline.on_crashed_hooks == [notify]
 
 
 def test_prefects_own_cache_answers_a_rerun(config: PipelineConfig, trees: dict[str, Any]) -> None:
