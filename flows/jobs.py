@@ -48,6 +48,7 @@ SUBMISSION_TAG = "rcnn.ray_submission"
 JOBS = "runs/jobs"
 SECONDS_BETWEEN_LOOKS = 2
 SECONDS_TO_ANSWER = 5
+LINES_TO_CATCH_UP = 5
 MINUTES_TO_STOP = 1
 """How long a head that is away is waited for by a flow that is being cancelled."""
 
@@ -223,7 +224,10 @@ class _Job:
         """Attaches to the job, or submits it; returns its result when it has ended."""
         log = JobLog()
         if self._server.is_running(self.id):
-            say(f"{self._name}: attaching to Ray job {self.id}, which is running")
+            say(
+                f"{self._name}: attaching to Ray job {self.id}, which is running; its whole log: ray job logs {self.id}"
+            )
+            log = JobLog.from_its_end(self._server.whole_log(self.id))
         elif self._fresh and "result" in (outcome := self._outcome()):
             return self._result_in(outcome)  # of an earlier attempt of this flow run: `make_way` removed any other
         else:
@@ -301,10 +305,20 @@ _RAYS_OWN = re.compile(r"INFO job_manager\.py:|^Running entrypoint for job ")
 
 
 class JobLog:
-    """A job's log, printed line by line; what comes again after a reconnection is skipped."""
+    """A job's log, printed line by line; what comes again after a reconnection is skipped.
+
+    Args:
+        num_taken: characters at its beginning that are not printed.
+    """
 
     def __init__(self, num_taken: int = 0) -> None:
         self._num_taken, self._line = num_taken, ""
+
+    @classmethod
+    def from_its_end(cls, text: str) -> "JobLog":
+        """The log of a job that has run for a while, from its last lines on."""
+        lines = text.splitlines(keepends=True)
+        return cls(len("".join(lines[:-LINES_TO_CATCH_UP])))
 
     def begin(self) -> Callable[[str], None]:
         """Takes the log from its beginning; returns what to call with each piece."""

@@ -97,6 +97,7 @@ HOMES = {
         "rcnn/evaluate/batch_",
         "rcnn/evaluate/audit.py",
     ],
+    "apprise": ["flows/notify.py"],
     "optuna": ["rcnn/tune/"],
     "onnxruntime": ["rcnn/registry/export.py"],
     "torchvision": [],

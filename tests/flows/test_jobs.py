@@ -211,6 +211,31 @@ def test_a_running_job_is_attached_to_and_stopped_with_its_flow(
     wait_until_stopped(config, submitted[0])
 
 
+def test_a_flow_that_attaches_shows_the_last_lines_of_the_log_and_what_follows(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from flows import jobs
+    from flows.job_server import JobServer
+
+    submitted = submit_instead("seq 1000; sleep 300", monkeypatch)
+    submit_and_leave(config, "killed", monkeypatch)
+    [job_id] = submitted
+    server = JobServer(config.ray.address, minutes=0)
+    deadline = time.monotonic() + 60
+    while "\n1000\n" not in server.whole_log(job_id):
+        assert time.monotonic() < deadline, "the job writes nothing"
+        time.sleep(0.2)
+    said.clear()
+    logs: list[jobs.JobLog] = []
+    monkeypatch.setattr(jobs._Job, "_follow", lambda job, log: logs.append(log) or "RUNNING")
+    with pytest.raises(ClusterError, match="ended as RUNNING"):
+        jobs.run_as_job(config, "ingest", {}, parent=parent_of("next"))
+    assert f"ray job logs {job_id}" in said.pop()
+    logs[0].begin()(server.whole_log(job_id) + "news\n")
+    assert said == [f"  | {line}" for line in (996, 997, 998, 999, 1000, "news")]
+    cancel(config, "next")
+
+
 def test_a_job_of_two_flows_is_stopped_when_the_last_living_one_is_cancelled(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
