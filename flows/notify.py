@@ -22,8 +22,8 @@ KINDS = {StateType.COMPLETED: "success", StateType.CANCELLED: "warning"}
 
 def hooks(*of_cancellation: Hook) -> dict[str, list[Hook]]:
     """What Prefect calls when a run of a flow has ended, however it ended; `of_cancellation` before the message."""
-    ends = ("on_completion", "on_failure", "on_crashed")
-    return {name: [notify] for name in ends} | {"on_cancellation": [*of_cancellation, notify]}
+    after = {name: [notify] for name in ("on_completion", "on_failure", "on_crashed")}
+    return {**after, "on_cancellation": [*of_cancellation, notify]}
 
 
 def notify(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
