@@ -59,6 +59,17 @@ class Machine:
                 ["ip", "netns", "exec", self.name, *command], env=_environment(), stdout=output, stderr=output
             )
 
+    @property
+    def cpu_seconds(self) -> float:
+        """The processor time of its processes, those that ended included."""
+        total = 0.0
+        for pid in _output("netns", "pids", self.name).split():
+            with suppress(psutil.NoSuchProcess):
+                total += sum(
+                    psutil.Process(int(pid)).cpu_times()[:4]
+                )  # ours, and those of the children that have ended
+        return total
+
     def kill(self) -> None:
         """Ends every process on it at once, as a power cut does."""
         for pid in _output("netns", "pids", self.name).split():
@@ -118,15 +129,20 @@ class Nodes(Undone):
         place = f"--address={NETWORK}.{HEAD}:{RAY_PORT}"
         self._start_ray(machine, place, f"--num-cpus={cpus}")
 
+    def cpu_seconds(self, name: str) -> float:
+        """The processor time that a node has used."""
+        return self._machines[name].cpu_seconds
+
     def kill(self, name: str) -> None:
         """Takes a node away without a word."""
         self._machines[name].kill()
 
     def run(self, config: PipelineConfig, log: Path) -> "subprocess.Popen[bytes]":
-        """Starts `rcnn pipeline` on the user's machine."""
+        """Starts `rcnn pipeline` on the user's machine, which is not part of the cluster."""
         file = log.with_suffix(".json")
         file.write_text(config.model_dump_json())
-        return self._machines["rcnn-user"].start([str(BIN / "rcnn"), "pipeline", "--config", str(file)], log)
+        command = [str(BIN / "rcnn"), "pipeline", "--config", str(file), "--ray", self.ray_address]
+        return self._machines["rcnn-user"].start(command, log)
 
     def _start(self) -> None:
         _ip("link", "add", "rcnn-net", "type", "bridge")

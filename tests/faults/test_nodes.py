@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 SECONDS_FOR_A_LINE = 600
+WORKERS = ("rcnn-a", "rcnn-b")
 NUM_IMAGES, SIDE = 6000, 160
 SETTINGS = {
     "data.source": "parquet", "data.image_size": 32, "data.shard_megabytes": 1, "data.test_fraction": 0.4,
@@ -55,7 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     end_left_over()
     with Nodes(tmp_path) as nodes:
-        for name in ("rcnn-a", "rcnn-b"):
+        for name in WORKERS:
             nodes.join(name, cpus=2)
         yield nodes
 
@@ -91,13 +92,13 @@ def digests(storage: str) -> dict[str, Any]:
 def test_one_machine_is_lost_in_each_stage_and_the_result_is_that_of_a_quiet_cluster(
     nodes: Nodes, images: Path, tmp_path: Path, place: str
 ) -> None:
-    config = debug_tiny().with_settings(
-        SETTINGS
-        | {"data.root": str(images), "ray.address": nodes.ray_address, "tracking.uri": nodes.tracking_uri}
-    )  # fmt: skip
+    config = debug_tiny().with_settings(SETTINGS | {"data.root": str(images), "tracking.uri": nodes.tracking_uri})
     (tmp_path / "quiet").mkdir()
+    before = {name: nodes.cpu_seconds(name) for name in WORKERS}
     quiet = config.with_settings({"storage": str(tmp_path / "quiet")})
     Run(nodes, quiet, tmp_path / "quiet.log").finish()
+    used = [nodes.cpu_seconds(name) - before[name] for name in WORKERS]
+    assert min(used) > 0.3 * sum(used), f"the nodes used {used} s of processor time"
     storage = nodes.bucket if place == "s3" else str(tmp_path / "disturbed")
     Storage(storage).write_text("there", "")
     run = Run(nodes, config.with_settings({"storage": storage}), tmp_path / "disturbed.log")
