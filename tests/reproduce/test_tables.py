@@ -4,6 +4,7 @@ import pytest
 
 from rcnn.errors import ConfigError
 from rcnn.recipes import EXPERIMENTS, RECIPES
+from rcnn.reproduce.cells import parameters_of
 from rcnn.reproduce.tables import TABLES, cells_of, num_parallel
 
 
@@ -25,6 +26,15 @@ def test_the_small_budget_runs_on_a_cpu_with_one_schedule_for_all(name: str) -> 
     assert {cell.config.seed for cell in cells} == {0, 1}
     assert not any(cell.config.execution.use_gpu for cell in cells)
     assert len({(cell.config.train.epochs, cell.config.train.learning_rate) for cell in cells}) == 1
+
+
+def test_the_small_ablation_compares_networks_of_one_size() -> None:
+    """All but the one without recurrent steps, which is the same network with half of its kernels unused."""
+    sizes = {cell.experiment.name: parameters_of(cell.config, (32, 32, 3), 10) for cell in cells_of("t-ablation")}
+    rcnn = sizes.pop("cifar10_rcnn96")
+    del sizes["cifar10_rcnn96_t0"]
+    assert set(sizes) >= {"cifar10_nin", "cifar10_maxout", "cifar10_wide128", "cifar10_rcnn_bn96"}
+    assert all(abs(size / rcnn - 1) < 0.1 for size in sizes.values()), sizes
 
 
 def test_each_seed_of_an_experiment_is_a_result_of_its_own() -> None:
