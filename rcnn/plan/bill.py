@@ -81,12 +81,13 @@ class Bill:
         return {"stages": stages, "total": total, "notes": list(self.notes)}
 
 
-def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
+def bill_of(config: PipelineConfig, *, fresh: bool = False, num_beside: int = 0) -> Bill:
     """The plan of a pipeline with this config; times a few training steps where that was not done before.
 
     Args:
         config: the whole config.
         fresh: times again what was timed before.
+        num_beside: pipelines of this kind that run at the same time, and slow it down.
 
     Raises:
         ConfigError: the network cannot take the images.
@@ -94,7 +95,7 @@ def bill_of(config: PipelineConfig, *, fresh: bool = False) -> Bill:
     """
     load = os.getloadavg()[0]  # before the timed steps add to it
     statuses, results = statuses_of(config)
-    calibrate = Calibrations(Storage(config.storage), fresh=fresh)
+    calibrate = Calibrations(Storage(config.storage), fresh=fresh, num_beside=num_beside)
     on_ray = [name for name, status in statuses.items() if STAGES[name].on_ray(config) and status.state != "done"]
     items = []
     for name, status in statuses.items():
@@ -115,10 +116,11 @@ class Calibrations:
     Args:
         storage: keeps them.
         fresh: whether to time again what was timed before.
+        num_beside: pipelines at the same time.
     """
 
-    def __init__(self, storage: Storage, *, fresh: bool = False):
-        self.storage, self.fresh = storage, fresh
+    def __init__(self, storage: Storage, *, fresh: bool = False, num_beside: int = 0):
+        self.storage, self.fresh, self.num_beside = storage, fresh, num_beside
         self._found: dict[str, list[Calibration]] = {}
 
     @property
@@ -130,7 +132,7 @@ class Calibrations:
         """See `Calibrate` in `costs.py`."""
         asked = repr((*jobs, num_threads, num_copies))
         if asked not in self._found:
-            how = {"num_threads": num_threads, "num_copies": num_copies}
+            how = {"num_threads": num_threads, "num_copies": num_copies * (1 + self.num_beside)}
             self._found[asked] = calibrations_of(jobs, self.storage, **how, fresh=self.fresh)
         return self._found[asked]
 

@@ -15,6 +15,8 @@ from rcnn.plan.bill import bill_of
 from rcnn.plan.calibrate import Calibration, Job
 from rcnn.plan.costs import SECONDS_TO_START_RAY
 from rcnn.plan.forecast import forecast_seconds
+from rcnn.reproduce.cells import bill_of_cells
+from rcnn.reproduce.tables import EVERY, Cell
 from rcnn.results import Choice, IngestResult, TuneResult
 from rcnn.stages import STAGES, Stage, stage_folder
 
@@ -31,10 +33,10 @@ CALIBRATION = Calibration(1000, 100, 0.01, 0.001, 1_000_000)
 def config(
     tmp_path: Path, tiny_config: PipelineConfig, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
 ) -> PipelineConfig:
-    """`debug_tiny`, its data set ingested; every step takes 10 ms, and is not timed."""
+    """`debug_tiny`, its data set ingested; a step takes 10 ms for each process that trains, and is not timed."""
 
-    def calibrations(jobs: Sequence[Job], *_: Any, **__: Any) -> list[Calibration]:
-        return [CALIBRATION for _ in jobs]
+    def calibrations(jobs: Sequence[Job], *_: Any, num_copies: int, **__: Any) -> list[Calibration]:
+        return [replace(CALIBRATION, step_seconds=CALIBRATION.step_seconds * num_copies) for _ in jobs]
 
     monkeypatch.setattr(bill_module, "calibrations_of", calibrations)
     shutil.copytree(Path(tiny_config.storage, digits.folder), tmp_path / "s" / digits.folder)
@@ -53,6 +55,16 @@ def test_the_first_stage_that_needs_ray_starts_it(config: PipelineConfig, digits
     target = stage_folder(config, "tune", {"ingest": digits})
     target.storage.write_json(target.path("_result.json"), TUNED.model_dump(mode="json"))
     assert seconds_of(config) == without | {"tune": 0.0}
+
+
+def test_cells_of_a_table_are_billed_with_the_speed_that_they_have_beside_each_other(config: PipelineConfig) -> None:
+    config = config.with_settings({"tune.enabled": False, "train.epochs": 50})
+    cells = [Cell(EVERY["mnist_rcnn32"], config.with_settings({"seed": seed})) for seed in range(4)]
+    alone, pairs = bill_of_cells(cells, parallel=1), bill_of_cells(cells, parallel=2)
+    steps = 50 * 320 / 32 * CALIBRATION.step_seconds
+    assert alone.seconds is not None
+    assert pairs.seconds == pytest.approx((alone.seconds + 4 * steps) / 2)
+    assert alone.num_left == 4
 
 
 def test_a_stage_behind_a_search_that_runs_is_billed_with_a_note(config: PipelineConfig) -> None:
