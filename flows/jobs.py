@@ -301,7 +301,7 @@ class _Job:
 
 
 _RAYS_OWN = re.compile(r"INFO job_manager\.py:|^Running entrypoint for job ")
-"""Lines with which each job's log begins, and which say what the flow has said."""
+"""Lines of Ray in each job's log, mostly at its beginning, which say what the flow has said."""
 
 
 class JobLog:
@@ -318,7 +318,8 @@ class JobLog:
     def from_its_end(cls, text: str) -> "JobLog":
         """The log of a job that has run for a while, from its last lines on."""
         lines = text.splitlines(keepends=True)
-        return cls(len("".join(lines[:-LINES_TO_CATCH_UP])))
+        shown = [number for number, line in enumerate(lines) if _is_shown(line)][-LINES_TO_CATCH_UP:]
+        return cls(len("".join(lines[: shown[0] if shown else 0])))
 
     def begin(self) -> Callable[[str], None]:
         """Takes the log from its beginning; returns what to call with each piece."""
@@ -340,8 +341,12 @@ class JobLog:
         _print_line(self._line)
 
 
+def _is_shown(line: str) -> bool:
+    return bool(line.strip()) and not _RAYS_OWN.search(line)
+
+
 def _print_line(line: str) -> None:
-    if line.strip() and not _RAYS_OWN.search(line):
+    if _is_shown(line):
         say(f"  | {line}")
 
 

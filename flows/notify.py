@@ -3,6 +3,7 @@
 The addresses hold passwords. They come from the variable NOTIFY_URLS alone, and are written nowhere.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -33,6 +34,7 @@ def notify(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
         return
     from apprise import Apprise  # late: most runs tell nobody
 
+    logging.getLogger("apprise").disabled = True  # it writes an address that it does not know, with its password
     services = Apprise()
     num_unknown = sum(not services.add(url) for url in urls)
     if num_unknown:

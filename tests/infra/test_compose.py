@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +112,18 @@ def test_a_job_gets_the_addresses_and_passwords_that_its_flow_has() -> None:
     assert services()["ray-head"]["environment"] == node
 
 
+def commands_of(name: str) -> list[list[str]]:
+    """The commands of a service, those of a line for the shell one by one."""
+    command = services()[name]["command"]
+    return [shlex.split(each) for each in command[2].split("&&")] if command[:2] == ["sh", "-c"] else [command]
+
+
 def test_every_command_is_one_of_the_image_and_every_secret_is_written() -> None:
     scripts = {script.name for script in entry_points(group="console_scripts")}
-    assert {each["command"][0] for each in services().values() if each.get("build")} <= scripts
+    commands = [command for name, each in services().items() if each.get("build") for command in commands_of(name)]
+    modules = [command[2] for command in commands if command[:2] == ["python", "-m"]]
+    assert {command[0] for command in commands} - {"python"} <= scripts
+    assert all(find_spec(module) for module in modules)
     tree = ast.parse((FOLDER / "make_secrets.py").read_text())
     written = next(
         ast.literal_eval(node.value)
@@ -128,7 +139,7 @@ def test_every_command_is_one_of_the_image_and_every_secret_is_written() -> None
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, each in services().items() if each.get("build")])
 def test_every_option_of_a_command_exists(name: str) -> None:
-    command = services()[name]["command"]
+    command = commands_of(name)[0]
     options = {word.partition("=")[0] for word in command if word.startswith("--")} - {"--no-prompt"}
     parts = [word for word in command if re.fullmatch(r"[a-z]+", word)]
     words = parts[: 3 if parts[1] in ("server", "worker") and parts[0] == "prefect" else 2]
