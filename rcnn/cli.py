@@ -24,7 +24,7 @@ from typing import Any
 from rcnn import __version__
 from rcnn.completion import SHELLS
 from rcnn.errors import ClusterError, ConfigError, DataError, LeaseLost, RcnnError
-from rcnn.signals import EXIT_CODES
+from rcnn.signals import EXIT_CODES, ending_in_order
 from rcnn.stages import STAGES
 from rcnn.text import printable
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_on_screen()
     try:
         run: Callable[[argparse.Namespace], int | None] = options.run
-        with looking_once():
+        with looking_once(), ending_in_order():
             exit_code = run(options) or 0
         sys.stdout.flush()
     except BrokenPipeError:
@@ -68,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, SystemExit) and error.code not in (signal.SIGTERM, EXIT_CODES[signal.SIGTERM]):
             raise
         exit_code = EXIT_CODES[number]
-        resumes = "; the same command, without --fresh, resumes" if "fresh" in options else ""
-        print(f"rcnn: stopped{resumes}", file=sys.stderr)
+        print(f"rcnn: stopped{getattr(options, 'resumes', '')}", file=sys.stderr)
     return exit_code
 
 
@@ -184,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_reproduce(commands: Any) -> None:
     text = "train what a table of the paper compares, and set it beside the published figures"
     reproduce = _add(commands, "reproduce", _reproduce, text)
+    reproduce.set_defaults(resumes="; the same command trains what is left")
     reproduce.add_argument("table", metavar="TABLE", nargs="?", help="which one (default: list them)")
     reproduce.add_argument(
         "--budget",
@@ -298,6 +298,7 @@ def _add(
             "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="one setting on top of that"
         )
     if fresh:
+        command.set_defaults(resumes="; the same command, without --fresh, resumes")
         command.add_argument("--fresh", action="store_true", help="do the work again although its result is there")
         command.add_argument(
             "--ray",

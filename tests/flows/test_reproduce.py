@@ -1,7 +1,11 @@
 """`rcnn reproduce` with real trainings of a few seconds: it fills a table, resumes it, and reports what failed."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rcnn.cli import main
@@ -39,6 +43,41 @@ def test_a_table_is_filled_resumed_and_names_what_failed(tmp_path: Path, capsys:
     assert "starting Prefect" not in capsys.readouterr().err
     assert len(list(tmp_path.glob("reports/reproduce-mnist-small-*/table.parquet"))) == 2  # with --only, and without
     assert len(list(tmp_path.glob("runs/train-*"))) == 2
+
+
+def test_a_sigterm_ends_all_that_the_command_started(tmp_path: Path) -> None:
+    """A process manager's way to stop: the trainings and Prefect's server are processes of their own."""
+    settings = [word for text in (*SETTINGS, f"storage={tmp_path}") for word in ("--set", text)]
+    command = [
+        sys.executable,
+        "-m",
+        "rcnn.cli",
+        "reproduce",
+        "mnist",
+        "--only",
+        "mnist_rcnn32",
+        "--seeds",
+        "1",
+        *settings,
+    ]
+    mark = {"A_MARK": str(tmp_path)}
+    with subprocess.Popen(command, env=os.environ | mark, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = [next(line for line in process.stderr if "evaluate: " in line or "train: " in line)]
+        process.terminate()
+        said += process.stderr.readlines()
+    assert process.returncode == 143
+    assert said[-1] == "rcnn: stopped; the same command trains what is left\n"
+    _, left = psutil.wait_procs([each for each in psutil.process_iter() if has(each, mark)], timeout=30)
+    assert left == []
+
+
+def has(process: psutil.Process, mark: dict[str, str]) -> bool:
+    """Whether a process has this in its environment."""
+    try:
+        return mark.items() <= process.environ().items()
+    except psutil.Error:
+        return False
 
 
 def test_the_plan_of_a_table_counts_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
