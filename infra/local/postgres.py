@@ -96,7 +96,7 @@ def create_cluster(folder: Path, passwords: Mapping[str, str]) -> None:
     if _is_root():
         shutil.chown(draft, USER, pwd.getpwnam(USER).pw_gid)
     _require_entry(draft)
-    # No server ever runs with `trust`: the rules are replaced below. --pwfile would want a file that the server's user can read.
+    # No server ever runs with `trust`: the rules are replaced below. --pwfile wants a file that the server reads.
     options = ["--auth=trust", f"--username={USER}", "--encoding=UTF8", "--locale=C", "--no-instructions"]
     _run([*_as_user(), program("initdb"), *options, str(draft)])
     (draft / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
