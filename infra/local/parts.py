@@ -189,6 +189,11 @@ def _prefect_command(stack: Stack) -> list[str]:
     return [_program("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(stack.ports["PREFECT_PORT"])]
 
 
+def _prefect_environment(stack: Stack) -> dict[str, str]:
+    # In memory, as Prefect has them, a restart loses the leases of its concurrency limits, and each running flow crashes at 410.
+    return {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+
+
 def _mlflow_command(stack: Stack) -> list[str]:
     # The artifacts are in the folder that runs without a server use, so that both can continue one experiment.
     where = ["--host", "127.0.0.1", "--port", str(stack.ports["MLFLOW_PORT"]), "--workers", "1"]
@@ -333,7 +338,7 @@ def _s3_client(stack: Stack) -> dict[str, str]:
 def _prefect_prod_environment(stack: Stack) -> dict[str, str]:
     # In pieces: a URL with the password would be in Prefect's error messages.
     prefix = "PREFECT_SERVER_DATABASE_"
-    return {
+    return _prefect_environment(stack) | {
         f"{prefix}DRIVER": "postgresql+asyncpg",
         f"{prefix}HOST": "127.0.0.1",
         f"{prefix}PORT": str(stack.ports["POSTGRES_PORT"]),
@@ -376,6 +381,7 @@ def _prod_shell(stack: Stack) -> dict[str, str]:
 _PREFECT = Part(
     "prefect",
     command=_prefect_command,
+    environment=_prefect_environment,
     fault=_web_fault("PREFECT_PORT", "/api/health"),
     address=lambda stack: stack.url("PREFECT_PORT"),
 )

@@ -51,6 +51,12 @@ def test_no_command_names_a_password_and_each_part_has_only_those_that_it_needs(
     }
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_restart_of_prefect_keeps_the_leases_of_running_flows(prod: Stack, kind: str) -> None:
+    given = Stack(kind, "mark", prod.ports, "/tmp/s").part("prefect").environment(prod)
+    assert given["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"].endswith("filesystem")
+
+
 def test_no_port_of_the_s3_store_is_left_to_its_default(prod: Stack) -> None:
     command = prod.part("s3").command(prod)
     given = dict(word[1:].split("=") for word in command if ".port" in word and "=" in word)
