@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-faults chaos bench check audit format lock up down status clean
+.PHONY: help demo test test-quick test-slow test-faults chaos bench check audit format lock up up-prod down status clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,7 +69,10 @@ lock: $(READY)  ## resolve the dependencies again, for Linux and macOS, Python 3
 up: $(READY)  ## start the local stack (Prefect, MLflow, Ray, a worker), or repair it
 	@$(BIN)/python -m infra.local.stack up
 
-down: $(READY)  ## stop exactly what `make up` started
+up-prod: $(READY)  ## the same with PostgreSQL and an S3 store, as on servers: needs `postgres` and `weed`
+	@$(BIN)/python -m infra.local.stack up-prod
+
+down: $(READY)  ## stop exactly what `make up` or `make up-prod` started
 	@$(BIN)/python -m infra.local.stack down
 
 status: $(READY)  ## each part of the stack: how it is, its address, its last error

@@ -1,34 +1,37 @@
 """THE TABLE of what a stack consists of: a row says how a part is started, and how to find out whether it is well.
 
-In: the ports and folders of one stack. Out: commands and environments. A stack of another kind is a row of `KINDS`, and its own
-parts are rows of `PARTS`.
+In: the ports and folders of one stack. Out: commands and environments. A stack of another kind is a row of `KINDS`: its parts,
+its ports, and where its data are.
 """
 
 import json
 import os
 import sys
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from rcnn.errors import ClusterError
+from infra.local import postgres, seaweed
+from infra.local.private import make_passwords, read_password
+from infra.local.probes import answers, ask, listens, name_of, tree_of
+from rcnn.config import PipelineConfig
+from rcnn.errors import ClusterError, ConfigError
 from rcnn.signals import SECONDS_TO_END
-from rcnn.tracking import runs_page
+from rcnn.tracking import has_store, runs_page
 
 ROOT = Path(__file__).parents[2]
 STORAGE = Path(os.environ.get("RCNN_STORAGE", ROOT / "storage")).absolute()
 # Independent of the settings: `make down` must find what `make up` started. Tests use their own.
 STATE = Path(os.environ.get("STACK_STATE", ROOT / "storage" / "stack")).absolute()
+PROD = STATE / "prod"
+"""All that the production-like stack keeps: databases, objects, passwords."""
+PASSWORDS = PROD / "passwords.json"
 MARK, PART = "STACK_MARK", "STACK_PART"
 WORKER = "local"
-SECONDS_TO_ANSWER = 5
 SECONDS_FOR_A_JOB = 120
 
 USUAL_PORTS = {"PREFECT_PORT": 4200, "MLFLOW_PORT": 5000, "RAY_DASHBOARD_PORT": 8265, "RAY_PORT": 6379}
@@ -62,9 +65,18 @@ class Stack:
     folder: str
 
     @property
-    def parts(self) -> "list[Part]":
+    def row(self) -> "Kind":
+        """What is true of all stacks of its kind."""
+        return KINDS[self.kind]
+
+    @property
+    def parts(self) -> "tuple[Part, ...]":
         """What it consists of, in the order in which it starts."""
-        return [PARTS[name] for name in KINDS[self.kind]]
+        return self.row.parts
+
+    def part(self, name: str) -> "Part":
+        """One of its parts."""
+        return next(part for part in self.parts if part.name == name)
 
     def url(self, port: str) -> str:
         """The address of a server."""
@@ -88,9 +100,9 @@ class Stack:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PWD": str(ROOT),
             "PYTHONUNBUFFERED": "1",
-            "RCNN_STORAGE": str(STORAGE),
+            "RCNN_STORAGE": self.row.storage,
             "RCNN_TRACKING__URI": self.url("MLFLOW_PORT"),
-            "PREFECT_HOME": str(STATE / "prefect"),
+            "PREFECT_HOME": str(self.row.folder / "prefect"),
             "PREFECT_API_URL": self.prefect_api,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
@@ -129,6 +141,7 @@ class Part:
         environment: what it has besides that of the stack.
         needs: the parts that are waited for before it starts.
         proof: shows at its start that it does its work, and takes seconds; raises a `ClusterError`.
+        stop_signal: what ends it in an orderly way.
     """
 
     name: str
@@ -138,6 +151,34 @@ class Part:
     environment: Callable[[Stack], dict[str, str]] = lambda stack: {}
     needs: tuple[str, ...] = ()
     proof: Callable[[Stack], None] | None = None
+    stop_signal: str = "TERM"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table of stacks.
+
+    Attributes:
+        target: of the Makefile, that starts it.
+        parts: in the order in which they start.
+        usual_ports: those that people use; where one is taken, another is chosen, unless the variable asks for it.
+        inner_ports: those that are always chosen free.
+        folder: for what a new stack of this kind finds again; kinds share none.
+        storage: what RCNN_STORAGE is.
+        prepare: checks what the machine must have, and makes what is there before the first server starts.
+        foreign: how variables begin that no part may take from the user's shell.
+        shell: what a shell exports besides the addresses.
+    """
+
+    target: str
+    parts: tuple[Part, ...]
+    usual_ports: Mapping[str, int]
+    inner_ports: tuple[str, ...]
+    folder: Path
+    storage: str
+    prepare: Callable[[], None]
+    foreign: tuple[str, ...] = ()
+    shell: Callable[[Stack], dict[str, str]] = field(default=lambda stack: {})
 
 
 def _program(name: str) -> str:
@@ -146,6 +187,11 @@ def _program(name: str) -> str:
 
 def _prefect_command(stack: Stack) -> list[str]:
     return [_program("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(stack.ports["PREFECT_PORT"])]
+
+
+def _prefect_environment(stack: Stack) -> dict[str, str]:
+    # In memory, as Prefect has them, a restart loses the leases of its concurrency limits, and each running flow crashes at 410.
+    return {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 
 def _mlflow_command(stack: Stack) -> list[str]:
@@ -204,7 +250,7 @@ def _web_fault(port: str, path: str) -> Callable[[Stack, psutil.Process], str]:
     def fault(stack: Stack, process: psutil.Process) -> str:
         if not any(listens(each, stack.ports[port]) for each in tree_of(process)):
             return f"does not listen on port {stack.ports[port]}"
-        return "" if _answers(f"{stack.url(port)}{path}") else "does not answer"
+        return "" if answers(f"{stack.url(port)}{path}") else "does not answer"
 
     return fault
 
@@ -219,7 +265,7 @@ def _ray_fault(stack: Stack, process: psutil.Process) -> str:
 
 
 def _worker_fault(stack: Stack, process: psutil.Process) -> str:
-    workers = _ask(f"{stack.prefect_api}/work_pools/rcnn/workers/filter", data=b"{}") or []
+    workers = ask(f"{stack.prefect_api}/work_pools/rcnn/workers/filter", data=b"{}") or []
     for worker in workers:
         if worker["name"] == WORKER and worker["status"] == "ONLINE":
             since = datetime.fromtimestamp(
@@ -245,99 +291,176 @@ def _run_a_job(stack: Stack) -> None:
         )
 
 
-def tree_of(process: psutil.Process) -> list[psutil.Process]:
-    """A process and its descendants that are alive."""
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def name_of(process: psutil.Process) -> str:
-    """A process's name; empty where it has ended."""
-    try:
-        return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.name())
-    except psutil.Error:
-        return ""
-
-
-def listens(process: psutil.Process, port: int) -> bool:
-    """Whether a process listens on a port."""
-    try:
-        connections = process.net_connections(kind="tcp")
-    except psutil.Error:
-        return False
-    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in connections)
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER).close()  # noqa: S310  (our own loopback address)
-    except urllib.error.HTTPError as error:
-        return bool(error.code == 401)  # it requires a token, so it is up
-    except OSError:
-        return False
-    return True
-
-
-def _ask(url: str, data: bytes | None = None) -> Any:
-    """A server's answer; None where there is none."""
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as answer:  # noqa: S310
-            return json.load(answer)
-    except (OSError, ValueError):
-        return None
-
-
 def _mlflow_page(stack: Stack) -> str:
     """The training runs of the experiment that was used last; MLflow's own address as long as there is none."""
     question = {"max_results": 1, "filter": "name LIKE 'rcnn/%'", "order_by": ["last_update_time DESC"]}
     url = stack.url("MLFLOW_PORT")
-    answer = _ask(f"{url}/api/2.0/mlflow/experiments/search", json.dumps(question).encode()) or {}
+    answer = ask(f"{url}/api/2.0/mlflow/experiments/search", json.dumps(question).encode()) or {}
     found = [each["experiment_id"] for each in answer.get("experiments", [])]
     return runs_page(url, found[0]) if found else url
 
 
-PARTS = {
-    part.name: part
-    for part in (
-        Part(
-            "prefect",
-            command=_prefect_command,
-            fault=_web_fault("PREFECT_PORT", "/api/health"),
-            address=lambda stack: stack.url("PREFECT_PORT"),
+def _create_store() -> None:
+    """Creates MLflow's store before its server would: a server that is killed while creating it leaves a broken store.
+
+    Raises:
+        ConfigError: the storage is not a folder.
+    """
+    given = os.environ.get("RCNN_STORAGE", "")
+    if "://" in given:
+        raise ConfigError(
+            f"{given!r} is not a folder, which `make up` needs",
+            where="RCNN_STORAGE",
+            remedy="`unset RCNN_STORAGE`, or use `make up-prod`, which has an S3 store of its own",
+        )
+    config = PipelineConfig().with_settings({"storage": str(STORAGE)})
+    if not has_store(config):
+        from rcnn.registry.mlflow_store import create_store  # late: MLflow takes seconds to import
+
+        create_store(config)
+
+
+def _postgres_fault(stack: Stack, process: psutil.Process) -> str:
+    port = stack.ports["POSTGRES_PORT"]
+    if not any(listens(each, port) for each in tree_of(process)):
+        return f"does not listen on port {port}"
+    return postgres.connection_fault(port, _database_passwords())
+
+
+def _database_passwords() -> dict[str, str]:
+    return {name: read_password(PASSWORDS, name) for name in postgres.DATABASES}
+
+
+def _s3_client(stack: Stack) -> dict[str, str]:
+    return seaweed.client_environment(stack.url("S3_PORT"), read_password(PASSWORDS, "s3"))
+
+
+def _prefect_prod_environment(stack: Stack) -> dict[str, str]:
+    # In pieces: a URL with the password would be in Prefect's error messages.
+    prefix = "PREFECT_SERVER_DATABASE_"
+    return _prefect_environment(stack) | {
+        f"{prefix}DRIVER": "postgresql+asyncpg",
+        f"{prefix}HOST": "127.0.0.1",
+        f"{prefix}PORT": str(stack.ports["POSTGRES_PORT"]),
+        f"{prefix}NAME": "prefect",
+        f"{prefix}USER": "prefect",
+        f"{prefix}PASSWORD": read_password(PASSWORDS, "prefect"),
+    }
+
+
+def _mlflow_prod_command(stack: Stack) -> list[str]:
+    # The password is in PGPASSWORD. Clients send artifacts to the server, which alone needs to reach its bucket.
+    where = ["--host", "127.0.0.1", "--port", str(stack.ports["MLFLOW_PORT"]), "--workers", "1"]
+    store = f"postgresql+psycopg://mlflow@127.0.0.1:{stack.ports['POSTGRES_PORT']}/mlflow"
+    artifacts = ["--serve-artifacts", "--artifacts-destination", "s3://mlflow/artifacts"]
+    return [_program("mlflow"), "server", *where, "--backend-store-uri", store, *artifacts]
+
+
+def _mlflow_prod_environment(stack: Stack) -> dict[str, str]:
+    password = {"PGPASSWORD": read_password(PASSWORDS, "mlflow")}
+    return _MLFLOW.environment(stack) | _s3_client(stack) | password
+
+
+def _worker_prod_environment(stack: Stack) -> dict[str, str]:
+    return _worker_environment(stack) | _s3_client(stack)
+
+
+def _prepare_prod() -> None:
+    postgres.require_postgres()
+    seaweed.require_weed()
+    cluster = PROD / "postgres"
+    make_passwords(PASSWORDS, known_to=cluster)
+    postgres.create_cluster(cluster, _database_passwords())
+    (PROD / "s3").mkdir(mode=0o700, exist_ok=True)
+
+
+def _prod_shell(stack: Stack) -> dict[str, str]:
+    return {"RCNN_STORAGE": stack.row.storage, "RCNN_TRACKING__URI": stack.url("MLFLOW_PORT"), **_s3_client(stack)}
+
+
+_PREFECT = Part(
+    "prefect",
+    command=_prefect_command,
+    environment=_prefect_environment,
+    fault=_web_fault("PREFECT_PORT", "/api/health"),
+    address=lambda stack: stack.url("PREFECT_PORT"),
+)
+_MLFLOW = Part(
+    "mlflow",
+    command=_mlflow_command,
+    # Saves 5 s of the server's start (22 s to 17 s) and eight processes, for features that are not used here.
+    environment=lambda stack: {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    fault=_web_fault("MLFLOW_PORT", "/health"),
+    address=_mlflow_page,
+)
+_RAY = Part(
+    "ray",
+    command=_ray_command,
+    environment=_ray_environment,
+    fault=_ray_fault,
+    address=lambda stack: stack.url("RAY_DASHBOARD_PORT"),
+    proof=_run_a_job,
+)
+_WORKER = Part(
+    "worker",
+    command=_worker_command,
+    environment=_worker_environment,
+    fault=_worker_fault,
+    needs=("prefect",),
+)
+_KEEPER = Part(
+    "keeper",
+    command=_keeper_command,
+    environment=_worker_environment,
+    fault=lambda stack, process: "",
+    needs=("prefect", "mlflow"),
+)
+_POSTGRES = Part(
+    "postgres",
+    command=lambda stack: postgres.server_command(PROD / "postgres", stack.ports["POSTGRES_PORT"]),
+    fault=_postgres_fault,
+    stop_signal="INT",  # TERM waits until the last client has left
+)
+_S3 = Part(
+    "s3",
+    command=lambda stack: seaweed.server_command(PROD / "s3", stack.ports),
+    environment=_s3_client,
+    fault=_web_fault("S3_PORT", "/healthz"),
+    address=lambda stack: stack.url("S3_PORT"),
+    proof=lambda stack: seaweed.create_buckets(stack.url("S3_PORT"), read_password(PASSWORDS, "s3")),
+)
+KINDS = {
+    "local": Kind(
+        "up",
+        parts=(_PREFECT, _MLFLOW, _RAY, _WORKER, _KEEPER),
+        usual_ports=USUAL_PORTS,
+        inner_ports=INNER_PORTS,
+        folder=STATE,
+        storage=str(STORAGE),
+        prepare=_create_store,
+    ),
+    "prod": Kind(
+        "up-prod",
+        parts=(
+            _POSTGRES,
+            _S3,
+            replace(_PREFECT, environment=_prefect_prod_environment, needs=("postgres",)),
+            replace(
+                _MLFLOW,
+                command=_mlflow_prod_command,
+                environment=_mlflow_prod_environment,
+                needs=("postgres", "s3"),
+            ),
+            replace(_RAY, environment=lambda stack: _ray_environment(stack) | _s3_client(stack)),
+            replace(_WORKER, environment=_worker_prod_environment),
+            replace(_KEEPER, environment=_worker_prod_environment),
         ),
-        Part(
-            "mlflow",
-            command=_mlflow_command,
-            # Saves 5 s of the server's start (22 s to 17 s) and eight processes, for features that are not used here.
-            environment=lambda stack: {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            fault=_web_fault("MLFLOW_PORT", "/health"),
-            address=_mlflow_page,
-        ),
-        Part(
-            "ray",
-            command=_ray_command,
-            environment=_ray_environment,
-            fault=_ray_fault,
-            address=lambda stack: stack.url("RAY_DASHBOARD_PORT"),
-            proof=_run_a_job,
-        ),
-        Part(
-            "worker",
-            command=_worker_command,
-            environment=_worker_environment,
-            fault=_worker_fault,
-            needs=("prefect",),
-        ),
-        Part(
-            "keeper",
-            command=_keeper_command,
-            environment=_worker_environment,
-            fault=lambda stack, process: "",
-            needs=("prefect", "mlflow"),
-        ),
-    )
+        usual_ports=USUAL_PORTS | seaweed.USUAL_PORTS | {"POSTGRES_PORT": 5432},
+        inner_ports=(*INNER_PORTS, *seaweed.INNER_PORTS),
+        folder=PROD,
+        storage=seaweed.STORAGE,
+        prepare=_prepare_prod,
+        foreign=("AWS_", "PG", "PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_"),
+        shell=_prod_shell,
+    ),
 }
-KINDS = {"local": ("prefect", "mlflow", "ray", "worker", "keeper")}

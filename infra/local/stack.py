@@ -1,4 +1,4 @@
-"""The local stack from a shell: `make up`, `make down`, `make status`.
+"""The local stack from a shell: `make up`, `make up-prod`, `make down`, `make status`.
 
 `up` starts the parts of `parts.py` under supervisor, waits until each has shown that it works, and deploys `prefect.yaml`;
 where some parts of a stack are down, it starts these. `down` ends the processes with this stack's mark in their environment,
@@ -14,18 +14,19 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import psutil
 
-from infra.local.parts import INNER_PORTS, PART, PARTS, ROOT, STATE, STORAGE, USUAL_PORTS, Part, Stack, recorded
+from infra.local import seaweed
+from infra.local.parts import KINDS, PART, ROOT, STATE, Kind, Part, Stack, recorded
 from infra.local.ports import free_ports, is_free
+from infra.local.private import write_private
 from infra.local.supervision import LOGS, SECONDS_TO_START, Supervisor, end_processes, last_exit, log_of, processes_of
-from rcnn.config import PipelineConfig
 from rcnn.errors import ClusterError, ConfigError, RcnnError
 from rcnn.progress import as_duration
-from rcnn.tracking import has_store
 
 SECONDS_TO_STOP = 40
 SECONDS_BETWEEN_LOOKS = 0.3
@@ -34,8 +35,9 @@ SECONDS_YOUNG = 120
 
 
 def main() -> int:
-    """Runs `up`, `down` or `status`, or `run PART`, which supervisor calls; returns the exit code."""
-    commands = {"up": up, "down": down, "status": status, "run": lambda: run(PARTS[sys.argv[2]])}
+    """Runs `up`, `up-prod`, `down` or `status`, or `run PART`, which supervisor calls; returns the exit code."""
+    commands: dict[str, Callable[[], int | None]] = {"down": down, "status": status, "run": lambda: run(sys.argv[2])}
+    commands |= {row.target: partial(up, kind) for kind, row in KINDS.items()}
     try:
         return commands[sys.argv[1]]() or 0
     except RcnnError as error:
@@ -43,19 +45,23 @@ def main() -> int:
         return 2
 
 
-def up() -> None:
+def up(kind: str) -> None:
     """Starts the stack, or those of its parts that are down; returns when every part has shown that it works.
 
+    Args:
+        kind: a key of `KINDS`.
+
     Raises:
-        ClusterError: a port is in use, or a part does not start.
+        ClusterError: a stack of another kind is running, a program is missing, a port is in use, or a part does not start.
     """
     stack = recorded()
     if stack and Supervisor(stack).answers():
+        _require_kind(stack, kind)
         _repair(stack)
         return
     if stack:
         _end_all(stack)
-    stack = _new_stack("local")
+    stack = _new_stack(kind)
     print(f"starting {', '.join(part.name for part in stack.parts)}; their output goes to {LOGS}")
     try:
         supervisor = Supervisor(stack)
@@ -67,6 +73,15 @@ def up() -> None:
         _end_all(stack)
         raise
     _print_addresses(stack)
+
+
+def _require_kind(stack: Stack, kind: str) -> None:
+    if stack.kind != kind:
+        raise ClusterError(
+            f"the stack of `make {stack.row.target}` is running here",
+            where=str(STATE),
+            remedy=f"Use it, or run `make down` and then `make {KINDS[kind].target}`",
+        )
 
 
 def down() -> None:
@@ -97,17 +112,18 @@ def status() -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not is_there:
-        print("its supervisor is not running: `make up` starts the stack again")
+        print(f"its supervisor is not running: `make {stack.row.target}` starts the stack again")
     elif num_faults:
-        print("`make up` starts what is down")
+        print(f"`make {stack.row.target}` starts what is down")
     print(f"output: {LOGS}/PART.log")
     return 1 if num_faults else 0
 
 
-def run(part: Part) -> None:
+def run(name: str) -> None:
     """Becomes a part; what an earlier process of it left is ended first, since it may hold the ports."""
     stack = recorded()
     assert stack, "supervisor runs in a stack"
+    part = stack.part(name)
     os.environ[PART] = part.name
     family = {os.getpid(), *(each.pid for each in psutil.Process().parents())}
 
@@ -117,8 +133,8 @@ def run(part: Part) -> None:
     if left := left_over():
         print(f"stack: ending {len(left)} processes of the {part.name} before", flush=True)
         end_processes(left_over, seconds=3)
-    for name in part.needs:
-        _wait_for_part(PARTS[name], stack)
+    for needed in part.needs:
+        _wait_for_part(stack.part(needed), stack)
     command = part.command(stack)
     os.execve(command[0], command, os.environ | part.environment(stack))
 
@@ -139,21 +155,23 @@ def _wait_for_part(part: Part, stack: Stack) -> None:
 
 def _new_stack(kind: str) -> Stack:
     """Chooses the ports of a new stack, makes its folders and its token, and records it."""
-    usual = _usual_ports()
-    inner = free_ports(len(INNER_PORTS), but=usual.values())
+    row = KINDS[kind]
+    usual = _usual_ports(row)
+    inner = free_ports(len(row.inner_ports), but=usual.values())
+    row.prepare()
     folder = tempfile.mkdtemp(prefix="rcnn-stack-")
-    stack = Stack(kind, uuid.uuid4().hex, usual | dict(zip(INNER_PORTS, inner, strict=True)), folder)
-    _create_store()
+    stack = Stack(kind, uuid.uuid4().hex, usual | dict(zip(row.inner_ports, inner, strict=True)), folder)
     STATE.mkdir(parents=True, exist_ok=True)
     for old in ("supervisor.log", "logs"):
         _remove(STATE / old)
-    _write_token()
+    # A token of this stack's own: whoever answers to it is our Ray.
+    write_private(STATE / "ray-token", secrets.token_hex(32))
     (STATE / "state.json").write_text(json.dumps(vars(stack)))
-    (STATE / "env.sh").write_text(_shell_lines(stack))
+    write_private(STATE / "env.sh", _shell_lines(stack))
     return stack
 
 
-def _usual_ports() -> dict[str, int]:
+def _usual_ports(kind: Kind) -> dict[str, int]:
     """The ports that people use: as the environment says, or else the usual ones or, where these are taken, others.
 
     Raises:
@@ -161,12 +179,12 @@ def _usual_ports() -> dict[str, int]:
         ClusterError: the port that a variable asks for is in use.
     """
     ports: dict[str, int] = {}
-    for name, usual in USUAL_PORTS.items():
+    for name, usual in kind.usual_ports.items():
         text = os.environ.get(name, "")
         port = _as_port(text, name) if text else usual
         if text and not is_free(port):
             raise ClusterError(
-                f"port {port} is in use", where=name, remedy=f"Free it, or run `make up {name}={port + 11}`"
+                f"port {port} is in use", where=name, remedy=f"Free it, or run `make {kind.target} {name}={port + 11}`"
             )
         if not is_free(port):
             [port] = free_ports(1, but=ports.values())
@@ -179,22 +197,6 @@ def _as_port(text: str, name: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise ConfigError(f"{text!r} is not a port", where=name, remedy="Give a number from 1 to 65535")
     return int(text)
-
-
-def _create_store() -> None:
-    """Creates MLflow's store before its server would: a server that is killed while creating it leaves a broken store."""
-    config = PipelineConfig().with_settings({"storage": str(STORAGE)})
-    if not has_store(config):
-        from rcnn.registry.mlflow_store import create_store  # late: MLflow takes seconds to import
-
-        create_store(config)
-
-
-def _write_token() -> None:
-    """A token of this stack's own: whoever answers to it is our Ray."""
-    _remove(STATE / "ray-token")
-    with open(os.open(STATE / "ray-token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
 
 
 def _remove(path: Path) -> None:
@@ -212,8 +214,11 @@ def _shell_lines(stack: Stack) -> str:
         "MLFLOW_TRACKING_URI": stack.url("MLFLOW_PORT"),
         "RAY_ADDRESS": f"127.0.0.1:{stack.ports['RAY_PORT']}",
         **stack.ray_client(),
+        **stack.row.shell(stack),
     }
-    return "".join(f'export {name}="{value}"\n' for name, value in lines.items())
+    # What an AWS profile of the user's would put before the stack's own S3.
+    unset = "unset AWS_PROFILE AWS_SESSION_TOKEN AWS_ENDPOINT_URL_S3\n" if "AWS_ENDPOINT_URL" in lines else ""
+    return unset + "".join(f'export {name}="{value}"\n' for name, value in lines.items())
 
 
 def _wait_for_supervisor(supervisor: Supervisor) -> None:
@@ -276,6 +281,7 @@ def _end_all(stack: Stack) -> None:
     if left:
         raise ClusterError(f"{len(left)} processes do not end", where=", ".join(str(process.pid) for process in left))
     shutil.rmtree(stack.folder, ignore_errors=True)
+    seaweed.remove_sockets(stack.ports)
     (STATE / "state.json").unlink(missing_ok=True)
 
 

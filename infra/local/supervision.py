@@ -52,6 +52,7 @@ autostart = true
 autorestart = true
 startsecs = 5
 startretries = 20
+stopsignal = {stop_signal}
 stopwaitsecs = {seconds}
 redirect_stderr = true
 stdout_logfile = {log}
@@ -100,7 +101,7 @@ class Supervisor:
             raise ClusterError(
                 f"supervisor does not answer ({type(error).__name__})",
                 where=self._stack.socket,
-                remedy="`make up` starts the stack again",
+                remedy=f"`make {self._stack.row.target}` starts the stack again",
             ) from error
 
     def start(self) -> "subprocess.Popen[bytes]":
@@ -120,8 +121,10 @@ class Supervisor:
             )
 
     def _environment(self) -> dict[str, str]:
-        """A Ray that the user's shell uses is none of the stack's business."""
-        return {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"} | self._stack.environment()
+        """A Ray that the user's shell uses is none of the stack's business, nor are an S3 or a database of the user's."""
+        foreign = ("RAY_ADDRESS", *self._stack.row.foreign)
+        own = {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
+        return own | self._stack.environment()
 
     def _config(self) -> str:
         def escaped(path: object) -> str:
@@ -134,6 +137,7 @@ class Supervisor:
                 python=escaped(sys.executable),
                 root=escaped(ROOT),
                 priority=number,
+                stop_signal=part.stop_signal,
                 seconds=SECONDS_TO_STOP,
                 log=escaped(log_of(part)),
             )

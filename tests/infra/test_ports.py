@@ -1,10 +1,12 @@
 """Ports that are chosen, and ports that are taken."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 
 from infra.local import stack
+from infra.local.parts import KINDS
 from infra.local.ports import RANGE, free_ports, is_free
 from rcnn.errors import ClusterError, ConfigError
 
@@ -33,9 +35,9 @@ def test_a_usual_port_that_is_taken_is_replaced(
 ) -> None:
     with taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(stack, "USUAL_PORTS", {"MLFLOW_PORT": port})
+        kind = replace(KINDS["local"], usual_ports={"MLFLOW_PORT": port})
         monkeypatch.delenv("MLFLOW_PORT", raising=False)
-        found = stack._usual_ports()["MLFLOW_PORT"]
+        found = stack._usual_ports(kind)["MLFLOW_PORT"]
     assert found != port
     assert capsys.readouterr().out == f"port {port} is in use: MLFLOW_PORT is {found}\n"
 
@@ -47,7 +49,7 @@ def test_a_port_that_was_asked_for_is_not_replaced(taken: socket.socket, monkeyp
         with pytest.raises(
             ClusterError, match=f"MLFLOW_PORT: port {port} is in use. Free it, or run `make up MLFLOW_PORT="
         ):
-            stack._usual_ports()
+            stack._usual_ports(KINDS["local"])
     monkeypatch.setenv("MLFLOW_PORT", "http")
     with pytest.raises(ConfigError, match="'http' is not a port"):
-        stack._usual_ports()
+        stack._usual_ports(KINDS["local"])
