@@ -190,7 +190,7 @@ def _prefect_command(stack: Stack) -> list[str]:
 
 
 def _prefect_environment(stack: Stack) -> dict[str, str]:
-    # In memory, as Prefect has them, a restart loses the leases of its concurrency limits, and running flows crash at a 410.
+    # In memory, as Prefect has them, a restart loses the leases of its concurrency limits, and running flows crash (410).
     return {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 
