@@ -27,7 +27,7 @@ def crash_silent_runs() -> Automation:
         there = Automation.read(name=NAME)
     except ValueError:
         return wanted.create()
-    wanted.id = there.id
+    wanted.id, wanted.enabled = there.id, there.enabled
     wanted.update()
     return wanted
 

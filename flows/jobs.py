@@ -91,14 +91,21 @@ def run_as_job(
 
 
 def run_until(
-    config: PipelineConfig, last: str, *, fresh: bool = False, parent: Parent | None = None, follower: str = ""
+    config: PipelineConfig,
+    last: str,
+    *,
+    fresh: bool = False,
+    stop_running: bool = False,
+    parent: Parent | None = None,
+    follower: str = "",
 ) -> Results:
     """Runs the stages up to `last`, those of the cluster as Ray jobs where there is one; `fresh` does the last one again."""
     results: Results = {}
     for name in planned(config, last):
         again = fresh and name == last
         if STAGES[name].on_cluster(config) and config.ray.address.startswith("http"):
-            results[name] = run_as_job(config, name, results, fresh=again, parent=parent, follower=follower)
+            how = {"fresh": again, "stop_running": again and stop_running}
+            results[name] = run_as_job(config, name, results, parent=parent, follower=follower, **how)
         else:
             results[name] = run_stage(config, name, results, fresh=again, parent=parent)
     return results
@@ -317,9 +324,9 @@ class JobLog:
     @classmethod
     def from_its_end(cls, text: str) -> "JobLog":
         """The log of a job that has run for a while, from its last lines on."""
-        lines = text.splitlines(keepends=True)
+        lines = text.split("\n")
         shown = [number for number, line in enumerate(lines) if _is_shown(line)][-LINES_TO_CATCH_UP:]
-        return cls(len("".join(lines[: shown[0] if shown else 0])))
+        return cls(sum(len(line) + 1 for line in lines[: shown[0] if shown else 0]))
 
     def begin(self) -> Callable[[str], None]:
         """Takes the log from its beginning; returns what to call with each piece."""

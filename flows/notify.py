@@ -17,7 +17,10 @@ from rcnn.text import printable
 
 Hook = Callable[[Any, Any, Any], None]
 VARIABLE = "NOTIFY_URLS"
-KINDS = {StateType.COMPLETED: "success", StateType.CANCELLED: "warning"}
+KINDS = {
+    StateType.COMPLETED: "success",
+    StateType.CANCELLING: "warning",
+}  # the state in which a cancelled run's hooks are called
 """What Apprise colours a message by; anything else is a failure."""
 
 
@@ -38,10 +41,8 @@ def notify(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
     services = Apprise()
     num_unknown = sum(not services.add(url) for url in urls)
     if num_unknown:
-        say(
-            f"  {VARIABLE}: {num_unknown} of {len(urls)} addresses are none that Apprise knows (see its list of services)"
-        )
-    title = f"{flow_run.name}: {state.name}"
+        say(f"  {VARIABLE}: Apprise does not know {num_unknown} of {len(urls)} addresses (see its list of services)")
+    title = f"{flow_run.name}: {'Cancelled' if state.is_cancelling() else state.name}"
     body = printable("\n".join(_lines(flow_run, state)))
     kind = KINDS.get(state.type, "failure")
     if len(services) and not services.notify(title=title, body=body, notify_type=kind):

@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, row in STAGES.items():
         stage = _add(commands, name, _stage, row.help, config=True, fresh=True)
         stage.set_defaults(stage=name)
+        stage.add_argument(
+            "--stop-running",
+            action="store_true",
+            help="with --fresh: stop the Ray job that is running for the same result",
+        )
         stage.add_argument("--job", metavar="FOLDER", help="for Ray jobs: what to do, and where to leave the outcome")
     plan = _add(commands, "plan", _plan, "what each stage would do and cost, before it runs", config=True)
     plan.add_argument("--json", action="store_true", help="for machines: bytes, seconds, and counts in full")
@@ -324,10 +329,7 @@ def _pipeline(options: argparse.Namespace) -> None:
     from rcnn.stages import finished_pipeline, nothing_to_do, stage_folder
     from rcnn.summary import print_summary
 
-    if options.stop_running and not options.fresh:
-        raise ConfigError(
-            "needs --fresh", where="--stop-running", remedy="Without it, the pipeline attaches to a running job"
-        )
+    _require_fresh_to_stop(options)
     results = None if options.fresh else finished_pipeline(config)
     if results is None:
         print_summary(config, _run_flow(config, fresh=options.fresh, stop_running=options.stop_running))
@@ -337,6 +339,13 @@ def _pipeline(options: argparse.Namespace) -> None:
     say("pipeline: every stage is done, so no flow run was started")
     send_waiting(config)
     print_summary(config, {name: result.model_dump(mode="json") for name, result in results.items()})
+
+
+def _require_fresh_to_stop(options: argparse.Namespace) -> None:
+    if options.stop_running and not options.fresh:
+        raise ConfigError(
+            "needs --fresh", where="--stop-running", remedy="Without it, the command attaches to a running job"
+        )
 
 
 def _run_flow(config: Any, *, fresh: bool, stop_running: bool) -> Any:
@@ -412,7 +421,9 @@ def _stage(options: argparse.Namespace) -> None:
     from rcnn import stages
 
     if options.job is None:
-        results = _run_until(_resolve(options), options.stage, fresh=options.fresh)
+        _require_fresh_to_stop(options)
+        config = _resolve(options)
+        results = _run_until(config, options.stage, fresh=options.fresh, stop_running=options.stop_running)
         print(json.dumps(results[options.stage].model_dump(mode="json"), indent=2))  # ASCII: safe on any terminal
         return
     from rcnn.storage import JOB_OUTCOME, Storage
@@ -433,7 +444,7 @@ def _stage(options: argparse.Namespace) -> None:
     folder.write_json(JOB_OUTCOME, {"result": result.model_dump(mode="json")})
 
 
-def _run_until(config: Any, last: str, *, fresh: bool) -> Any:
+def _run_until(config: Any, last: str, *, fresh: bool, stop_running: bool) -> Any:
     """Runs the stages up to `last`: from here, as Ray jobs, where the cluster has a job server."""
     from rcnn.stages import run_pipeline_until
 
@@ -442,7 +453,8 @@ def _run_until(config: Any, last: str, *, fresh: bool) -> Any:
     from flows.jobs import run_until
     from rcnn.registry.outbox import send_waiting
 
-    results = run_until(config, last, fresh=fresh, follower=f"command-{uuid.uuid4().hex[:8]}")
+    follower = f"command-{uuid.uuid4().hex[:8]}"
+    results = run_until(config, last, fresh=fresh, stop_running=stop_running, follower=follower)
     send_waiting(config)
     return results
 

@@ -126,7 +126,7 @@ def _initialised(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     return layer
 
 
-def build(image_shape: tuple[int, int, int], num_classes: int, *, width: float) -> nn.Module:
+def build(image_shape: tuple[int, int, int], num_classes: int, *, width: float = 1.0) -> nn.Module:
     """The CIFAR layout for colour images, the MNIST layout for greyscale images; `width` multiplies its maps and units.
 
     Raises:

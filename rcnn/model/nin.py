@@ -77,7 +77,7 @@ def _block(kernel: int, widths: tuple[int, ...]) -> list[nn.Module]:
     return layers
 
 
-def build(image_shape: tuple[int, int, int], num_classes: int, *, width: float) -> nn.Module:
+def build(image_shape: tuple[int, int, int], num_classes: int, *, width: float = 1.0) -> nn.Module:
     """The CIFAR layout for colour images, the MNIST layout for greyscale images; `width` multiplies its maps.
 
     Raises:
@@ -86,7 +86,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int, *, width: float) 
     return _built(MNIST if image_shape[2] == 1 else CIFAR, image_shape, num_classes, width)
 
 
-def build_svhn(image_shape: tuple[int, int, int], num_classes: int, *, width: float) -> nn.Module:
+def build_svhn(image_shape: tuple[int, int, int], num_classes: int, *, width: float = 1.0) -> nn.Module:
     """The SVHN layout; `width` multiplies its maps.
 
     Raises:

@@ -169,7 +169,8 @@ def bill_of_cells(cells: Sequence[Cell], parallel: int = 0) -> TableBill:
         cells: of a table.
         parallel: cells beside each other; 0: as many as fit.
     """
-    at_once = parallel or num_parallel(cells[0].config)
+    num_wanted = sum(results_of(cell.config) is None for cell in cells)
+    at_once = min(parallel or num_parallel(cells[0].config), max(1, num_wanted))
     rows, times, num_left = [], list[float | None](), 0
     for _, group in groupby(sorted(cells, key=lambda cell: _names(cells).index(cell.experiment.name)), _experiment_of):
         members = list(group)
@@ -185,7 +186,7 @@ def bill_of_cells(cells: Sequence[Cell], parallel: int = 0) -> TableBill:
             "all": "" if not left else "unknown" if seconds is None else as_duration(seconds * len(left)),
         })  # fmt: skip
     known = [each for each in times if each is not None]
-    total = sum(known) / min(at_once, max(1, len(known))) if len(known) == len(times) else None
+    total = sum(known) / at_once if len(known) == len(times) else None
     return TableBill(rows, total, num_left)
 
 
@@ -198,4 +199,5 @@ def _seconds_of(config: PipelineConfig, at_once: int) -> float | None:
     bill = bill_of(config, num_beside=0 if config.ray.address else at_once - 1)
     costs = [item.cost.seconds for item in bill.items if item.name in COUNTED and item.status.state != "done"]
     known = [seconds for seconds in costs if seconds is not None]
-    return SECONDS_TO_START_A_CELL + sum(known) if len(known) == len(costs) else None
+    start = 0.0 if config.ray.address else SECONDS_TO_START_A_CELL
+    return start + sum(known) if len(known) == len(costs) else None

@@ -5,9 +5,12 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect import flow
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelling
 
 from flows import notify
 from flows.notify import VARIABLE, hooks
@@ -90,6 +93,14 @@ def test_a_run_that_fails_tells_why_and_where_to_look(inbox: Inbox, monkeypatch:
     assert "data.root: is not to be had. Get it" in message["message"]
 
 
+def test_a_run_that_is_cancelled_is_no_failure(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect calls the hook while the run is still Cancelling."""
+    monkeypatch.setenv(VARIABLE, inbox.url)
+    notify.notify(None, FlowRun(flow_id=uuid4(), name="digits RCNN-8"), Cancelling())
+    [message] = inbox.messages
+    assert (message["title"], message["type"]) == ("digits RCNN-8: Cancelled", "warning")
+
+
 def test_nobody_is_told_unless_the_variable_says_so(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     run({})
@@ -104,7 +115,7 @@ def test_addresses_that_cannot_be_used_are_counted_and_never_shown(
     run({})
     assert len(inbox.messages) == 1
     assert said == [
-        f"  {VARIABLE}: 1 of 3 addresses are none that Apprise knows (see its list of services)",
+        f"  {VARIABLE}: Apprise does not know 1 of 3 addresses (see its list of services)",
         f"  {VARIABLE}: not every address took the message that this flow run ended",
     ]
     assert "a-password" not in caplog.text

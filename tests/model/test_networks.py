@@ -1,11 +1,13 @@
 """The table of networks: published sizes and costs, and each forward pass against plain `torch.nn.functional`."""
 
 import contextlib
+import inspect
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,12 @@ def test_parameter_counts_are_the_published_ones(
     found = cost_of(name, shape, classes, ModelConfig().model_dump() | settings).parameters
     assert found == exact
     assert f"{found / 1e6:.2f}" == published
+
+
+def test_descriptions_of_models_without_a_width_mean_the_published_network() -> None:
+    """Those of models that were saved before there was one."""
+    assert cost_of("nin", CIFAR, 10, {}).parameters == 966_986
+    assert cost_of("maxout", MNIST, 10, {}).parameters == count_parameters(built("maxout", MNIST))
 
 
 def test_nin_on_svhn_has_the_published_1_98_million_kernel_weights() -> None:
@@ -149,7 +157,10 @@ def test_a_row_reads_what_its_function_takes_and_names_the_network(name: str) ->
     everything = settings | {"recompute": True, "convolution": "direct"}
     assert set(row.reads) <= set(everything)
     assert isinstance(build_network(name, CIFAR, 10, {key: everything[key] for key in row.reads}), nn.Module)
-    required = [key for key in row.reads if key in settings]
+    module, _, function = row.build.partition(":")
+    parameters = inspect.signature(getattr(import_module(module), function)).parameters
+    optional = [key for key, each in parameters.items() if each.default is not inspect.Parameter.empty]
+    required = [key for key in row.reads if key in settings and key not in optional]
     for missing in required:
         with pytest.raises(TypeError, match=missing):
             build_network(name, CIFAR, 10, {key: everything[key] for key in required if key != missing})
