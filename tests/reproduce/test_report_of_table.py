@@ -44,7 +44,7 @@ def test_markdown_says_what_was_not_run_and_names_the_data_set(finished: Finishe
     assert "0.42 ± 0.03 | 2 | 0.35 | 0.42 (unverified)" in first
     assert first.count("no augmentation") == 1
     assert "not run | 0 |  |" in second
-    assert "shifts of 1" in second
+    assert "shifts of 2" in second
     assert "- command: `rcnn reproduce mnist`" in lines
 
 
