@@ -14,9 +14,8 @@ from prefect.events.schemas.events import ResourceSpecification
 
 NAME = "rcnn: a flow run that no longer reports has crashed"
 SECONDS_BETWEEN_HEARTBEATS = 30
-"""What PREFECT_FLOWS_HEARTBEAT_FREQUENCY of the workers has to be; Prefect takes no less."""
-SECONDS_OF_SILENCE = 100
-"""Three heartbeats, one of which may be late."""
+"""Value of PREFECT_FLOWS_HEARTBEAT_FREQUENCY for the workers; Prefect's minimum."""
+SECONDS_OF_SILENCE = 3 * SECONDS_BETWEEN_HEARTBEATS + 10
 RUN = "prefect.flow-run"
 
 

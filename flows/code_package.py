@@ -1,4 +1,4 @@
-"""The code of this installation, for Ray jobs that bring it along: the nodes then need its dependencies alone."""
+"""The code of this installation, for Ray jobs that bring it along: the nodes then need only its dependencies."""
 
 import os
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ def program_of_jobs(config: PipelineConfig) -> list[str]:
 
 
 def runtime_env_of_jobs(config: PipelineConfig) -> dict[str, Any]:
-    """What a job has besides what its node has installed: nothing, or our code (see `sent`)."""
-    return sent(PACKAGE) if config.ray.send_code else {}
+    """What a job has besides what its node has installed: nothing, or our code (see `checked_package`)."""
+    return checked_package(PACKAGE) if config.ray.send_code else {}
 
 
-def sent(package: Path) -> dict[str, Any]:
+def checked_package(package: Path) -> dict[str, Any]:
     """A folder for Ray's client to send along, which it does once for each state of its files.
 
     Raises:
@@ -39,7 +39,7 @@ def sent(package: Path) -> dict[str, Any]:
             f"the package has {num_bytes / 1e6:,.0f} MB, and {MOST_BYTES / 1e6:.0f} MB are sent at most; its largest file is "
             f"{largest.relative_to(package)} ({sizes[largest] / 1e6:,.0f} MB)",
             where=f"ray.send_code with {package}",
-            remedy="Move what is no code out of it, or install rcnn on the nodes and set ray.send_code to false",
+            remedy="Move what is not code out of it, or install rcnn on the nodes and set ray.send_code to false",
         )
     return {"py_modules": [str(package)], "excludes": EXCLUDES}
 

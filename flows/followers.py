@@ -28,12 +28,12 @@ class Followers:
     Args:
         storage: where the marks are.
         folder: the job's folder.
-        follower: our id; empty for one who only looks.
+        follower: our id; empty: we only look.
     """
 
     def __init__(self, storage: Storage, folder: str, follower: str):
         self._storage, self._folder = storage, folder
-        self._has_id, self._name = bool(follower), f"{PREFIX}{follower or 'nobody'}"
+        self._has_id, self._name = bool(follower), f"{PREFIX}{follower or 'observer'}"
 
     def include_us(self) -> bool:
         """Whether we, or an earlier attempt of our flow run, submitted the job or attached to it."""

@@ -1,6 +1,6 @@
-"""Tells people how a flow run ended, by whatever Apprise can reach: Slack, mail, a web address of one's own.
+"""Messages about flow runs that have ended, to any service that Apprise supports: Slack, mail, a web address of one's own.
 
-The addresses hold passwords. They come from the variable NOTIFY_URLS alone, and are written nowhere.
+The addresses hold passwords. They come only from the variable NOTIFY_URLS, and are never written.
 """
 
 import logging
@@ -35,7 +35,7 @@ def notify(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
     urls = os.environ.get(VARIABLE, "").split()
     if not urls:
         return
-    from apprise import Apprise  # late: most runs tell nobody
+    from apprise import Apprise  # late: most runs send no message
 
     logging.getLogger("apprise").disabled = True  # it writes an address that it does not know, with its password
     services = Apprise()

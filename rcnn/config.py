@@ -572,8 +572,8 @@ class RayConfig(Section):
     num_cpus: int = Field(0, ge=0, le=MAX_CPUS, description="Cores of a Ray that is started here; 0: all of them.")
     send_code: bool = Field(
         False,
-        description="Whether jobs (http://...) bring the code of this installation along, so that the nodes need its "
-        "dependencies alone; otherwise they use the rcnn that is installed there, which must be the same.",
+        description="Whether jobs (http://...) bring the code of this installation along, so that the nodes need only "
+        "its dependencies; otherwise they use the rcnn that is installed there, which must be the same.",
     )
     reconnect_minutes: float = Field(
         30.0,

@@ -2,7 +2,7 @@
 
 In: a folder, a port, a password for each database. Out: the cluster, and the command of its server. Each database has a role of
 the same name, to which it belongs, and the other role cannot connect to it. The server listens on loopback and asks for
-passwords; the superuser has none, so nobody connects as that.
+passwords; the superuser has none, so no client can connect as it.
 """
 
 import importlib.util

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -81,7 +82,7 @@ class Machine:
         _ip("netns", "del", self.name)
 
 
-class Undone:
+class Undone(ABC):
     """A context whose `_start` is undone where it fails midway."""
 
     def __enter__(self) -> Self:
@@ -92,11 +93,13 @@ class Undone:
             raise
         return self
 
+    @abstractmethod
     def __exit__(self, *error: object) -> None:
-        raise NotImplementedError
+        """Undoes what was started."""
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Starts all of it."""
 
 
 class Nodes(Undone):

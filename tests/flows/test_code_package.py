@@ -1,4 +1,4 @@
-"""What goes to a cluster with a job: the package, if it is code alone, and a checkout without what is no code."""
+"""What goes to a cluster with a job: the package, if it holds only code, and a checkout without what is not code."""
 
 import shutil
 import zipfile
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.code_package import MOST_BYTES, PACKAGE, sent
+from flows.code_package import MOST_BYTES, PACKAGE, checked_package
 from rcnn.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_package_is_small_enough() -> None:
-    assert sent(PACKAGE)["py_modules"] == [str(PACKAGE)]
+    assert checked_package(PACKAGE)["py_modules"] == [str(PACKAGE)]
 
 
 def test_a_package_with_data_in_it_is_refused_with_its_largest_file(tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_a_package_with_data_in_it_is_refused_with_its_largest_file(tmp_path: Pa
     (package / "cli.py").write_text("")
     with (package / "data" / "__pycache__" / "cli.pyc").open("wb") as file:
         file.truncate(2 * MOST_BYTES)
-    assert sent(package)
+    assert checked_package(package)
     with (package / "data" / "images.bin").open("wb") as file:
         file.truncate(MOST_BYTES + 1)
     with pytest.raises(ConfigError, match=r"has 20 MB, .* largest file is data/images\.bin \(20 MB\)") as caught:
-        sent(package)
+        checked_package(package)
     assert "ray.send_code" in str(caught.value)
 
 

@@ -31,7 +31,7 @@ def prod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
     write_private(parts.PASSWORDS, json.dumps(PASSWORDS))
     row = KINDS["prod"]
     names = [*row.usual_ports, *row.inner_ports]
-    return Stack("prod", "mark", dict(zip(names, range(20_000, 20_000 + len(names)), strict=True)), "/tmp/s")
+    return Stack("prod", "mark", dict(zip(names, range(20_000, 20_000 + len(names)), strict=True)), "a-folder")
 
 
 def test_no_command_names_a_password_and_each_part_has_only_those_that_it_needs(prod: Stack) -> None:
@@ -53,7 +53,7 @@ def test_no_command_names_a_password_and_each_part_has_only_those_that_it_needs(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_restart_of_prefect_keeps_the_leases_of_running_flows(prod: Stack, kind: str) -> None:
-    given = Stack(kind, "mark", prod.ports, "/tmp/s").part("prefect").environment(prod)
+    given = Stack(kind, "mark", prod.ports, "a-folder").part("prefect").environment(prod)
     assert given["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"].endswith("filesystem")
 
 
@@ -65,7 +65,7 @@ def test_no_port_of_the_s3_store_is_left_to_its_default(prod: Stack) -> None:
 
 
 def test_the_kinds_share_no_data(prod: Stack) -> None:
-    local = Stack("local", "mark", prod.ports, "/tmp/s")
+    local = Stack("local", "mark", prod.ports, "a-folder")
     ours, theirs = prod.environment(), local.environment()
     for name in ("RCNN_STORAGE", "PREFECT_HOME"):
         assert ours[name] != theirs[name]
