@@ -74,14 +74,12 @@ def _here(config: PipelineConfig, source: str, to: str, model: str, *, fresh: bo
 
 
 def _command(config: PipelineConfig, source: str, to: str, model: str, *, fresh: bool) -> list[str]:
-    """The command for a node of the cluster."""
-    places = {
-        "ray.address": "auto",
-        "storage": Storage(config.storage).root,
-        "tracking.uri": config.tracking.uri,
-        "data.image_column": config.data.image_column,
-    }
-    settings = [word for name, value in places.items() for word in ("--set", f"{name}={value}")]
+    """The command for a node of the cluster, with every setting that batch prediction reads."""
+    places = {"ray.address": "auto", "storage": Storage(config.storage).root}
+    read = config.values_of("execution", "tracking", "data.image_column")
+    usual = PipelineConfig().values_of(*read)
+    chosen = places | {name: value for name, value in read.items() if value != usual[name]}
+    settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     fresh_words = ["--fresh"] if fresh else []
     program = program_of_jobs(config)
     return [*program, "batch-predict", source, "--to", to, "--model", model, *settings, *fresh_words]
@@ -102,10 +100,12 @@ def predict_as_job(config: PipelineConfig, source: str, to: str, model: str, *, 
     command = _command(config, source, to, model, fresh=fresh)
     server, job_id = JobServer(config.ray.address, minutes=config.ray.reconnect_minutes), _job_id(command)
     entrypoint = f"{shlex.join(command)} || test $? -eq {EXIT_CODE_OF_BAD_IMAGES}"
-    server.submit(job_id, entrypoint, metadata={"source": source, "to": to}, runtime_env=runtime_env_of_jobs(config))
-    say(f"batch-predict: submitted as Ray job {job_id}: {server.page_of(job_id)}")
-    log = JobLog()
-    with ending_with_flow(lambda: server.stop(job_id)):
+    runtime_env = runtime_env_of_jobs(config)
+    how = "attaching to" if server.is_running(job_id) else "submitted as"
+    with ending_with_flow(lambda: JobServer(config.ray.address, minutes=MINUTES_TO_STOP).stop(job_id)):
+        server.submit(job_id, entrypoint, metadata={"source": source, "to": to}, runtime_env=runtime_env)
+        say(f"batch-predict: {how} Ray job {job_id}: {server.page_of(job_id)}")
+        log = JobLog()
         while (status := server.status(job_id)) in UNFINISHED:
             server.read_log(job_id, log.begin())
     log.begin()(server.whole_log(job_id))
@@ -115,6 +115,6 @@ def predict_as_job(config: PipelineConfig, source: str, to: str, model: str, *, 
         raise ClusterError(
             f"Ray job {job_id} ended as {status}",
             where=f"ray.address = {config.ray.address}",
-            remedy="See its log above; the same flow, run again, keeps the parts that were predicted",
+            remedy="See its log above; the same call, run again, keeps the parts that were predicted",
         )
     return Batch.model_validate(tree)

@@ -61,14 +61,20 @@ class Followers:
 
         A young mark may be that of a flow that has just been killed: this waits until it is renewed or too old.
         """
-        self._remove(self._name)
+        self.forget_us()
         ages = self._ages()
+        if ages:
+            say(f"  looking whether others follow the job, which takes up to {SECONDS_ALIVE:.0f} s")
         while any(age < SECONDS_ALIVE for age in ages.values()):
             time.sleep(SECONDS_BETWEEN_LOOKS)
             before, ages = ages, self._ages()
             if any(age < before.get(name, SECONDS_ALIVE) for name, age in ages.items()):  # renewed, or new
                 return False
         return True
+
+    def forget_us(self) -> None:
+        """Removes our mark."""
+        self._remove(self._name)
 
     def forget_dead(self) -> None:
         """Removes the marks of others that no longer count."""

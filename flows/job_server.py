@@ -125,7 +125,7 @@ class JobServer:
                 show(piece)
 
     def whole_log(self, job_id: str) -> str:
-        """The log of a job that has ended; empty, and a line says why, if its node is gone."""
+        """The log of a job so far; empty, and a line says why, if its node is gone."""
         try:
             return str(self._connected().get_job_logs(job_id))
         except (RuntimeError, OSError) as error:

@@ -83,11 +83,17 @@ def run_as_job(
         say(nothing_to_do(name, stage_folder(config, name, results)))
         return done
     job = _Job(config, name, results, fresh=fresh, parent=parent or Parent(), follower=follower)
-    with ending_with_flow(lambda: stop_jobs(config, job.follower)):
-        if fresh and not job.followers.include_us():
-            job.make_way(stop_running=stop_running)
-        with job.followers.following():  # before the submission, so that cancelling the flow stops this job in any case
-            return job.run()
+    try:
+        with ending_with_flow(lambda: stop_jobs(config, job.follower)):
+            if fresh and not job.followers.include_us():
+                job.make_way(stop_running=stop_running)
+            with (
+                job.followers.following()
+            ):  # before the submission, so that cancelling the flow stops this job in any case
+                return job.run()
+    finally:
+        if follower:  # a flow that is retried keeps its mark; a call from a shell has another id the next time
+            job.followers.forget_us()
 
 
 def run_until(
@@ -113,7 +119,7 @@ def run_until(
 
 @contextmanager
 def ending_with_flow(stop: Callable[[], None]) -> Iterator[None]:
-    """Calls `stop` where a person ends the flow of the body, by Ctrl-C or by cancelling it.
+    """Calls `stop` where a person ends the flow or the command of the body, by Ctrl-C or by cancelling the flow.
 
     Any other SIGTERM is that of a worker or machine that goes down, and leaves the job. The hook `stop_jobs_of` does the same
     for a flow that does not answer, but later: its process has to end first, and another one to load the flow.
@@ -205,6 +211,7 @@ class _Job:
         self.followers = Followers(Storage(config.storage), f"{JOBS}/{self.id}", self.follower)
         self._folder = Storage(config.storage).below(f"{JOBS}/{self.id}")
         self._server = JobServer(config.ray.address, minutes=config.ray.reconnect_minutes)
+        self._runtime_env = runtime_env_of_jobs(config)  # may be refused: before anything is removed
 
     def make_way(self, *, stop_running: bool) -> None:
         """Removes what `--fresh` does again.
@@ -217,8 +224,8 @@ class _Job:
                 raise ClusterError(
                     f"Ray job {self.id} is running and works on the result that --fresh would delete",
                     where=f"ray.address = {self._config.ray.address}",
-                    remedy=f"Wait for it, stop it with `ray job stop {self.id}`, or have it stopped by --stop-running (in "
-                    "Prefect: the parameter stop_running)",
+                    remedy=f"Wait for it, stop it with `ray job stop --address {self._server.address} {self.id}`, or have it "
+                    "stopped by --stop-running (in Prefect: the parameter stop_running)",
                 )
             say(f"{self._name}: stopping Ray job {self.id}")
             self._server.stop_and_wait(self.id)
@@ -231,9 +238,7 @@ class _Job:
         """Attaches to the job, or submits it; returns its result when it has ended."""
         log = JobLog()
         if self._server.is_running(self.id):
-            say(
-                f"{self._name}: attaching to Ray job {self.id}, which is running; its whole log: ray job logs {self.id}"
-            )
+            say(f"{self._name}: attaching to Ray job {self.id}, which is running: {self._server.page_of(self.id)}")
             log = JobLog.from_its_end(self._server.whole_log(self.id))
         elif self._fresh and "result" in (outcome := self._outcome()):
             return self._result_in(outcome)  # of an earlier attempt of this flow run: `make_way` removed any other
@@ -259,7 +264,7 @@ class _Job:
         self._folder.write_json(JOB, inputs)
         metadata = {"stage": self._name, "recipe": self._config.recipe, "model": self._config.model.title}
         metadata |= {"prefect_flow_run": run_id} if (run_id := dict(self._parent.tags).get(FLOW_RUN_TAG)) else {}
-        self._server.submit(self.id, self._command(), metadata=metadata, runtime_env=runtime_env_of_jobs(self._config))
+        self._server.submit(self.id, self._command(), metadata=metadata, runtime_env=self._runtime_env)
         return JobLog(num_old)
 
     def _command(self) -> str:

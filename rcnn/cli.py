@@ -692,8 +692,10 @@ def _predicted(config: Any, options: argparse.Namespace) -> Any:
     if config.ray.address.startswith("http"):
         from flows.batch_predict import predict_as_job
 
+        # A job has another working directory.
         source, to = (text if "://" in text else os.path.abspath(text) for text in (options.input, options.to))
-        return predict_as_job(config, source, to, options.model, fresh=options.fresh)
+        model = os.path.abspath(options.model) if os.path.lexists(options.model) else options.model
+        return predict_as_job(config, source, to, model, fresh=options.fresh)
     from rcnn.evaluate.batch_predict import batch_predict
     from rcnn.registry.answers import model_folder
 

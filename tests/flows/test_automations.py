@@ -4,28 +4,30 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flows.automations import NAME
 from infra.local.ports import free_ports
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SECONDS_TO_START = 240
 SECONDS_TO_NOTICE = 300
 A_FLOW = """
-import time
+import signal
 from prefect import flow
 
 @flow(name="rcnn")
 def endless():
     print("runs", flush=True)
-    time.sleep(3600)
+    signal.pause()
 
 endless()
 """
@@ -45,11 +47,8 @@ def server(tmp_path: Path) -> Iterator[dict[str, str]]:
         [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)], env=environment
     )
     try:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while not answers(environment):
-            assert process.poll() is None, "the server has ended"
-            assert time.monotonic() < deadline, "the server does not start"
-            time.sleep(0.5)
+        wait_until(lambda: process.poll() is not None or answers(environment), seconds=SECONDS_TO_START)
+        assert process.poll() is None, "the server has ended"
         yield environment
     finally:
         process.terminate()
@@ -63,32 +62,34 @@ def answers(environment: dict[str, str]) -> bool:
     return False
 
 
-def states(environment: dict[str, str]) -> list[str]:
-    question = urllib.request.Request(
-        f"{environment['PREFECT_API_URL']}/flow_runs/filter", data=b"{}", headers={"Content-Type": "application/json"}
+def ask(environment: dict[str, str], what: str, question: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"{environment['PREFECT_API_URL']}/{what}/filter",
+        data=json.dumps(question).encode(),
+        headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(question, timeout=30) as answer:
-        return [run["state_name"] for run in json.load(answer)]
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def states(environment: dict[str, str]) -> list[str]:
+    return [run["state_name"] for run in ask(environment, "flow_runs", {})]
+
+
+def has_heartbeat(environment: dict[str, str]) -> bool:
+    question = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}}
+    return bool(ask(environment, "events", question)["events"])
 
 
 def test_a_run_whose_process_was_killed_is_crashed_when_its_heartbeats_stop(server: dict[str, str]) -> None:
     for _ in range(2):  # the second time, it is brought up to date
         subprocess.run([sys.executable, "-m", "flows.automations"], env=server, check=True)
-    listing = subprocess.run(
-        [Path(sys.executable).with_name("prefect"), "automation", "ls"],
-        env=server,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert listing.stdout.count("no longer") == 1
+    assert [each["name"] for each in ask(server, "automations", {})] == [NAME]
     running = subprocess.Popen([sys.executable, "-c", A_FLOW], env=server, stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None
     assert running.stdout.readline() == "runs\n"
+    wait_until(lambda: has_heartbeat(server), seconds=SECONDS_TO_START)
     assert states(server) == ["Running"]
     running.kill()
-    running.wait()
-    deadline = time.monotonic() + SECONDS_TO_NOTICE
-    while states(server) != ["Crashed"]:
-        assert time.monotonic() < deadline, states(server)
-        time.sleep(1)
+    running.communicate()
+    wait_until(lambda: states(server) == ["Crashed"], seconds=SECONDS_TO_NOTICE)

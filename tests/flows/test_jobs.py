@@ -21,6 +21,7 @@ from rcnn.recipes import debug_tiny
 from rcnn.results import IngestResult
 from rcnn.stages import Parent, stage_folder
 from tests.flows.heads import Head, Proxy
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -221,16 +222,13 @@ def test_a_flow_that_attaches_shows_the_last_lines_of_the_log_and_what_follows(
     submit_and_leave(config, "killed", monkeypatch)
     [job_id] = submitted
     server = JobServer(config.ray.address, minutes=0)
-    deadline = time.monotonic() + 60
-    while "\n1000\n" not in server.whole_log(job_id):
-        assert time.monotonic() < deadline, "the job writes nothing"
-        time.sleep(0.2)
+    wait_until(lambda: "\n1000\n" in server.whole_log(job_id), seconds=60)
     said.clear()
     logs: list[jobs.JobLog] = []
     monkeypatch.setattr(jobs._Job, "_follow", lambda job, log: logs.append(log) or "RUNNING")
     with pytest.raises(ClusterError, match="ended as RUNNING"):
         jobs.run_as_job(config, "ingest", {}, parent=parent_of("next"))
-    assert f"ray job logs {job_id}" in said.pop()
+    assert server.page_of(job_id) in said.pop()
     logs[0].begin()(server.whole_log(job_id) + "news\n")
     assert said == [f"  | {line}" for line in (996, 997, 998, 999, 1000, "news")]
     cancel(config, "next")
@@ -282,6 +280,8 @@ def test_ctrl_c_stops_the_job(config: PipelineConfig, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         jobs.run_as_job(config, "ingest", {}, **caller)
     wait_until_stopped(config, submitted[0])
+    marks = Path(config.storage).glob("runs/jobs/*/followed-by-command-9")
+    assert list(marks) == []  # of which no later call could be the owner
 
 
 def test_fresh_is_refused_while_a_job_runs_unless_it_may_be_stopped_and_doctor_names_one_without_a_flow(
@@ -389,6 +389,12 @@ def test_a_cluster_that_does_not_answer_is_named(said: list[str]) -> None:
     assert said == [f"  no answer from the Ray cluster at http://127.0.0.1:9 ({refused}); trying for 3 s more"]
 
 
+def entrypoints_at(head: Head) -> list[str]:
+    from flows.job_server import JobServer
+
+    return [str(job.entrypoint) for job in JobServer(head.address, minutes=0)._connected().list_jobs()]
+
+
 def test_batch_prediction_runs_as_a_job_and_bad_images_do_not_fail_it(
     head: Head,
     tiny_config: PipelineConfig,
@@ -418,7 +424,9 @@ def test_batch_prediction_runs_as_a_job_and_bad_images_do_not_fail_it(
     assert (done["rows"], done["bad"]) == (1, 1)
     assert any("1 of 2 images could not be read" in line for line in said)
     monkeypatch.chdir(tmp_path)
-    words = ["batch-predict", "absent", "--to", "out", "--model", str(tmp_path / "model"), "--ray", head.address]
+    words = ["batch-predict", "absent", "--to", "out", "--model", "model", "--ray", head.address]
+    words += ["--set", "execution.max_failures=7"]
     assert main(words) == 2
     assert f"{tmp_path}/absent" in "".join(said)  # the job has another working directory
+    assert any("execution.max_failures=7" in entrypoint for entrypoint in entrypoints_at(head))
     assert "ended as FAILED." in capsys.readouterr().err

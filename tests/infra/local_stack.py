@@ -5,13 +5,13 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,12 +87,3 @@ def _has(process: psutil.Process, mark: str, part: str) -> bool:
     except psutil.Error:
         return False
     return environment.get("STACK_MARK") == mark and environment.get("STACK_PART") == part
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float) -> float:
-    """Waits for a condition; returns how long that took."""
-    started = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - started < seconds, "it did not come true"
-        time.sleep(0.5)
-    return time.monotonic() - started

@@ -11,7 +11,8 @@ import pytest
 
 from rcnn.stages import STAGES
 from tests.flows.heads import Head
-from tests.infra.local_stack import LocalStack, wait_until
+from tests.infra.local_stack import LocalStack
+from tests.waiting import wait_until
 
 SECONDS_TO_CLOSE = 60
 

@@ -13,7 +13,8 @@ import boto3
 import psutil
 import pytest
 
-from tests.infra.local_stack import LocalStack, wait_until
+from tests.infra.local_stack import LocalStack
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
