@@ -295,7 +295,8 @@ def test_fresh_is_refused_while_a_job_runs_unless_it_may_be_stopped_and_doctor_n
     left.parent.mkdir(parents=True)
     left.touch()
     with pytest.raises(
-        ClusterError, match=rf"{submitted[0]} is running .*`ray job stop {submitted[0]}`.*--stop-running"
+        ClusterError,
+        match=rf"{submitted[0]} is running .*`ray job stop --address {config.ray.address} {submitted[0]}`.*--stop-running",
     ):
         jobs.run_as_job(config, "ingest", {}, fresh=True, parent=parent_of("second"))
     assert left.exists()
