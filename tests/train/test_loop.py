@@ -77,8 +77,9 @@ def weights(state: object) -> dict[str, torch.Tensor]:
 
 
 def test_losses_are_the_stored_ones(tiny_config: PipelineConfig, data: TrainingData) -> None:
+    """At a rate so low that rounding stays rounding: at that of the recipe, two processors differ in the fourth digit."""
     golden = json.loads(GOLDEN.read_text())
-    history = fit(tiny_config, data, ignore).history
+    history = fit(tiny_config.with_settings(golden["settings"]), data, ignore).history
     for metrics, expected in zip(history, golden["epochs"], strict=True):
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=10 ** -golden["digits"])
 
@@ -358,7 +359,7 @@ def test_the_saved_model_gives_the_same_logits(tiny_config: PipelineConfig, data
     state = fit(tiny_config, data, ignore)
     model, description = load_model(saved_model(state, tmp_path / "model"))
     images = data.val.images[:7]
-    assert state.best["epoch"] == 2
+    state.model.load_state_dict(state.best["weights"])
     assert torch.equal(model(images), state.model.eval()(images))
     assert description["classes"] == [str(digit) for digit in range(10)]
     assert PipelineConfig.model_validate(description["config"]) == tiny_config
