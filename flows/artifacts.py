@@ -39,16 +39,18 @@ class Artifacts:
             names = ", ".join(str(artifact.key) for artifact in self._kept)
             say(f"  Prefect does not answer ({fault}); the UI lacks {names}, and the storage has the results")
 
-    def publish(self, name: str, result: StageResult, **run_ids: UUID) -> None:
+    def publish(self, name: str, result: StageResult, *, job_page: str = "", **run_ids: UUID) -> None:
         """Publishes the artifact of a stage.
 
         Args:
             name: the stage.
             result: what is shown.
+            job_page: address of the Ray job that made it, if one did.
             run_ids: `flow_run_id` and `task_run_id`, under which it is shown.
         """
         num_kept = len(self._kept)
-        links = _links(self._config, result) if self._config else {}
+        links = {"Ray job": job_page} if job_page else {}
+        links |= _links(self._config, result) if self._config else {}
         self._kept.append(_artifact_of(name, result, links, run_ids))
         if (fault := self._send()) and not num_kept:
             say(f"  Prefect does not answer ({fault}); what it shows of {name} is sent later")
@@ -86,6 +88,7 @@ def _artifact_of(name: str, result: StageResult, links: dict[str, str], run_ids:
     artifact: Any
     if rows := result.table():
         shown = {label: printable(value) for label, value in result.highlights(lambda file: file).items()}
+        shown |= {label: f"[{page}]({page})" for label, page in links.items()}
         description = ", ".join(f"{label}: {value}" for label, value in shown.items())
         artifact = TableArtifact(table=rows, description=description)
     else:

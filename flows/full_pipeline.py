@@ -13,7 +13,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect.runtime import deployment, flow_run
 
 from flows.artifacts import Artifacts
-from flows.jobs import FLOW_RUN_TAG, stop_jobs_of
+from flows.jobs import job_page, stop_jobs_of, tags_of_flow
 from flows.left_runs import label_flow_run
 from flows.notify import hooks
 from flows.stages import task_of
@@ -121,7 +121,8 @@ def _run_task(given: dict[str, Any], artifacts: Artifacts) -> Any:
         return done.model_dump(mode="json")  # it may be newer than what Prefect kept
     tree = state.result()
     [result] = results_from_json({name: tree}).values()
-    artifacts.publish(name, result, flow_run_id=flow_run.id, task_run_id=state.state_details.task_run_id)
+    page = job_page(config, name, results) if done is None else ""
+    artifacts.publish(name, result, job_page=page, flow_run_id=flow_run.id, task_run_id=state.state_details.task_run_id)
     return tree
 
 
@@ -130,7 +131,7 @@ def _pipeline_run(config: PipelineConfig, fresh: bool, trees: dict[str, Any]) ->
     """The MLflow run above the stages' own. The body fills `trees`."""
     from rcnn.registry.pipeline_run import finish_pipeline, open_pipeline
 
-    tags = {FLOW_RUN_TAG: str(flow_run.id)} if flow_run.id else {}
+    tags = tags_of_flow()
     tracker = open_pipeline(config, key=pipeline_key(config), tags=tags, fresh=fresh)
     try:
         yield Parent(tracker.id, tuple(tags.items()))

@@ -18,7 +18,8 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import TerminationSignal
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
+from prefect.utilities.urls import url_for
 
 from flows.code_package import program_of_jobs, runtime_env_of_jobs
 from flows.followers import Followers
@@ -38,10 +39,12 @@ from rcnn.stages import (
     planned,
     results_from_json,
     run_stage,
+    runs_as_job,
     stage_code,
     stage_folder,
 )
-from rcnn.storage import JOB, JOB_OUTCOME, Storage
+from rcnn.storage import JOB, JOB_OUTCOME, StageFolder, Storage
+from rcnn.tracking import FLOW_PAGE_TAG, JOB_PAGE_TAG
 
 FLOW_RUN_TAG = "rcnn.prefect_flow_run"
 SUBMISSION_TAG = "rcnn.ray_submission"
@@ -51,6 +54,28 @@ SECONDS_TO_ANSWER = 5
 LINES_TO_CATCH_UP = 5
 MINUTES_TO_STOP = 1
 """How long a head that is away is waited for by a flow that is being cancelled."""
+
+
+def tags_of_flow() -> dict[str, str]:
+    """What leads from MLflow's runs and Ray's jobs to the flow run that asks for them; nothing outside of one."""
+    if not flow_run.id:
+        return {}
+    # Without a deployment, the server may be one that ends with the command.
+    page = url_for("flow-run", flow_run.id) if deployment.id else None
+    return {FLOW_RUN_TAG: str(flow_run.id)} | ({FLOW_PAGE_TAG: page} if page else {})
+
+
+def job_page(config: PipelineConfig, name: str, results: Results) -> str:
+    """The page of the Ray job that works on a stage; empty where it runs in this process."""
+    if not runs_as_job(config, name):
+        return ""
+    server = JobServer(config.ray.address, minutes=config.ray.reconnect_minutes)
+    return server.page_of(job_id_of(stage_folder(config, name, results)))
+
+
+def job_id_of(target: StageFolder) -> str:
+    """The id of the Ray job whose result goes to a folder."""
+    return f"rcnn-{target.unique_name}"
 
 
 def run_as_job(
@@ -109,7 +134,7 @@ def run_until(
     results: Results = {}
     for name in planned(config, last):
         again = fresh and name == last
-        if STAGES[name].on_cluster(config) and config.ray.address.startswith("http"):
+        if runs_as_job(config, name):
             how = {"fresh": again, "stop_running": again and stop_running}
             results[name] = run_as_job(config, name, results, parent=parent, follower=follower, **how)
         else:
@@ -206,7 +231,7 @@ class _Job:
     ):
         self._config, self._name, self._results, self._fresh, self._parent = config, name, results, fresh, parent
         self._target = stage_folder(config, name, results)
-        self.id = f"rcnn-{self._target.unique_name}"
+        self.id = job_id_of(self._target)
         self.follower = follower or dict(parent.tags).get(FLOW_RUN_TAG, "")
         self.followers = Followers(Storage(config.storage), f"{JOBS}/{self.id}", self.follower)
         self._folder = Storage(config.storage).below(f"{JOBS}/{self.id}")
@@ -255,15 +280,17 @@ class _Job:
         self.followers.forget_dead()
         on_cluster = self._config.with_settings({"ray.address": "auto", "storage": Storage(self._config.storage).root})
         # In a file: an argument would end at 128 KiB, and be seen in `ps` and in the dashboard.
+        own_tags = {SUBMISSION_TAG: self.id, JOB_PAGE_TAG: self._server.page_of(self.id)}
         inputs = {
             "config": on_cluster.model_dump(mode="json"),
             "results": {key: result.model_dump(mode="json") for key, result in self._results.items()},
             "code": stage_code(self._config, self._name),
-            "parent": {"run_id": self._parent.run_id, "tags": dict(self._parent.tags) | {SUBMISSION_TAG: self.id}},
+            "parent": {"run_id": self._parent.run_id, "tags": dict(self._parent.tags) | own_tags},
         }
         self._folder.write_json(JOB, inputs)
         metadata = {"stage": self._name, "recipe": self._config.recipe, "model": self._config.model.title}
-        metadata |= {"prefect_flow_run": run_id} if (run_id := dict(self._parent.tags).get(FLOW_RUN_TAG)) else {}
+        shown = {"prefect_flow_run": FLOW_RUN_TAG, "prefect_page": FLOW_PAGE_TAG}
+        metadata |= {key: value for key, tag in shown.items() if (value := dict(self._parent.tags).get(tag))}
         self._server.submit(self.id, self._command(), metadata=metadata, runtime_env=self._runtime_env)
         return JobLog(num_old)
 

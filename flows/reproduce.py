@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import flow, task
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import deployment
 
 from flows.full_pipeline import log_in_prefect
-from flows.jobs import FLOW_RUN_TAG, run_until
+from flows.jobs import run_until, tags_of_flow
 from flows.left_runs import label_flow_run
 from flows.notify import hooks
 from rcnn.config import PipelineConfig
@@ -107,4 +107,4 @@ def _run_cell(cell: Cell, processes: Processes) -> None:
 
 
 def _run_until(config: PipelineConfig, last: str) -> None:
-    run_until(config, last, parent=Parent(tags=((FLOW_RUN_TAG, str(flow_run.id)),) if flow_run.id else ()))
+    run_until(config, last, parent=Parent(tags=tuple(tags_of_flow().items())))

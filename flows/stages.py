@@ -9,10 +9,10 @@ from prefect.runtime import task_run
 from flows.jobs import run_as_job
 from rcnn.config import PipelineConfig
 from rcnn.errors import RcnnError
-from rcnn.stages import STAGES, Parent, Results, results_from_json, run_stage, stage_folder
+from rcnn.stages import Parent, Results, results_from_json, run_stage, runs_as_job, stage_folder
 from rcnn.storage import RESULT
 
-RETRY_DELAYS_SECONDS = [5, 30]
+RETRY_DELAYS_SECONDS = [5, 30, 60]
 
 
 def _run_one(
@@ -24,7 +24,7 @@ def _run_one(
     stop_running: bool = False,
 ) -> dict[str, Any]:
     results = results_from_json(trees)
-    if STAGES[name].on_cluster(config) and config.ray.address.startswith("http"):
+    if runs_as_job(config, name):
         result = run_as_job(config, name, results, fresh=fresh, stop_running=stop_running, parent=parent)
     else:
         # A retry resumes what the first attempt left, if that got as far as deleting the old result.

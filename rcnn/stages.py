@@ -282,6 +282,11 @@ def planned(config: PipelineConfig, last: str = "") -> list[str]:
     return [name for name in reach if name == last or STAGES[name].is_planned(config)]
 
 
+def runs_as_job(config: PipelineConfig, name: str) -> bool:
+    """Whether a stage runs as a Ray job, on a cluster."""
+    return STAGES[name].on_cluster(config) and config.ray.address.startswith("http")
+
+
 def effective_config(config: PipelineConfig, name: str, results: Results) -> PipelineConfig:
     """The config of a stage: behind the search, the best trial's settings are in it."""
     for earlier in STAGES:
@@ -370,7 +375,7 @@ def prepare_stages(config: PipelineConfig, *, fresh: bool = False) -> None:
     """
     done = {} if fresh else finished_until(config)
     names = planned(config)[len(done) :]
-    here = [name for name in names if not (STAGES[name].on_cluster(config) and config.ray.address.startswith("http"))]
+    here = [name for name in names if not runs_as_job(config, name)]
     if any(STAGES[name].on_ray(config) for name in here):
         from rcnn.ray_session import ensure_ray
 
@@ -511,7 +516,7 @@ def _run_tracked(
 ) -> StageResult:
     from rcnn.registry.runs import described, open_run
     from rcnn.registry.system_metrics import sampling
-    from rcnn.tracking import NoTracker, finish_failed
+    from rcnn.tracking import NoTracker, finish_failed, with_pages
 
     stage = STAGES[name]
     if not stage.has_run:
@@ -527,7 +532,7 @@ def _run_tracked(
         parent=parent.run_id,
         tags=tags,
         settings=_shown_settings(config, name),
-        text=f"{about[:1].upper()}{about[1:]}.",
+        text=with_pages(f"{about[:1].upper()}{about[1:]}.", tags),
         fresh=fresh,
     )
     try:
@@ -540,7 +545,8 @@ def _run_tracked(
         raise
     target.require_held()
     tracker.log_metrics(result.row())
-    tracker.describe(described(stage.help, target, result), name=f"{title} {result.headline}".strip())
+    text = with_pages(described(stage.help, target, result), tags)
+    tracker.describe(text, name=f"{title} {result.headline}".strip())
     tracker.finish()
     return result.model_copy(update={"mlflow_run_id": tracker.run_id})  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,7 +89,8 @@ class Storage:
         """Whether a file or folder exists."""
         from pyarrow import fs
 
-        return bool(self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound)
+        with self._reaching(name):
+            return bool(self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound)
 
     def make_folder(self, name: str) -> None:
         """Creates a folder and its parents.
@@ -101,13 +102,17 @@ class Storage:
             self.filesystem.create_dir(self.path(name), recursive=True)
 
     def read_text(self, name: str) -> str:
-        """The content of a text file."""
-        with self.filesystem.open_input_stream(self.path(name)) as stream:
-            return str(stream.read().decode())
+        """The content of a text file; raises as `read_bytes` does."""
+        return self.read_bytes(name).decode()
 
     def read_bytes(self, name: str) -> bytes:
-        """The content of a file."""
-        with self.filesystem.open_input_stream(self.path(name)) as stream:
+        """The content of a file.
+
+        Raises:
+            OSError: it is missing, or this machine cannot read it.
+            ClusterError: an object store does not give it.
+        """
+        with self._reaching(name), self.filesystem.open_input_stream(self.path(name)) as stream:
             return bytes(stream.read())
 
     def write_text(self, name: str, text: str) -> None:
@@ -185,7 +190,8 @@ class Storage:
         from pyarrow import fs
 
         local.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(self.path(name), str(local), source_filesystem=self.filesystem)
+        with self._reaching(name):
+            fs.copy_files(self.path(name), str(local), source_filesystem=self.filesystem)
 
     def delete(self, name: str) -> None:
         """Deletes a folder and its contents, if it exists."""
@@ -284,7 +290,7 @@ class Storage:
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Reports a missing permission or an impossible path in the body as a `ClusterError`.
+        """Reports a missing permission, an impossible path or a store that is away in the body as a `ClusterError`.
 
         Raises:
             ClusterError: `name` cannot be read.
@@ -294,15 +300,11 @@ class Storage:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise ClusterError(
-                f"cannot be read ({os.strerror(error.errno) if error.errno else error})",
-                where=self.uri(name).rstrip("/"),
-                remedy="Check its permissions, or set storage elsewhere",
-            ) from error
+            raise self._fault("read", name, error, "Check its permissions, or set storage elsewhere") from error
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Reports a full disk or a missing permission in the body as a `ClusterError`.
+        """Reports a full disk, a missing permission or a store that is away in the body as a `ClusterError`.
 
         Raises:
             ClusterError: `name` cannot be written.
@@ -310,11 +312,23 @@ class Storage:
         try:
             yield
         except OSError as error:
-            raise ClusterError(
-                f"cannot be written ({os.strerror(error.errno) if error.errno else error})",
-                where=self.uri(name),
-                remedy="Check its permissions and free space, or set storage elsewhere",
-            ) from error
+            remedy = "Check its permissions and free space, or set storage elsewhere"
+            raise self._fault("written", name, error, remedy) from error
+
+    @contextmanager
+    def _reaching(self, name: str) -> Iterator[None]:
+        """Reports an object store that is away; what a disk says of a file is left to those who know what the file is."""
+        with nullcontext() if self.is_local else self.reading(name):
+            yield
+
+    def _fault(self, what: str, name: str, error: OSError, remedy: str) -> ClusterError:
+        """Disks stay as they are; an object store may be away for a while."""
+        return ClusterError(
+            f"cannot be {what} ({os.strerror(error.errno) if error.errno else ' '.join(str(error).split())})",
+            where=self.uri(name).rstrip("/"),
+            remedy=remedy if self.is_local else "Check that the store answers, and run the same command again",
+            retryable=not self.is_local,
+        )
 
 
 def _sync(path: str) -> None:

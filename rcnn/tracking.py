@@ -25,6 +25,10 @@ TRAINING = "workflowType=machine_learning"
 VIEW = "rcnn"
 """The name of a view in each experiment of MLflow: what the table of runs shows."""
 
+FLOW_PAGE_TAG, JOB_PAGE_TAG = "rcnn.prefect_page", "rcnn.ray_page"
+PAGES = {FLOW_PAGE_TAG: "Prefect run", JOB_PAGE_TAG: "Ray job"}
+"""Tags that hold addresses of pages, and what the pages show."""
+
 
 def tracking_uri(config: PipelineConfig) -> str:
     """Where MLflow keeps runs: the setting, or a SQLite file in the storage.
@@ -52,6 +56,12 @@ def file_page(address: str, experiment_id: str, run_id: str, file: str) -> str:
 def version_page(address: str, model: str, version: int) -> str:
     """The page of MLflow's UI that shows a registered version."""
     return f"{address.rstrip('/')}/#/models/{quote(model, safe='')}/versions/{version}"
+
+
+def with_pages(text: str, tags: Mapping[str, str]) -> str:
+    """A run's description in Markdown, with links to what else shows the same work, which are among its tags."""
+    links = "\n".join(f"- {label}: [{tags[tag]}]({tags[tag]})" for tag, label in PAGES.items() if tag in tags)
+    return f"{text}\n\n{links}" if links else text
 
 
 def is_elsewhere(address: str) -> bool:

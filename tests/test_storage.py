@@ -1,8 +1,10 @@
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from infra.local.ports import free_ports
 from rcnn.cli import main
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 from rcnn.storage import StageFolder, Storage
@@ -62,6 +64,20 @@ def test_an_unknown_uri_and_an_unwritable_folder_are_named(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterError, match="cannot be written"):
         Storage(str(tmp_path / "file")).write_text("x", "y")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("use", [lambda store: store.read_json("x"), lambda store: store.write_json("x", 1)])
+def test_an_object_store_that_is_away_may_be_back_later(
+    use: Callable[[Storage], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    [port] = free_ports(1)
+    away = f"s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+    with pytest.raises(ClusterError, match=r"s3://.*cannot be (read|written) .*Check that the store answers") as raised:
+        use(Storage(away))
+    assert raised.value.retryable
 
 
 @pytest.mark.parametrize("root", ["/dev/null", "/etc/passwd/x", "~no-such-user/x", "n" * 300])

@@ -4,7 +4,7 @@ import pytest
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ConfigError
-from rcnn.tracking import NoTracker, file_page, finish_failed, runs_page, tracking_uri, version_page
+from rcnn.tracking import NoTracker, file_page, finish_failed, runs_page, tracking_uri, version_page, with_pages
 
 
 @pytest.mark.parametrize("address", ["", "auto", "http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265"])
@@ -32,6 +32,15 @@ def test_pages_of_mlflow_open_training_runs_files_and_versions() -> None:
         == "http://mlflow:5000/#/experiments/3/runs/abc/artifacts/report.html?workflowType=machine_learning"
     )
     assert version_page(server, "my model", 2) == "http://mlflow:5000/#/models/my%20model/versions/2"
+
+
+def test_a_run_links_to_what_shows_the_same_work() -> None:
+    tags = {"rcnn.recipe": "demo", "rcnn.ray_page": "http://ray:8265/#/jobs/rcnn-1"}
+    assert (
+        with_pages("Trains.", tags)
+        == "Trains.\n\n- Ray job: [http://ray:8265/#/jobs/rcnn-1](http://ray:8265/#/jobs/rcnn-1)"
+    )
+    assert with_pages("Trains.", {"rcnn.recipe": "demo"}) == "Trains."
 
 
 class Noted(NoTracker):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rcnn.config import PipelineConfig
 from rcnn.data.schema import SCHEMA_VERSION
-from rcnn.errors import ClusterError, DataError
+from rcnn.errors import DataError
 from rcnn.results import IngestResult
 from rcnn.storage import StageFolder, Storage
 
@@ -152,13 +152,6 @@ def _read_tree(storage: Storage, name: str) -> Any:
     except ValueError as error:
         raise _damaged(storage.uri(name), f"not JSON ({error})") from error
     except OSError as error:
-        if not storage.is_local:
-            raise ClusterError(
-                f"cannot be read ({' '.join(str(error).split())})",
-                where=storage.uri(name),
-                remedy="Check network and credentials",
-                retryable=True,
-            ) from error
         raise _damaged(storage.uri(name), f"cannot be read ({' '.join(str(error).split())})") from error
 
 

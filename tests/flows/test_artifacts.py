@@ -64,6 +64,17 @@ def test_the_artifact_of_register_links_to_the_report_where_mlflow_has_a_server(
     assert (f"[report]({page})" in str(artifact.data)) == bool(uri)
 
 
+@pytest.mark.parametrize("page", ["http://ray:8265/#/jobs/rcnn-1", ""])
+def test_the_artifact_of_a_stage_links_to_the_job_that_made_it(digits: IngestResult, page: str) -> None:
+    name = f"linked-{uuid4()}"
+    with Artifacts() as artifacts:
+        artifacts.publish(name, digits, job_page=page)
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[f"rcnn-{name}"]))
+        [artifact] = client.read_artifacts(artifact_filter=wanted)
+    assert (f"Ray job]({page})" in f"{artifact.data}{artifact.description}") == bool(page)
+
+
 def test_the_end_of_the_flow_sends_what_is_kept(digits: IngestResult) -> None:
     name = f"kept-{uuid4()}"
     with Artifacts() as artifacts, temporary_settings({PREFECT_API_URL: nowhere()}):

@@ -80,6 +80,14 @@ class LocalStack:
         database = sqlite3.connect(f"file:{self.storage}/mlflow.db?mode=ro", uri=True)
         return dict(database.execute("select name, status from runs order by start_time"))
 
+    def tags(self, run: str) -> dict[str, str]:
+        """The tags of MLflow's run of that name."""
+        import sqlite3
+
+        database = sqlite3.connect(f"file:{self.storage}/mlflow.db?mode=ro", uri=True)
+        named = "select key, value from tags join runs using (run_uuid) where name = ?"
+        return dict(database.execute(named, (run,)))
+
 
 def _has(process: psutil.Process, mark: str, part: str) -> bool:
     try:

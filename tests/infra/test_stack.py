@@ -80,6 +80,13 @@ class TestStack:
         assert stack.ask(f"flow_runs/{first}")["name"] == "mnist-sample RCNN-8 T=1"
         log = stack.wait_for_line(first, "registered +rcnn-mnist-sample version 1, champion")
         assert "job_manager.py" not in log
+        name = next(name for name in stack.runs() if name.startswith("train "))
+        tags = stack.tags(name)
+        assert tags["rcnn.prefect_page"].endswith(f"/runs/flow-run/{first}")
+        assert tags["rcnn.ray_page"].endswith(f"/#/jobs/{tags['rcnn.ray_submission']}")
+        assert f"Prefect run: [{tags['rcnn.prefect_page']}]" in tags["mlflow.note.content"]
+        artifacts = stack.ask("artifacts/filter", artifacts={"key": {"any_": ["rcnn-train"]}})
+        assert any(tags["rcnn.ray_page"] in f"{each['data']}{each['description']}" for each in artifacts)
         started = time.monotonic()
         again = stack.start_flow("full-pipeline", recipe="debug_tiny")
         wait_until(lambda: stack.state_of(again) == "Completed", 300)
