@@ -11,18 +11,48 @@ The file that marks a piece of work as finished is written last.
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from rcnn.errors import ClusterError, ConfigError, LeaseLost
+from rcnn.progress import say
 from rcnn.text import parse_json
+
+Given = ParamSpec("Given")
+Got = TypeVar("Got")
+SECONDS_TO_WAIT, SECONDS_BETWEEN_TRIES = 60, 2
+_MAY_PASS = re.compile(
+    "NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|TIMEOUT|HTTP status 5"
+)
+"""What pyarrow says of an object store that is away or overloaded; it has tried for some seconds by itself."""
+
+
+def _patient(method: Callable[Given, Got]) -> Callable[Given, Got]:
+    """A method that waits for an object store which is away, as while its server is restarted."""
+
+    @wraps(method)
+    def tried(*args: Given.args, **options: Given.kwargs) -> Got:
+        deadline, is_first = time.monotonic() + SECONDS_TO_WAIT, True
+        while True:
+            try:
+                return method(*args, **options)
+            except ClusterError as error:
+                if not error.retryable or time.monotonic() > deadline:
+                    raise
+                if is_first:
+                    say(f"  {error.where} {error.what}; trying again for {SECONDS_TO_WAIT} s")
+            time.sleep(SECONDS_BETWEEN_TRIES)
+            is_first = False
+
+    return tried
 
 
 class Storage:
@@ -85,6 +115,7 @@ class Storage:
             )
         return Path(self.root, name)
 
+    @_patient
     def exists(self, name: str) -> bool:
         """Whether a file or folder exists."""
         from pyarrow import fs
@@ -92,6 +123,7 @@ class Storage:
         with self._reaching(name):
             return bool(self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound)
 
+    @_patient
     def make_folder(self, name: str) -> None:
         """Creates a folder and its parents.
 
@@ -105,6 +137,7 @@ class Storage:
         """The content of a text file; raises as `read_bytes` does."""
         return self.read_bytes(name).decode()
 
+    @_patient
     def read_bytes(self, name: str) -> bytes:
         """The content of a file.
 
@@ -123,6 +156,7 @@ class Storage:
         """
         self.write_bytes(name, text.encode())
 
+    @_patient
     def write_bytes(self, name: str, content: bytes | memoryview, *, durable: bool = False) -> None:
         """Writes a file atomically; a durable one survives a power cut as soon as this returns.
 
@@ -185,6 +219,7 @@ class Storage:
             self.filesystem.create_dir(self.path(name), recursive=True)
             fs.copy_files(str(local), self.path(name), destination_filesystem=self.filesystem)
 
+    @_patient
     def download(self, name: str, local: Path) -> None:
         """Copies a folder to the local folder `local`, which is created if missing."""
         from pyarrow import fs
@@ -193,6 +228,7 @@ class Storage:
         with self._reaching(name):
             fs.copy_files(self.path(name), str(local), source_filesystem=self.filesystem)
 
+    @_patient
     def delete(self, name: str) -> None:
         """Deletes a folder and its contents, if it exists."""
         with self.writing(name):
@@ -205,11 +241,13 @@ class Storage:
                 if self.is_local:
                     raise
 
+    @_patient
     def delete_file(self, name: str) -> None:
         """Deletes a file."""
         with self.writing(name):
             self.filesystem.delete_file(self.path(name))
 
+    @_patient
     def list_sizes(self, name: str) -> dict[str, int]:
         """The size in bytes of each file below a folder, by its path relative to it; empty if there is no such folder."""
         from pyarrow import fs
@@ -219,6 +257,7 @@ class Storage:
             infos = self.filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == fs.FileType.File}
 
+    @_patient
     def usage(self, name: str) -> tuple[int, float]:
         """The bytes below a folder, and when it last changed, in seconds since 1970; of an empty one, now."""
         from pyarrow import fs
@@ -231,6 +270,7 @@ class Storage:
         changed = max((info.mtime.timestamp() for info in files), default=time.time())
         return sum(info.size for info in files), changed
 
+    @_patient
     def list_folders(self, name: str) -> list[str]:
         """The names of the folders in a folder, sorted; none where there is no such folder."""
         from pyarrow import fs
@@ -239,6 +279,7 @@ class Storage:
             infos = self.filesystem.get_file_info(fs.FileSelector(self.path(name), allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
+    @_patient
     def list_files(self, name: str) -> list[str]:
         """The names of the files in a folder, sorted, without those in its folders; none where there is no such folder."""
         from pyarrow import fs
@@ -322,12 +363,13 @@ class Storage:
             yield
 
     def _fault(self, what: str, name: str, error: OSError, remedy: str) -> ClusterError:
-        """Disks stay as they are; an object store may be away for a while."""
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        may_pass = not self.is_local and _MAY_PASS.search(reason) is not None
         return ClusterError(
-            f"cannot be {what} ({os.strerror(error.errno) if error.errno else ' '.join(str(error).split())})",
+            f"cannot be {what} ({reason})",
             where=self.uri(name).rstrip("/"),
-            remedy=remedy if self.is_local else "Check that the store answers, and run the same command again",
-            retryable=not self.is_local,
+            remedy="Check that the store answers, and run the same command again" if may_pass else remedy,
+            retryable=may_pass,
         )
 
 

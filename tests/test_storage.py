@@ -1,10 +1,13 @@
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from infra.local.ports import free_ports
+from rcnn import storage
 from rcnn.cli import main
 from rcnn.errors import ClusterError, ConfigError, DataError, RcnnError
 from rcnn.storage import StageFolder, Storage
@@ -66,18 +69,43 @@ def test_an_unknown_uri_and_an_unwritable_folder_are_named(tmp_path: Path) -> No
         Storage(str(tmp_path / "file")).write_text("x", "y")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("use", [lambda store: store.read_json("x"), lambda store: store.write_json("x", 1)])
-def test_an_object_store_that_is_away_may_be_back_later(
-    use: Callable[[Storage], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def address_of_s3(port: int, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
+    end = f"scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1&allow_bucket_creation=true"
+    return f"s3://bucket/x?{end}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("use", [lambda store: store.read_json("x"), lambda store: store.write_json("x", 1)])
+def test_an_object_store_that_stays_away_may_be_back_later(
+    use: Callable[[Storage], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SECONDS_TO_WAIT", 0)
     [port] = free_ports(1)
-    away = f"s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
     with pytest.raises(ClusterError, match=r"s3://.*cannot be (read|written) .*Check that the store answers") as raised:
-        use(Storage(away))
+        use(Storage(address_of_s3(port, monkeypatch)))
     assert raised.value.retryable
+
+
+@pytest.mark.long
+def test_an_object_store_that_is_restarted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    [port] = free_ports(1)
+    server, said = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False), list[str]()
+
+    def start_it(text: str) -> None:
+        said.append(text)
+        server.start()
+
+    monkeypatch.setattr(storage, "say", start_it)
+    store = Storage(address_of_s3(port, monkeypatch))
+    try:
+        store.write_json("y", 1)
+        assert store.read_json("y") == 1
+    finally:
+        server.stop()
+    [line] = said
+    assert re.search(r"s3://bucket/x/y cannot be written .*; trying again for 60 s", line)
 
 
 @pytest.mark.parametrize("root", ["/dev/null", "/etc/passwd/x", "~no-such-user/x", "n" * 300])
