@@ -25,7 +25,9 @@ def test_the_small_budget_runs_on_a_cpu_with_one_schedule_for_all(name: str) -> 
     cells = cells_of(name, budget="small", num_seeds=2)
     assert {cell.config.seed for cell in cells} == {0, 1}
     assert not any(cell.config.execution.use_gpu for cell in cells)
-    assert len({(cell.config.train.epochs, cell.config.train.learning_rate) for cell in cells}) == 1
+    for is_modern in {cell.experiment.is_modern for cell in cells}:
+        trained = [cell.config.train for cell in cells if cell.experiment.is_modern is is_modern]
+        assert len({(train.epochs, train.learning_rate) for train in trained}) == 1
 
 
 def test_the_small_ablation_compares_networks_of_one_size() -> None:
