@@ -47,7 +47,7 @@ from rcnn.errors import ClusterError, ConfigError, DataError
 from rcnn.lease import all_holders
 from rcnn.registry.gate import CHAMPION, Standing
 from rcnn.storage import Storage
-from rcnn.tracking import STORE, VIEW, experiment_name, has_store, model_name, tracking_uri
+from rcnn.tracking import STORE, VIEW, experiment_name, has_store, model_name, tracking_uri, with_pages
 
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG, STORAGE_TAG = "rcnn.stage_key", "rcnn.storage"
@@ -498,13 +498,13 @@ def publish_card(
         client = _connect(config)
         client.update_model_version(name, str(place.version), card)
         client.update_registered_model(name, description=_about_versions(data))
-        client.set_tag(place.run_id, "mlflow.note.content", card)
-        known, now = client.get_run(place.run_id).data.metrics, time.time_ns() // 1_000_000
+        run, now = client.get_run(place.run_id).data, time.time_ns() // 1_000_000
+        client.set_tag(place.run_id, "mlflow.note.content", with_pages(card, run.tags))
         of_data = {"dataset_name": data.name, "dataset_digest": data.digest[:MAX_DIGEST]}
         entries = [
             Metric(key, value, now, 0, model_id=place.model_id, run_id=place.run_id, **of_data)
             for key, value in figures.items()
-            if known.get(key) != value  # registered again
+            if run.metrics.get(key) != value  # registered again
         ]
         if entries:
             client.log_batch(place.run_id, metrics=entries)

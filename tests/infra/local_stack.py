@@ -74,19 +74,20 @@ class LocalStack:
         return self.log_of(flow_run)
 
     def runs(self) -> dict[str, str]:
-        """The state of MLflow's runs by name, as its database has them."""
+        """The state of the latest MLflow run of each kind, the first word of its name, as the database has it."""
         import sqlite3
 
         database = sqlite3.connect(f"file:{self.storage}/mlflow.db?mode=ro", uri=True)
-        return dict(database.execute("select name, status from runs order by start_time"))
+        found = database.execute("select name, status from runs order by start_time")
+        return {name.partition(" ")[0]: status for name, status in found}
 
     def tags(self, run: str) -> dict[str, str]:
-        """The tags of MLflow's run of that name."""
+        """The tags of the MLflow run of that kind; there is one."""
         import sqlite3
 
         database = sqlite3.connect(f"file:{self.storage}/mlflow.db?mode=ro", uri=True)
-        named = "select key, value from tags join runs using (run_uuid) where name = ?"
-        return dict(database.execute(named, (run,)))
+        found = "select key, value from tags join runs using (run_uuid) where name like ?"
+        return dict(database.execute(found, (f"{run} %",)))
 
 
 def _has(process: psutil.Process, mark: str, part: str) -> bool:

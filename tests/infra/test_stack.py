@@ -80,8 +80,7 @@ class TestStack:
         assert stack.ask(f"flow_runs/{first}")["name"] == "mnist-sample RCNN-8 T=1"
         log = stack.wait_for_line(first, "registered +rcnn-mnist-sample version 1, champion")
         assert "job_manager.py" not in log
-        name = next(name for name in stack.runs() if name.startswith("train "))
-        tags = stack.tags(name)
+        tags = stack.tags("train")
         assert tags["rcnn.prefect_page"].endswith(f"/runs/flow-run/{first}")
         assert tags["rcnn.ray_page"].endswith(f"/#/jobs/{tags['rcnn.ray_submission']}")
         assert f"Prefect run: [{tags['rcnn.prefect_page']}]" in tags["mlflow.note.content"]
