@@ -1,5 +1,6 @@
 """The whole command on Ray: every image once, resumed, refused, and through the death of a worker."""
 
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +36,48 @@ NUM_ROWS = 600
 SECONDS_TO_END = 20
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> np.ndarray:
-    """Rows in `rows.parquet`, in six row groups."""
+@dataclass(frozen=True)
+class Scene:
+    folder: Path
+    images_NHWC: np.ndarray
+    said: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_parts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_inputs, "ROWS_PER_PART", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def scene(model: Path, ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """A folder with `rows.parquet`, in six row groups, and their predictions, `whole`; to be read only."""
+    folder = tmp_path_factory.mktemp("scene")
     images_NHWC = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 28, 28, 1), dtype=np.uint8)
     column = pa.FixedShapeTensorArray.from_numpy_ndarray(images_NHWC)
-    pq.write_table(pa.table({"image": column}), tmp_path / "rows.parquet", row_group_size=100)
-    return images_NHWC
+    pq.write_table(pa.table({"image": column}), folder / "rows.parquet", row_group_size=100)
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
+        patch.chdir(folder)
+        assert run(model) == 0
+        Path("out").rename("whole")
+    return Scene(folder, images_NHWC, said.getvalue())
 
 
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_inputs, "ROWS_PER_PART", 100)
+@pytest.fixture
+def images(scene: Scene, tmp_path: Path) -> np.ndarray:
+    """Those in `rows.parquet`, in the folder of this test."""
+    shutil.copy2(scene.folder / "rows.parquet", tmp_path)
+    return scene.images_NHWC
+
+
+@pytest.fixture
+def predicted(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs the test beside the images, whose path is in the record, with a copy of their predictions in `out`."""
+    monkeypatch.chdir(scene.folder)
+    shutil.copytree("whole", "out")
+    yield
+    shutil.rmtree("out")
 
 
 @pytest.fixture(autouse=True)
@@ -64,28 +97,28 @@ def written(folder: str = "out") -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("part-*.parquet"))}
 
 
+@pytest.mark.usefixtures("predicted")
 def test_each_row_is_predicted_once_and_a_finished_folder_is_left_alone(
-    model: Path, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    model: Path, scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model) == 0
     frame = pl.read_parquet("out/part-*.parquet")
     assert frame["row_id"].to_list() == [f"rows.parquet#{row}" for row in range(NUM_ROWS)]
     with torch.inference_mode():
-        wanted_NC = load_model(model)[0](torch.from_numpy(images).permute(0, 3, 1, 2)).softmax(1).numpy()
+        wanted_NC = load_model(model)[0](torch.from_numpy(scene.images_NHWC).permute(0, 3, 1, 2)).softmax(1).numpy()
     np.testing.assert_allclose(np.stack(frame["probabilities"].to_list()), wanted_NC, atol=1e-5)
     batch = Batch.model_validate_json(Path("out", BATCH).read_text())
     assert (batch.is_finished, batch.rows, batch.num_parts, batch.bad) == (True, NUM_ROWS, 6, 0)
-    printed = capsys.readouterr()
-    assert "predicting 6 parts on 2 workers" in printed.err
-    assert printed.out.splitlines()[-1] == "predictions: out"
+    assert "predicting 6 parts on 2 workers" in scene.said
     before = written()
     assert run(model) == 0
-    assert "batch-predict: nothing to do: " in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "batch-predict: nothing to do: " in printed.err
+    assert printed.out.splitlines()[-1] == "predictions: out"
     assert written() == before
 
 
-def test_a_finished_folder_is_recognised_without_torch_and_ray(model: Path, images: np.ndarray) -> None:
-    assert run(model) == 0
+@pytest.mark.usefixtures("predicted")
+def test_a_finished_folder_is_recognised_without_torch_and_ray(model: Path) -> None:
     code = """
 import sys
 from rcnn.cli import main
@@ -99,10 +132,10 @@ print("imported:", [name for name in ("torch", "ray", "mlflow") if name in sys.m
     assert "nothing to do" in done.stderr
 
 
+@pytest.mark.usefixtures("predicted")
 def test_an_interrupted_run_is_resumed_with_the_parts_that_are_missing(
-    model: Path, images: np.ndarray, capsys: pytest.CaptureFixture[str]
+    model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model) == 0
     whole = pl.read_parquet("out/part-*.parquet")
     before = written()
     # As a kill leaves it: no mark of the end, a part without its record, a record without its part, and half of a part.
@@ -111,7 +144,6 @@ def test_an_interrupted_run_is_resumed_with_the_parts_that_are_missing(
     Path("out/_parts/part-00001.json").unlink()
     Path("out/part-00003.parquet").unlink()
     os.truncate("out/part-00004.parquet", 100)
-    capsys.readouterr()
     assert run(model) == 0
     said = capsys.readouterr().err
     assert "resuming: 300 of 600 images are done" in said
@@ -122,16 +154,19 @@ def test_an_interrupted_run_is_resumed_with_the_parts_that_are_missing(
     assert pl.read_parquet("out/part-*.parquet").equals(whole)
 
 
-def test_a_folder_about_something_else_is_refused_and_fresh_replaces_it(
-    model: Path, images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("images")
+def test_a_folder_of_somebody_else_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/mine.txt").write_text("mine")
     for arguments in ((), ("--fresh",)):
         assert run(model, *arguments) == 2
         assert "is not empty (it holds mine.txt). Choose another folder" in capsys.readouterr().err
-    Path("out/mine.txt").unlink()
-    assert run(model) == 0
+
+
+@pytest.mark.usefixtures("predicted")
+def test_a_folder_about_something_else_is_refused_and_fresh_replaces_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = shutil.copytree(model, tmp_path / "other")
     (other / "model.json").write_text((other / "model.json").read_text() + "\n")
     assert run(other) == 2

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray.train import RunConfig, ScalingConfig
 
 from rcnn.config import PipelineConfig
 from rcnn.data.loader import Rows, TrainingData
@@ -15,7 +14,6 @@ from rcnn.results import IngestResult
 from rcnn.storage import Storage
 from rcnn.train import shared_rows
 from rcnn.train.loop import training_data
-from rcnn.train.ray_workers import WorkersTrainer
 
 
 @pytest.fixture
@@ -55,40 +53,3 @@ def test_a_full_disk_leaves_each_worker_its_own_rows(
     assert "each worker holds the rows by itself" in caplog.text
     assert "No space left on device" in caplog.text
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_two_workers_of_a_node_map_one_file_which_is_gone(
-    tiny_config: PipelineConfig, digits: IngestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def look(settings: dict[str, str]) -> dict[str, Any]:
-        import tempfile
-
-        tempfile.tempdir = settings["temporary"]
-        config = PipelineConfig.model_validate_json(settings["config"])
-        shared = shared_rows.shared_on_node(
-            lambda: training_data(config, Storage(config.storage), settings["data_folder"])
-        )
-        [line] = [line for line in Path("/proc/self/maps").read_text().splitlines() if "train-images.npy" in line]
-        place = f"{settings['notes']}/{shared_rows.ray.train.get_context().get_world_rank()}"
-        Path(place).write_text(f"{line.split()[4]} {len(shared.train)} {'(deleted)' in line}")
-        return {}
-
-    for name in ("temporary", "notes"):
-        (tmp_path / name).mkdir()
-    WorkersTrainer(
-        look,
-        settings={
-            "config": tiny_config.model_dump_json(), "data_folder": digits.folder,
-            "temporary": str(tmp_path / "temporary"), "notes": str(tmp_path / "notes"),
-        },
-        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
-        is_own_ray=True,
-        run_config=RunConfig(name="rows", storage_path=str(tmp_path / "ray")),
-    ).fit()  # fmt: skip
-    first, second = ((tmp_path / "notes" / rank).read_text() for rank in "01")
-    inode, num_rows, _ = first.split()
-    assert second.split()[:2] == [inode, num_rows]  # the same file
-    assert int(num_rows) > 0
-    assert list((tmp_path / "temporary").iterdir()) == []
