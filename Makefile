@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slow test-faults chaos bench check audit format lock up up-prod down status clean
+.PHONY: help demo test test-quick test-thorough test-slow test-faults chaos bench check audit format lock up up-prod down status clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,11 +27,14 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)  ## the whole pipeline on real digits, offline
 	@$(BIN)/rcnn pipeline --recipe demo
 
-test: $(READY)  ## the tests, but those that take minutes
+test: $(READY)  ## the tests, but those that take long
 	@$(BIN)/python -m pytest -n 3
 
+test-thorough: $(READY)  ## the tests that cost half a minute each: more kills, workers, networks and servers
+	@$(BIN)/python -m pytest -n 3 -m "thorough and not (slow or gpu)"
+
 test-quick: $(READY)  ## the tests that start no server or process, and are quick
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/test_layering.py -m "not (ray or long or slow or gpu)"
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/test_layering.py -m "not (ray or long or thorough or slow or gpu)"
 
 test-slow: $(READY)  ## the tests that take minutes: full MNIST, own images, the local stack, more workers
 	@$(BIN)/python -m pytest -m slow --ignore tests/faults

@@ -34,6 +34,7 @@ def config_of(folder: Path, **settings: object) -> PipelineConfig:
     return PipelineConfig().with_settings(tree | {f"data.{name}": value for name, value in settings.items()})
 
 
+@pytest.mark.thorough
 def test_a_cluster_writes_the_very_same_data_set(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(str(tmp_path / "storage"))
     here = run_ingest(config_of(folder), StageFolder(storage, "datasets/here"), NoTracker())

@@ -97,6 +97,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
         return audit_with_flips(config, patch)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 @pytest.mark.parametrize("split", ["test", "train"])  # of the 400 validation rows, 12 would have to hold all 10
 def test_nine_of_ten_flipped_labels_are_in_the_first_3_percent(audited: Audited, split: str) -> None:

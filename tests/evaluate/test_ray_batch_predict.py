@@ -132,6 +132,7 @@ print("imported:", [name for name in ("torch", "ray", "mlflow") if name in sys.m
     assert "nothing to do" in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("predicted")
 def test_an_interrupted_run_is_resumed_with_the_parts_that_are_missing(
     model: Path, capsys: pytest.CaptureFixture[str]
@@ -163,6 +164,7 @@ def test_a_folder_of_somebody_else_is_refused(model: Path, capsys: pytest.Captur
         assert "is not empty (it holds mine.txt). Choose another folder" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("predicted")
 def test_a_folder_about_something_else_is_refused_and_fresh_replaces_it(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -218,6 +220,7 @@ def workers() -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.thorough
 def test_a_killed_worker_is_replaced(
     model: Path, images: np.ndarray, tiny_config: PipelineConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +247,7 @@ def test_a_killed_worker_is_replaced(
         each.kill()
 
 
+@pytest.mark.thorough
 def test_workers_that_always_die_end_the_run(
     model: Path, images: np.ndarray, tiny_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

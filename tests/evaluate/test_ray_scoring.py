@@ -85,6 +85,7 @@ def test_a_worker_returns_our_errors(config: PipelineConfig, data: IngestResult,
     assert "the data set is missing or incomplete" in str(worker.score(parts_of(3000, 50)[0]))
 
 
+@pytest.mark.thorough
 def test_workers_that_hang_are_ended_and_replaced_until_it_is_too_often(
     config: PipelineConfig, data: IngestResult, trained: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:

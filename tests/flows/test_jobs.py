@@ -144,6 +144,7 @@ def test_a_stage_runs_as_a_job_with_its_log_and_a_second_call_finds_the_result(
     assert sum(line.startswith("  | ingest: done") for line in said) == 1  # nothing of the first job's log
 
 
+@pytest.mark.thorough
 def test_a_stage_of_the_command_line_is_a_job_that_brings_our_code_along(
     head: Head, config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], capsys: Any
 ) -> None:
@@ -185,6 +186,7 @@ def test_the_stages_own_error_comes_back_from_the_job(config: PipelineConfig, tm
         run_as_job(wrong, "ingest", {})
 
 
+@pytest.mark.thorough
 def test_a_job_that_failed_is_submitted_again_under_its_id(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +214,7 @@ def test_a_running_job_is_attached_to_and_stopped_with_its_flow(
     wait_until_stopped(config, submitted[0])
 
 
+@pytest.mark.thorough
 def test_a_flow_that_attaches_shows_the_last_lines_of_the_log_and_what_follows(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
@@ -350,6 +353,7 @@ def test_a_stopped_job_has_time_to_write_a_checkpoint(
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.thorough
 def test_a_log_whose_connection_dies_silently_is_printed_whole_and_once(
     head: Head, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
@@ -396,6 +400,7 @@ def entrypoints_at(head: Head) -> list[str]:
     return [str(job.entrypoint) for job in JobServer(head.address, minutes=0)._connected().list_jobs()]
 
 
+@pytest.mark.thorough
 def test_batch_prediction_runs_as_a_job_and_bad_images_do_not_fail_it(
     head: Head,
     tiny_config: PipelineConfig,

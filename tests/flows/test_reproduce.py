@@ -45,6 +45,7 @@ def test_a_table_is_filled_resumed_and_names_what_failed(tmp_path: Path, capsys:
     assert len(list(tmp_path.glob("runs/train-*"))) == 2
 
 
+@pytest.mark.thorough
 def test_a_sigterm_ends_all_that_the_command_started(tmp_path: Path) -> None:
     """A process manager's way to stop: the trainings and Prefect's server are processes of their own."""
     settings = [word for text in (*SETTINGS, f"storage={tmp_path}") for word in ("--set", text)]
@@ -80,6 +81,7 @@ def has(process: psutil.Process, mark: dict[str, str]) -> bool:
         return False
 
 
+@pytest.mark.thorough
 def test_the_plan_of_a_table_counts_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce(tmp_path, "--plan") == 0
     assert "2 trainings are left: about " in capsys.readouterr().out

@@ -136,6 +136,7 @@ def test_every_command_is_one_of_the_image_and_every_secret_is_written() -> None
     assert set(re.findall(r"\$(STACK_\w+)", client)) <= set(written)
 
 
+@pytest.mark.thorough
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, each in services().items() if each.get("build")])
 def test_every_option_of_a_command_exists(name: str) -> None:

@@ -254,6 +254,7 @@ print("mlflow" in sys.modules)
 """
 
 
+@pytest.mark.thorough
 def test_predict_imports_mlflow_after_a_change_of_the_registry_alone(
     digits_storage: Path, digits: IngestResult, tmp_path: Path
 ) -> None:
@@ -504,6 +505,7 @@ def test_what_an_action_lacks_is_named(
     assert fault in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_server_that_goes_away_while_it_registers_is_waited_for(
     digits_storage: Path, digits: IngestResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

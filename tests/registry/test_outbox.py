@@ -136,6 +136,7 @@ def send_and_die(config: PipelineConfig, num_notes: int) -> None:
     send_waiting(config)
 
 
+@pytest.mark.thorough
 def test_a_sender_that_is_killed_before_it_deletes_a_note_leaves_no_duplicate(
     config: PipelineConfig, away: PipelineConfig, tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_note_that_is_written_twice_changes_nothing(
     check_everything(config)
 
 
+@pytest.mark.thorough
 def test_processes_that_send_the_same_notes_at_once_send_each_once(
     config: PipelineConfig, away: PipelineConfig, tmp_path: Path
 ) -> None:

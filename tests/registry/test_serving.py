@@ -28,7 +28,7 @@ from rcnn.train.checkpoint import load_model
 from tests.registry.server import free_port
 from tests.registry.test_mlflow_store import evaluated, registered, trained
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.thorough]
 
 SECONDS_TO_START = 240
 

@@ -70,6 +70,7 @@ def scene(tiny_config: PipelineConfig) -> Scene:
 pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 1, 28, 28), dtype=np.uint8))
 
 
+@pytest.mark.thorough
 @pytest.mark.ray
 def test_members_are_found_and_answer_as_one(scene: Scene) -> None:
     assert scene.members[0] == scene.first  # trained once
@@ -79,6 +80,7 @@ def test_members_are_found_and_answer_as_one(scene: Scene) -> None:
         torch.testing.assert_close(scene.model(scene.whole)(pixels).softmax(1), mean)
 
 
+@pytest.mark.thorough
 @pytest.mark.ray
 def test_its_figures_are_its_own(scene: Scene) -> None:
     assert scene.whole.num_parameters == sum(each.num_parameters for each in scene.members)
@@ -95,6 +97,7 @@ def test_its_figures_are_its_own(scene: Scene) -> None:
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.ray
 def test_the_mean_of_the_weights_is_one_network(scene: Scene) -> None:
     config = scene.config.with_settings({"model.combine": "weights"})
@@ -107,6 +110,7 @@ def test_the_mean_of_the_weights_is_one_network(scene: Scene) -> None:
         torch.testing.assert_close(value, (ours[0][name] + ours[1][name]) / 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.ray
 def test_an_ensemble_predicts_pictures(scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     [picture, *_] = sorted(scene.storage.local_path(f"{scene.results['evaluate'].folder}/samples").iterdir())

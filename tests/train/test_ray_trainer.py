@@ -104,6 +104,7 @@ def _actors() -> dict[str, str]:
     return {actor: tree["ActorClassName"] for actor, tree in actors().items()}
 
 
+@pytest.mark.thorough
 def test_a_limit_ends_two_workers_at_one_step_and_without_it_they_stream_uneven_rows_to_the_end(
     tiny_config: PipelineConfig, digits: IngestResult
 ) -> None:

@@ -132,6 +132,7 @@ def test_bad_trials_are_stopped_and_an_interrupted_search_repeats_no_ended_trial
     assert family.children == {}
 
 
+@pytest.mark.thorough
 def test_optuna_learns_from_the_ledger_and_the_best_are_repeated_with_other_seeds(
     tiny_config: PipelineConfig, digits: IngestResult
 ) -> None:
@@ -172,6 +173,7 @@ class Clock(Family):
         self.now = 3600.0
 
 
+@pytest.mark.thorough
 def test_the_search_ends_in_time_and_marks_what_it_cut_off(
     tiny_config: PipelineConfig, digits: IngestResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +189,7 @@ def test_the_search_ends_in_time_and_marks_what_it_cut_off(
     assert read_records(folder_of(config, "cut")) == {}  # the next attempt trains it again
 
 
+@pytest.mark.thorough
 def test_a_trial_ends_at_its_own_limit_with_its_last_epoch(tiny_config: PipelineConfig, digits: IngestResult) -> None:
     for minutes in (
         0.1,
