@@ -2,15 +2,18 @@
 lives.
 
 A job that two flows share is stopped when the last of them is cancelled; a flow that was killed stops renewing its mark and
-no longer counts.
+no longer counts. The mark names its process, so that on the same machine this is known at once.
 """
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from rcnn.errors import ClusterError
+from rcnn.lease import holder_from_json, this_process
 from rcnn.progress import say
 from rcnn.storage import Storage
 
@@ -59,7 +62,7 @@ class Followers:
     def leave(self) -> bool:
         """Removes our mark; returns whether we were the last.
 
-        A young mark may be that of a flow that has just been killed: this waits until it is renewed or too old.
+        A young mark may be of a flow that has just been killed on another machine: this waits until it is renewed or too old.
         """
         self.forget_us()
         ages = self._ages()
@@ -86,7 +89,7 @@ class Followers:
         return f"{self._folder}/{name}"
 
     def _renew(self) -> None:
-        self._storage.write_text(self._path(self._name), "")
+        self._storage.write_text(self._path(self._name), json.dumps(asdict(this_process(self._folder))))
 
     def _renew_until(self, is_over: threading.Event) -> None:
         while not is_over.wait(SECONDS_BETWEEN_RENEWALS):
@@ -100,11 +103,22 @@ class Followers:
             self._storage.delete_file(self._path(name))
 
     def _ages(self) -> dict[str, float]:
-        """The seconds since each mark was renewed, by the storage's clock, which need not agree with this machine's."""
+        """The seconds since each mark was renewed, by the storage's clock, which need not agree with this machine's.
+
+        Those of processes that are known to be dead are as old as marks that no longer count.
+        """
         names = [name for name in self._storage.list_sizes(self._folder) if name.startswith(PREFIX)]
         self._storage.write_text(self._path(CLOCK), "")
         now = self._changed(CLOCK)
-        return {name: now - self._changed(name) for name in names if not name.endswith(".part")}
+        names = [name for name in names if not name.endswith(".part")]
+        return {name: max(now - self._changed(name), SECONDS_ALIVE * self._is_of_the_dead(name)) for name in names}
+
+    def _is_of_the_dead(self, name: str) -> bool:
+        try:
+            holder = holder_from_json(self._storage.read_text(self._path(name)))
+        except FileNotFoundError:
+            return True  # it has just been removed
+        return bool(holder.token) and holder.is_gone
 
     def _changed(self, name: str) -> float:
         """When a file was written; 0 where it has just been removed."""

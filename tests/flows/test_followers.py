@@ -1,6 +1,8 @@
 """The marks of the flow runs that follow a job: who counts as living."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -62,6 +64,22 @@ def test_a_young_mark_of_a_killed_flow_is_waited_out(tmp_path: Path, monkeypatch
     started = time.monotonic()
     assert followers(tmp_path, "a").leave()
     assert 1.5 < time.monotonic() - started < 3
+
+
+def test_a_flow_that_was_killed_on_this_machine_is_known_to_be_dead(tmp_path: Path) -> None:
+    code = f"""
+import os
+from flows.followers import Followers
+from rcnn.storage import Storage
+with Followers(Storage({str(tmp_path)!r}), {FOLDER!r}, "killed").following():
+    os._exit(1)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+    assert (tmp_path / FOLDER / "followed-by-killed").exists()
+    assert not followers(tmp_path, "a").are_there()
+    started = time.monotonic()
+    assert followers(tmp_path, "a").leave()
+    assert time.monotonic() - started < module.SECONDS_ALIVE / 2
 
 
 def test_a_flow_that_starts_to_follow_meanwhile_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
