@@ -298,10 +298,13 @@ def _deploy(stack: Stack) -> None:
         )
 
 
+_HINTS = {"ray": f" (its page asks for the token in {STATE / 'ray-token'})"}
+
+
 def _print_addresses(stack: Stack) -> None:
     for part in stack.parts:
         if address := part.address(stack):
-            print(f"  {part.name:8} {address}")
+            print(f"  {part.name:8} {address}{_HINTS.get(part.name, '')}")
     print(
         f"""
 Next:
