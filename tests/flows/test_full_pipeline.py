@@ -312,7 +312,7 @@ def test_a_new_stage_is_one_row(
     assert finished(config, "count", results_from_json(grown)) is None
 
 
-@pytest.mark.parametrize(("retryable", "attempts"), [(False, 1), (True, 3)])
+@pytest.mark.parametrize(("retryable", "attempts"), [(False, 1), (True, 4)])
 def test_only_what_may_pass_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retryable: bool, attempts: int
 ) -> None:
