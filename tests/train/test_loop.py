@@ -356,13 +356,14 @@ def test_a_run_that_draws_its_steps_resumes_with_the_very_same_weights(
 
 
 def test_the_saved_model_gives_the_same_logits(tiny_config: PipelineConfig, data: TrainingData, tmp_path: Path) -> None:
-    state = fit(tiny_config, data, ignore)
+    config = tiny_config.with_settings({"train.learning_rate": 0.002})  # the second epoch is better on every processor
+    state = fit(config, data, ignore)
     model, description = load_model(saved_model(state, tmp_path / "model"))
     images = data.val.images[:7]
-    state.model.load_state_dict(state.best["weights"])
+    assert state.best["epoch"] == 2
     assert torch.equal(model(images), state.model.eval()(images))
     assert description["classes"] == [str(digit) for digit in range(10)]
-    assert PipelineConfig.model_validate(description["config"]) == tiny_config
+    assert PipelineConfig.model_validate(description["config"]) == config
 
 
 @pytest.mark.long
